@@ -1,0 +1,54 @@
+"""Trainer: how local training is done. Three methods; ours for torch is `client/local.py`.
+
+The client keeps one trainer for its whole life: model, data and device stay warm between orders.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from atoll.protocols.events import Then
+
+Tensors = Mapping[str, Tensor]
+
+
+def _nothing_asked() -> Then | None:
+    return None
+
+
+def _no_report(step: int) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One order as the trainer sees it."""
+
+    steps: int  # exactly so many local steps
+    done: int = 0  # local steps this client has run in its life: where its data order stands
+    extra: Mapping[str, float] = field(default_factory=dict)  # from the strategy
+    asked: Callable[[], Then | None] = _nothing_asked  # look after each step; "send", "drop": stop
+    report: Callable[[int], None] = _no_report  # call after each step with the steps done
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    tensors: Tensors  # the model after training, all groups that travel; may alias the model
+    steps: int  # really run: fewer than asked only where `asked` said to stop
+    examples: int  # examples seen
+    metrics: Mapping[str, float]  # e.g. {"loss": mean over the steps}
+
+
+class Trainer(Protocol):
+    """What a client needs of a training loop."""
+
+    def load(self, tensors: Tensors) -> None:
+        """Take these values into the model; raise ValueError where names or shapes do not fit."""
+
+    def train(self, task: Task) -> Trained:
+        """Run exactly `task.steps` local steps from what was loaded."""
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Metrics of the loaded values on held-out data, e.g. {"accuracy", "loss", "examples"}."""

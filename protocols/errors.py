@@ -1,0 +1,124 @@
+"""Every error a user can meet, in one tree and one table.
+
+    AtollError                  code, message (what, the value), hint (the remedy), exit code
+    ├── UsageError              you asked for something that cannot be
+    ├── DataError               your data cannot be used
+    ├── ServerError             this server cannot go on
+    ├── ClientError             this client cannot go on
+    ├── PeerError               this peer cannot go on
+    └── RemoteError             the other side did wrong: refused, never raised in our own loop
+        └── Refused             what the other side answered when it refused us
+
+Codes are `FL-<area><number>`: S server, C client, P peer, W wire, D data, X security. A number is
+never reused. `docs/errors.md` has a section for each, and a test raises each.
+"""
+
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    exit_code: int  # at most 125, a shell keeps 8 bits
+    title: str
+
+
+CATALOGUE: dict[str, Entry] = {
+    # usage and configuration
+    "FL-S100": Entry(1, "unexpected error"),
+    "FL-S101": Entry(78, "unknown name for a slot"),
+    "FL-S102": Entry(78, "bad parameter for a slot"),
+    "FL-S103": Entry(78, "module:object cannot be imported"),
+    "FL-S104": Entry(78, "combination refused"),
+    "FL-S105": Entry(64, "unsafe address refused"),
+    "FL-S106": Entry(78, "initial model does not fit the run's model"),
+    "FL-S107": Entry(3, "no such run or version"),
+    "FL-S108": Entry(2, "bad argument"),
+    "FL-S109": Entry(4, "state directory belongs to another run"),
+    "FL-S201": Entry(73, "port in use"),
+    "FL-S202": Entry(73, "state directory in use by another server"),
+    "FL-S203": Entry(74, "disk full or failing"),
+    "FL-S204": Entry(6, "run failed: an error in its strategy"),
+    "FL-S205": Entry(5, "target not reached in time"),
+    "FL-S206": Entry(78, "state directory cannot be read"),
+    "FL-S207": Entry(69, "server not reachable"),
+    "FL-S208": Entry(130, "interrupted"),
+    # client
+    "FL-C101": Entry(69, "server not reachable"),
+    "FL-C102": Entry(76, "protocol version mismatch"),
+    "FL-C103": Entry(78, "client model does not match the run"),
+    "FL-C104": Entry(78, "trainer failed"),
+    "FL-C105": Entry(4, "client name taken"),
+    "FL-C106": Entry(2, "not built yet"),
+    "FL-C107": Entry(77, "refused by this client's own policy"),
+    "FL-C108": Entry(73, "client directory in use"),
+    # peer
+    "FL-P100": Entry(2, "not built yet"),
+    # data
+    "FL-D101": Entry(3, "data path not found"),
+    "FL-D102": Entry(78, "data file malformed"),
+    "FL-D103": Entry(78, "unknown data source"),
+    "FL-D104": Entry(78, "partition cannot be made"),
+    "FL-D105": Entry(78, "not enough data"),
+    # wire
+    "FL-W101": Entry(76, "malformed message"),
+    "FL-W102": Entry(76, "unknown or closed order"),
+    "FL-W103": Entry(76, "message too large"),
+    "FL-W104": Entry(76, "tensors do not match the run's manifest"),
+    "FL-W105": Entry(76, "chunk or payload corrupt"),
+    "FL-W106": Entry(76, "not a number in an update"),
+    "FL-W107": Entry(76, "unknown blob"),
+    "FL-W108": Entry(76, "codec not offered by this run"),
+    "FL-W109": Entry(75, "server cannot take uploads now"),
+    "FL-W110": Entry(76, "no such session"),
+    "FL-W111": Entry(76, "upload out of place"),
+    # security
+    "FL-X101": Entry(77, "denied"),
+}
+
+
+class AtollError(Exception):
+    """What went wrong, with the value, and the remedy; `code` is a key of CATALOGUE."""
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+    @property
+    def exit_code(self) -> int:
+        return CATALOGUE[self.code].exit_code if self.code in CATALOGUE else 1
+
+    @property
+    def docs(self) -> str:
+        return f"docs/errors.md#{self.code.lower()}"
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}" + (f" ({self.hint})" if self.hint else "")
+
+
+class UsageError(AtollError):
+    """You asked for something that cannot be."""
+
+
+class DataError(AtollError):
+    """Your data cannot be used."""
+
+
+class ServerError(AtollError):
+    """This server cannot go on."""
+
+
+class ClientError(AtollError):
+    """This client cannot go on."""
+
+
+class PeerError(AtollError):
+    """This peer cannot go on."""
+
+
+class RemoteError(AtollError):
+    """The other side did wrong: it is refused, and the run goes on without it."""
+
+
+class Refused(RemoteError):
+    """What the other side answered when it refused us."""

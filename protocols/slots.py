@@ -1,0 +1,101 @@
+"""Find what a user names for a slot: a built-in name, an entry point, or `module:object`.
+
+A spec is `name`, `name:key=value,key=value`, `module:object` or `module:object:key=value`. Built-in
+names are given as `{"fedavg": "atoll.aggregation.fedavg:FedAvg"}`; third parties add theirs as
+entry points in the group `atoll.<slot>`, e.g. `atoll.strategy`.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Mapping
+
+from atoll.protocols.errors import UsageError
+
+Value = bool | int | float | str
+
+
+def split(spec: str) -> tuple[str, str, dict[str, Value]]:
+    """`"fedavg:steps=5"` -> ("fedavg", "", {"steps": 5}); `"m.n:Cls:lr=.1"` -> ("m.n", "Cls", ..)."""
+    name, *rest = spec.split(":")
+    target = rest.pop(0) if rest and "=" not in rest[0] else ""
+    params: dict[str, Value] = {}
+    for item in ":".join(rest).split(",") if rest else []:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(
+                "FL-S102", f"{spec!r}: {item!r} is not key=value", "write name:key=value,key=value"
+            )
+        params[key.strip().replace("-", "_")] = _value(value.strip())
+    return name.strip(), target.strip(), params
+
+
+def resolve(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
+    """The object that `spec` names for `slot`, called with its parameters where it is callable.
+
+    Raises UsageError FL-S101 (no such name, with the nearest), FL-S102 (parameters do not fit) or
+    FL-S103 (cannot be imported).
+    """
+    name, target, params = split(spec)
+    found = find(slot, spec, builtin)
+    if not callable(found):
+        if params:
+            raise UsageError("FL-S102", f"{slot} {spec!r} takes no parameters", f"write {name}")
+        return found
+    return call(slot, spec, found, params)
+
+
+def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str, Value]) -> object:
+    """`made(**params)`, with a wrong parameter told as FL-S102."""
+    try:
+        return made(**params)
+    except TypeError as error:
+        raise UsageError(
+            "FL-S102", f"{slot} {spec!r}: {error}", "see `fl-server demo --help` for the parameters"
+        ) from error
+
+
+def find(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
+    """The object that `spec` names, not called."""
+    name, target, _ = split(spec)
+    if target:
+        return _load(slot, f"{name}:{target}")
+    if name in builtin:
+        return _load(slot, builtin[name])
+    for point in importlib.metadata.entry_points(group=f"atoll.{slot}", name=name):
+        return point.load()
+    known = sorted(builtin)
+    near = difflib.get_close_matches(name, known, 1)
+    raise UsageError(
+        "FL-S101",
+        f"unknown {slot} {name!r}",
+        (f"did you mean {near[0]!r}? " if near else "")
+        + f"known: {', '.join(known)}; or your own as module:object",
+    )
+
+
+def _load(slot: str, path: str) -> object:
+    module, _, attribute = path.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a user's own module lies in the folder the command is typed in
+    try:
+        found: object = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            "FL-S103", f"{slot} {path!r} cannot be imported: {error}", "check the path and PYTHONPATH"
+        ) from error
+    return found
+
+
+def _value(text: str) -> Value:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
