@@ -17,6 +17,7 @@ from atoll.protocols.events import (
     Evaluated,
     Event,
     Merged,
+    Stopping,
     TimerFired,
     Update,
     UpdateReceived,
@@ -47,6 +48,8 @@ class Strategy:
                 return list(self.on_merged(event, now))
             case Evaluated():
                 return list(self.on_evaluated(event, now))
+            case Stopping(reason):
+                return list(self.on_stop(reason, now))
 
     def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
         """A client may be trained from now on."""
@@ -78,4 +81,8 @@ class Strategy:
 
     def on_evaluated(self, evaluated: Evaluated, now: float) -> Actions:
         """Metrics of a version are known."""
+        yield from ()
+
+    def on_stop(self, reason: str, now: float) -> Actions:
+        """The run ends: aggregate what is still held, or leave it. Orders are no longer given."""
         yield from ()

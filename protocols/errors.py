@@ -7,7 +7,7 @@
     ├── ClientError             this client cannot go on
     ├── PeerError               this peer cannot go on
     └── RemoteError             the other side did wrong: refused, never raised in our own loop
-        └── Refused             what the other side answered when it refused us
+        └── RefusedError        what the other side answered when it refused us
 
 Codes are `FL-<area><number>`: S server, C client, P peer, W wire, D data, X security. A number is
 never reused. `docs/errors.md` has a section for each, and a test raises each.
@@ -70,6 +70,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-W109": Entry(75, "server cannot take uploads now"),
     "FL-W110": Entry(76, "no such session"),
     "FL-W111": Entry(76, "upload out of place"),
+    "FL-W112": Entry(75, "transfer stalled"),
     # security
     "FL-X101": Entry(77, "denied"),
 }
@@ -117,8 +118,21 @@ class PeerError(AtollError):
 
 
 class RemoteError(AtollError):
-    """The other side did wrong: it is refused, and the run goes on without it."""
+    """The other side did wrong: it is refused, and the run goes on without it.
+
+    `retry_seconds` is None where the same attempt will fail again, else how long to wait before it.
+    """
+
+    def __init__(
+        self, code: str, message: str, hint: str = "", *, retry_seconds: float | None = None
+    ) -> None:
+        super().__init__(code, message, hint)
+        self.retry_seconds = retry_seconds
+
+    @property
+    def fatal(self) -> bool:
+        return self.retry_seconds is None
 
 
-class Refused(RemoteError):
+class RefusedError(RemoteError):
     """What the other side answered when it refused us."""

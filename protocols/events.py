@@ -82,7 +82,14 @@ class Evaluated:
     metrics: Mapping[str, float]
 
 
-Event = ClientJoined | ClientLeft | UpdateReceived | TimerFired | Merged | Evaluated
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """A stop rule ended the run: the last chance to aggregate what is held. No order follows."""
+
+    reason: str
+
+
+Event = ClientJoined | ClientLeft | UpdateReceived | TimerFired | Merged | Evaluated | Stopping
 
 
 # ---- said ----------------------------------------------------------------------------------

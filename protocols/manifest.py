@@ -24,7 +24,18 @@ TRAVELLING: tuple[Group, ...] = ("trainable", "buffers_float", "buffers_other")
 MAX_TENSORS = 100_000
 MAX_NUMEL = 1 << 40
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/]{0,254}")
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +89,9 @@ class Manifest:
         made = cls(tuple(_spec(item) for item in data))
         names = [t.name for t in made.tensors]
         if len(set(names)) != len(names):
-            raise _malformed(f"tensor {next(n for n in names if names.count(n) > 1)!r} stands twice")
+            raise _malformed(
+                f"tensor {next(n for n in names if names.count(n) > 1)!r} stands twice"
+            )
         if sum(t.numel for t in made.tensors) > MAX_NUMEL:
             raise _malformed(f"more than {MAX_NUMEL} elements")
         return made

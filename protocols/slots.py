@@ -17,7 +17,7 @@ Value = bool | int | float | str
 
 
 def split(spec: str) -> tuple[str, str, dict[str, Value]]:
-    """`"fedavg:steps=5"` -> ("fedavg", "", {"steps": 5}); `"m.n:Cls:lr=.1"` -> ("m.n", "Cls", ..)."""
+    """`fedavg:steps=5` gives ("fedavg", "", {"steps": 5}), `m.n:C:lr=1` ("m.n", "C", {"lr": 1})."""
     name, *rest = spec.split(":")
     target = rest.pop(0) if rest and "=" not in rest[0] else ""
     params: dict[str, Value] = {}
@@ -37,7 +37,7 @@ def resolve(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
     Raises UsageError FL-S101 (no such name, with the nearest), FL-S102 (parameters do not fit) or
     FL-S103 (cannot be imported).
     """
-    name, target, params = split(spec)
+    name, _, params = split(spec)
     found = find(slot, spec, builtin)
     if not callable(found):
         if params:
@@ -85,7 +85,9 @@ def _load(slot: str, path: str) -> object:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            "FL-S103", f"{slot} {path!r} cannot be imported: {error}", "check the path and PYTHONPATH"
+            "FL-S103",
+            f"{slot} {path!r} cannot be imported: {error}",
+            "check the path and PYTHONPATH",
         ) from error
     return found
 

@@ -27,9 +27,11 @@ def dump(value: object) -> Json:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: dump(getattr(value, f.name)) for f in _stored(type(value))}
     if isinstance(value, Mapping):
-        return [[dump(k), dump(v)] for k, v in value.items()] if _odd_keys(value) else {
-            k: dump(v) for k, v in value.items()
-        }
+        return (
+            [[dump(k), dump(v)] for k, v in value.items()]
+            if _odd_keys(value)
+            else {k: dump(v) for k, v in value.items()}
+        )
     if isinstance(value, set | frozenset):
         return [dump(v) for v in sorted(value)]
     if isinstance(value, list | tuple):
@@ -43,7 +45,7 @@ def dumps(value: object) -> str:
 
 def load(kind: type[T], data: Json) -> T:
     """The `kind` whose dump is `data`. Raises ValueError, naming the field, where it is not."""
-    return typing.cast(T, _read(kind, data, kind.__name__))
+    return typing.cast("T", _read(kind, data, kind.__name__))
 
 
 def loads(kind: type[T], text: str) -> T:
@@ -92,7 +94,7 @@ def _read(kind: Any, data: Json, where: str) -> object:
             raise ValueError(f"{where}: expected {kind.__name__}, got {data!r}")
         return data
     if dataclasses.is_dataclass(kind):
-        return _read_dataclass(typing.cast(type, kind), data, where)
+        return _read_dataclass(typing.cast("type", kind), data, where)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _read_mapping(args, data, where)
     if origin in (list, set, frozenset) or kind in (list, set, frozenset):
