@@ -1,0 +1,30 @@
+"""Checks of a slot's parameters: each raises UsageError FL-S102 with the value and the remedy."""
+
+from atoll.protocols.errors import UsageError
+
+
+def at_least(least: float, **values: float | None) -> None:
+    """Every value given is a number not below `least`; None means "not set" and passes."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UsageError("FL-S102", f"{name}={value}", f"choose at least {least}")
+
+
+def positive(**values: float | None) -> None:
+    """Every value given is a number above 0; None means "not set" and passes."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise UsageError("FL-S102", f"{name}={value}", "choose more than 0")
+
+
+def at_most(most: float, **values: float | None) -> None:
+    """Every value given is a number not above `most`; None means "not set" and passes."""
+    for name, value in values.items():
+        if value is not None and not value <= most:
+            raise UsageError("FL-S102", f"{name}={value}", f"choose at most {most}")
+
+
+def one_of(known: tuple[str, ...], **values: str) -> None:
+    for name, value in values.items():
+        if value not in known:
+            raise UsageError("FL-S102", f"{name}={value!r}", f"choose {' or '.join(known)}")
