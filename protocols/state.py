@@ -56,8 +56,9 @@ def restore(machine: object, data: Json) -> None:
     """Set the fields of an existing machine to those of `data`, in place."""
     if not isinstance(data, dict):
         raise ValueError(f"{type(machine).__name__}: expected an object, got {data!r}")
-    hints = _hints(type(machine))
-    for name in [f.name for f in _stored(type(machine))]:
+    kind: type = type(machine)
+    hints = _hints(kind)
+    for name in [f.name for f in _stored(kind)]:
         if name not in data:
             raise ValueError(f"{type(machine).__name__}.{name}: missing")
         setattr(machine, name, _read(hints[name], data[name], f"{type(machine).__name__}.{name}"))

@@ -1,0 +1,191 @@
+"""Journal: every input of a run, written down before it is handled, and what was decided.
+
+SQLite in WAL mode, one connection, used by one thread at a time (SQLite before 3.51.3 can corrupt
+a WAL that two connections write). A batch of inputs is one transaction, so receipts are released
+together; decisions about a batch ride in the next transaction: they can be worked out again.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.protocols import state
+from atoll.protocols.blobs import BlobInfo, Section
+from atoll.protocols.errors import ServerError
+from atoll.protocols.events import (
+    Action,
+    ClientJoined,
+    ClientLeft,
+    Evaluated,
+    Event,
+    Merged,
+    Stopping,
+    TimerFired,
+    UpdateReceived,
+)
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS event (
+  seq INTEGER PRIMARY KEY, run TEXT NOT NULL, now REAL NOT NULL, kind TEXT NOT NULL,
+  event TEXT NOT NULL, actions TEXT);
+CREATE TABLE IF NOT EXISTS payload (
+  id TEXT PRIMARY KEY, run TEXT NOT NULL, info TEXT NOT NULL, data BLOB);
+CREATE TABLE IF NOT EXISTS snapshot (
+  seq INTEGER PRIMARY KEY, run TEXT NOT NULL, now REAL NOT NULL, state TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+KINDS: dict[str, type[Event]] = {
+    kind.__name__: kind
+    for kind in (
+        ClientJoined,
+        ClientLeft,
+        UpdateReceived,
+        TimerFired,
+        Merged,
+        Evaluated,
+        Stopping,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """The bytes of an update, as received: here when small, else in the update store's file."""
+
+    id: str
+    info: BlobInfo
+    data: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    seq: int
+    now: float
+    event: Event
+    actions: str | None  # JSON; None where the process died before they were written
+
+
+class Journal:
+    """One run's book. All calls block: make them from one worker thread."""
+
+    def __init__(self, path: Path, run: str, *, durable: bool = True) -> None:
+        """Open or make `path`. `durable` False skips fsync: then a power cut loses the tail."""
+        self.run = run
+        try:
+            self.base = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self.base.execute("PRAGMA journal_mode=WAL")
+            self.base.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self.base.executescript(SCHEMA)
+            found = self.base.execute("SELECT coalesce(max(seq), 0) FROM event").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise ServerError(
+                "FL-S206",
+                f"journal {path} cannot be read: {error}",
+                "restore it from a backup, or start with a new state directory",
+            ) from error
+        self.seq = int(found[0])
+        self._undecided: list[tuple[str, int]] = []
+
+    def append(
+        self,
+        events: Sequence[tuple[float, Event]],
+        payloads: Iterable[Payload] = (),
+        forget: Iterable[str] = (),
+        meta: Iterable[tuple[str, str]] = (),
+    ) -> int:
+        """Write inputs down, with earlier decisions, and drop payloads no longer needed; the seq
+        of the first. Raises ServerError FL-S203 where the disk does not take it."""
+        first = self.seq + 1
+        rows = [
+            (first + i, self.run, now, type(event).__name__, state.dumps(event))
+            for i, (now, event) in enumerate(events)
+        ]
+        try:
+            self.base.execute("BEGIN IMMEDIATE")
+            self.base.executemany(
+                "INSERT INTO event (seq, run, now, kind, event) VALUES (?, ?, ?, ?, ?)", rows
+            )
+            self.base.executemany("UPDATE event SET actions = ? WHERE seq = ?", self._undecided)
+            self.base.executemany(
+                "INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?)",
+                [(p.id, self.run, state.dumps(_plain(p.info)), p.data) for p in payloads],
+            )
+            self.base.executemany("DELETE FROM payload WHERE id = ?", [(i,) for i in forget])
+            self.base.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta))
+            self.base.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if self.base.in_transaction:
+                self.base.execute("ROLLBACK")
+            raise ServerError(
+                "FL-S203",
+                f"the journal cannot be written: {error}",
+                "free space on its disk and start again: nothing acknowledged is lost",
+            ) from error
+        self.seq += len(rows)
+        self._undecided = []
+        return first
+
+    def decide(self, seq: int, actions: Sequence[Action]) -> None:
+        """What was decided about input `seq`; written with the next batch."""
+        self._undecided.append((dump_actions(actions), seq))
+
+    def snapshot(self, now: float, text: str) -> None:
+        """A state from which reading may start, instead of from the beginning."""
+        self.base.execute(
+            "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?, ?)", (self.seq, self.run, now, text)
+        )
+        self.base.execute("DELETE FROM snapshot WHERE seq < ?", (self.seq,))
+
+    def last_snapshot(self) -> tuple[int, float, str] | None:
+        row = self.base.execute(
+            "SELECT seq, now, state FROM snapshot ORDER BY seq DESC LIMIT 1"
+        ).fetchone()
+        return None if row is None else (int(row[0]), float(row[1]), str(row[2]))
+
+    def rows(self, after: int = 0) -> Iterator[Row]:
+        """Inputs after `after`, in order."""
+        for seq, now, kind, event, actions in self.base.execute(
+            "SELECT seq, now, kind, event, actions FROM event WHERE seq > ? ORDER BY seq", (after,)
+        ):
+            yield Row(int(seq), float(now), load_event(kind, event), actions)
+
+    def payloads(self) -> Iterator[Payload]:
+        for update, info, data in self.base.execute("SELECT id, info, data FROM payload"):
+            plain = json.loads(info)
+            plain["sha256"] = bytes.fromhex(plain["sha256"])
+            sections = tuple(state.load(Section, s) for s in plain.pop("sections"))
+            yield Payload(str(update), BlobInfo(**plain, sections=sections), data)
+
+    def meta(self, key: str) -> str | None:
+        row = self.base.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def flush(self) -> None:
+        """Write decisions that have not ridden along yet."""
+        if self._undecided:
+            self.append([])
+
+    def close(self) -> None:
+        self.flush()
+        self.base.close()
+
+
+def dump_actions(actions: Sequence[Action]) -> str:
+    """Actions as JSON, each with its name: equal actions are equal text."""
+    return json.dumps([[type(a).__name__, state.dump(a)] for a in actions], separators=(",", ":"))
+
+
+def load_event(kind: str, text: str) -> Event:
+    return state.loads(KINDS[kind], text)
+
+
+def _plain(info: BlobInfo) -> dict[str, object]:
+    return {
+        "id": info.id,
+        "size": info.size,
+        "sha256": info.sha256.hex(),
+        "sections": [state.dump(s) for s in info.sections],
+    }
