@@ -6,6 +6,7 @@ decide, and turns its actions into effects that a driver carries out. The promis
 (`protocols/events.py`) live here, so that the real server, virtual time and a replay cannot differ.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -189,8 +190,8 @@ class Run:
                 self.members.discard(client)
                 self._close(client)
             case TimerFired(timer):
-                if timer not in self.timers:
-                    return None  # cancelled while it was already on its way
+                if self.timers.get(timer, math.inf) > now:
+                    return None  # cancelled or set anew while it was already on its way
                 del self.timers[timer]
             case Merged():
                 self._publish(event, now, effects)

@@ -1,0 +1,276 @@
+"""Driver: a run in real time. One task owns the machines; everyone else posts to its queue.
+
+An input is stamped with the run's clock when it is posted, written to the journal with whatever
+else has come meanwhile, and only then handled. Merging, disk and network happen elsewhere (`World`)
+and come back as inputs, so they never delay a decision.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from atoll.protocols.errors import AtollError, ServerError
+from atoll.protocols.events import (
+    Action,
+    ClientJoined,
+    ClientLeft,
+    Evaluated,
+    Event,
+    Merged,
+    Stopping,
+    Then,
+    TimerFired,
+    UpdateReceived,
+)
+from atoll.server.journal import Journal, Payload
+from atoll.server.rules import Rules
+from atoll.server.run import (
+    Arm,
+    Deliver,
+    Disarm,
+    Effect,
+    Interrupt,
+    Merge,
+    Order,
+    Outcome,
+    Run,
+    Stop,
+    Tell,
+)
+
+logger = logging.getLogger(__name__)
+
+RANK: dict[type[Event], int] = {  # of inputs at the same instant
+    ClientLeft: 0,
+    ClientJoined: 1,
+    UpdateReceived: 2,
+    Merged: 2,
+    Evaluated: 2,
+    TimerFired: 3,
+    Stopping: 4,
+}
+
+
+class World(Protocol):
+    """What a driver does not do itself. Nothing here may block or raise."""
+
+    def deliver(self, order: Order) -> None: ...
+
+    def interrupt(self, order: Order, then: Then) -> None: ...
+
+    def merge(self, merge: Merge) -> None:
+        """Make the version in the background, then post Merged."""
+
+    def tell(self, client: str, outcome: Outcome) -> None: ...
+
+    def heard(self, now: float, event: Event, actions: list[Action]) -> None:
+        """For the history and the log: what came and what was decided."""
+
+    def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
+        """Payloads no longer needed, and meta rows, to be written with the next batch."""
+
+
+class Clock:
+    """The run's clock, seconds: stands still while the server is down or the run is paused."""
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._base = start
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    def now(self) -> float:
+        return self._base + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    def wall(self, at: float) -> float:
+        """Seconds from now until the run clock shows `at`."""
+        return max(0.0, at - self.now())
+
+
+@dataclass(slots=True)
+class _Input:
+    now: float
+    event: Event
+    payload: Payload | None
+    then: Callable[[], None] | None
+
+
+class Driver:
+    """Runs one `Run`. `serve()` returns when it has finished; `error` says whether it failed."""
+
+    def __init__(
+        self, run: Run, journal: Journal, world: World, rules: Rules, clock: Clock
+    ) -> None:
+        self.run = run
+        self.journal = journal
+        self.world = world
+        self.rules = rules
+        self.clock = clock
+        self.error: AtollError | None = None
+        self.snapshot: Callable[[], str] | None = None  # what to write every `snapshot_every`
+        self.snapshot_every = 2000  # inputs
+        self._since_snapshot = 0
+        self._last = clock.now()
+        self._queue: asyncio.Queue[_Input] = asyncio.Queue()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
+
+    def post(
+        self,
+        event: Event,
+        payload: Payload | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Hand an input over, in the loop's thread. `then` runs once it is durable and handled."""
+        self._put(self.clock.now(), event, payload, then)
+
+    def _put(
+        self,
+        now: float,
+        event: Event,
+        payload: Payload | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        self._last = max(self._last, now)  # a timer may come a hair early, time never goes back
+        self._queue.put_nowait(_Input(self._last, event, payload, then))
+
+    def post_threadsafe(self, event: Event) -> None:
+        """The same from any thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.post, event)
+
+    async def serve(self) -> None:
+        """Handle inputs until the run has finished and its last merge is done."""
+        self._loop = asyncio.get_running_loop()
+        for timer, at in sorted(self.run.timers.items()):
+            self._arm(timer, at)
+        self._arm_limit()
+        try:
+            while not self._over():
+                await self._handle(await self._batch())
+        finally:
+            for handle in self._timers.values():
+                handle.cancel()
+            await self._loop.run_in_executor(self._disk, self.journal.flush)
+            self._disk.shutdown()
+
+    def stop(self, reason: str) -> None:
+        """End the run from outside: a rule, the user."""
+        if not self._stopping and self.run.finished is None:
+            self._stopping = True
+            self.post(Stopping(reason))
+
+    async def on_disk(self, work: Callable[[], None]) -> None:
+        """Run `work` in the journal's thread."""
+        await asyncio.get_running_loop().run_in_executor(self._disk, work)
+
+    def _over(self) -> bool:
+        if self.error is not None:
+            return True
+        return self.run.finished is not None and not self.run.merging
+
+    async def _batch(self) -> list[_Input]:
+        batch = [await self._queue.get()]
+        while not self._queue.empty():
+            batch.append(self._queue.get_nowait())
+        batch.sort(key=lambda i: (i.now, RANK[type(i.event)]))
+        return batch
+
+    async def _handle(self, batch: list[_Input]) -> None:
+        assert self._loop is not None
+        try:
+            first = await self._loop.run_in_executor(self._disk, self._write, batch)
+        except ServerError as error:
+            self._fail(error)
+            return
+        for i, one in enumerate(batch):
+            if not self._one(first + i, one):
+                return
+        self._since_snapshot += len(batch)
+        if self.snapshot is not None and self._since_snapshot >= self.snapshot_every:
+            self._since_snapshot = 0
+            text, now = self.snapshot(), batch[-1].now
+            await self._loop.run_in_executor(self._disk, self.journal.snapshot, now, text)
+
+    def _write(self, batch: list[_Input]) -> int:
+        forget, meta = self.world.spent()
+        payloads = [i.payload for i in batch if i.payload is not None]
+        return self.journal.append([(i.now, i.event) for i in batch], payloads, forget, meta)
+
+    def _one(self, seq: int, one: _Input) -> bool:
+        try:
+            heard, actions, effects = self.run.handle(one.event, one.now)
+        except Exception as error:  # a strategy may raise anything; the run ends with it
+            logger.exception("run=%s the strategy failed", self.journal.run)
+            self._fail(
+                ServerError(
+                    "FL-S204",
+                    f"the strategy failed on {type(one.event).__name__}: {error!r}",
+                    "mend the strategy and start again on the same state directory",
+                )
+            )
+            return False
+        self.journal.decide(seq, actions)
+        self.world.heard(one.now, heard, actions)
+        for effect in effects:
+            self._perform(effect)
+        if one.then is not None:
+            one.then()
+        self._check_rules(one)
+        return True
+
+    def _check_rules(self, one: _Input) -> None:
+        run, event = self.run, one.event
+        if isinstance(event, Evaluated):
+            self.rules.evaluated(event.version, event.metrics, one.now)
+        elif not isinstance(event, Merged | TimerFired):
+            return
+        reason = self.rules.reason(run.published, run.updates_used, run.steps_used, one.now)
+        if reason is not None:
+            self.stop(reason)
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Deliver(order):
+                self.world.deliver(order)
+            case Interrupt(order, then):
+                self.world.interrupt(order, then)
+            case Merge():
+                self.world.merge(effect)
+            case Tell(client, outcome):
+                self.world.tell(client, outcome)
+            case Arm(timer, at):
+                self._arm(timer, at)
+            case Disarm(timer):
+                self._disarm(timer)
+            case Stop(reason):
+                logger.info("run=%s finished: %s", self.journal.run, reason)
+
+    def _arm(self, timer: str, at: float) -> None:
+        assert self._loop is not None
+        self._disarm(timer)
+        self._timers[timer] = self._loop.call_later(self.clock.wall(at), self._fire, timer, at)
+
+    def _fire(self, timer: str, at: float) -> None:
+        self._put(max(at, self.clock.now()), TimerFired(timer))
+
+    def _disarm(self, timer: str) -> None:
+        handle = self._timers.pop(timer, None)
+        if handle is not None:
+            handle.cancel()
+
+    def _arm_limit(self) -> None:
+        if self.rules.seconds is not None:
+            assert self._loop is not None
+            reason = f"{self.rules.seconds:g} seconds done"
+            self._loop.call_later(self.clock.wall(self.rules.seconds), self.stop, reason)
+
+    def _fail(self, error: AtollError) -> None:
+        self.error = error

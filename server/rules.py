@@ -1,0 +1,68 @@
+"""When a run has done enough, and which version was best: the same rules for every strategy.
+
+A machine beside the strategy's. Targets and patience look at one metric of the evaluations; a
+metric whose name holds `loss` or `perplexity` is better when lower, any other when higher.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from atoll.protocols.errors import UsageError
+
+
+@dataclass
+class Rules:
+    """Each limit ends the run when it is reached; None is no limit. All limits None: never."""
+
+    target: float | None = None  # of `metric`
+    metric: str = "accuracy"
+    versions: int | None = None
+    updates: int | None = None  # client updates used
+    steps: int | None = None  # local steps in the updates used
+    seconds: float | None = None  # run clock
+    patience: int | None = None  # evaluations in a row without a better `metric`
+    # state
+    best: float | None = None
+    best_version: int | None = None
+    since_best: int = 0  # evaluations
+    latest_version: int = -1  # evaluated
+    latest: float | None = None
+    reached_at: float | None = None  # run clock when the target was first reached
+
+    def __post_init__(self) -> None:
+        for name in ("versions", "updates", "steps", "seconds", "patience"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError("FL-S108", f"{name}={value} would end the run at once", "give > 0")
+
+    def evaluated(self, version: int, metrics: Mapping[str, float], now: float) -> None:
+        """Hear of an evaluation; they may come out of order of their versions."""
+        value = metrics.get(self.metric)
+        if value is None:
+            return
+        if version >= self.latest_version:
+            self.latest_version, self.latest = version, value
+        if self.best is None or self._better(value, self.best):
+            self.best, self.best_version, self.since_best = value, version, 0
+        else:
+            self.since_best += 1
+        met = self.target is not None and not self._better(self.target, value)
+        if met and self.reached_at is None:
+            self.reached_at = now
+
+    def reason(self, versions: int, updates: int, steps: int, now: float) -> str | None:
+        """Why the run ends now; None: it goes on."""
+        if self.reached_at is not None:
+            return f"target reached: {self.metric} {self.best:.4f}, wanted {self.target}"
+        counts = (("versions", versions), ("updates", updates), ("steps", steps), ("seconds", now))
+        for name, count in counts:
+            limit = getattr(self, name)
+            if limit is not None and count >= limit:
+                return f"{limit:g} {name} done"
+        if self.patience is not None and self.since_best >= self.patience:
+            return f"no better {self.metric} in {self.patience} evaluations, best {self.best:.4f}"
+        return None
+
+    def _better(self, a: float, b: float) -> bool:
+        lower = "loss" in self.metric or "perplexity" in self.metric
+        return a < b if lower else a > b
