@@ -1,0 +1,13 @@
+"""ULIDs: 26 characters, sortable by time, for nodes and runs. Only drivers make them."""
+
+import secrets
+import time
+
+ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford base 32
+
+
+def ulid(milliseconds: int | None = None, random: bytes | None = None) -> str:
+    """A new ULID: 48 bits of wall time and 80 random bits."""
+    stamp = int(time.time() * 1000) if milliseconds is None else milliseconds
+    value = stamp << 80 | int.from_bytes(random or secrets.token_bytes(10))
+    return "".join(ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))
