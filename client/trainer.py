@@ -14,6 +14,14 @@ from atoll.protocols.events import Then
 Tensors = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    tensors: Tensors  # the model after training, all groups that travel; may alias the model
+    steps: int  # really run: fewer than asked only where `asked` said to stop
+    examples: int  # examples seen
+    metrics: Mapping[str, float]  # e.g. {"loss": mean over the steps}
+
+
 def _nothing_asked() -> Then | None:
     return None
 
@@ -22,23 +30,24 @@ def _no_report(step: int) -> None:
     return None
 
 
+def _no_snapshot(work: Trained) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One order as the trainer sees it."""
+    """One order as the trainer sees it.
 
-    steps: int  # exactly so many local steps
+    Where `asked` gives "send" or "drop", stop after that step and return what there is; where it
+    gives "continue", hand a `Trained` to `snapshot`, which copies what it needs, and go on.
+    """
+
+    steps: int  # exactly so many local steps; 0: give back the model as it is
     done: int = 0  # local steps this client has run in its life: where its data order stands
     extra: Mapping[str, float] = field(default_factory=dict)  # from the strategy
-    asked: Callable[[], Then | None] = _nothing_asked  # look after each step; "send", "drop": stop
+    asked: Callable[[], Then | None] = _nothing_asked  # look after each step, each ask comes once
     report: Callable[[int], None] = _no_report  # call after each step with the steps done
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    tensors: Tensors  # the model after training, all groups that travel; may alias the model
-    steps: int  # really run: fewer than asked only where `asked` said to stop
-    examples: int  # examples seen
-    metrics: Mapping[str, float]  # e.g. {"loss": mean over the steps}
+    snapshot: Callable[[Trained], None] = _no_snapshot  # asked to "continue": call, then go on
 
 
 class Trainer(Protocol):

@@ -1,0 +1,295 @@
+"""The reference training loop on torch: exactly N local steps, batches a pure function of the step.
+
+The loop's parts are one method each, so that a local algorithm can stand between them: batch,
+gradients, `transform_grad`, clipping, optimizer step, `after_step`.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from atoll.client.algorithm import FedProx, LocalAlgorithm, Plain, local_algorithm
+from atoll.client.batches import Batch, batches, in_order, mixed
+from atoll.client.data import Data, Examples, Kind, load_data, size
+from atoll.client.models import build, manifest_of, named_tensors
+from atoll.client.objective import loss_of, score
+from atoll.client.partition import shard_of
+from atoll.client.trainer import Task, Tensors, Trained
+from atoll.protocols.errors import ClientError, UsageError
+from atoll.protocols.manifest import TRAVELLING
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+EVAL_BATCH = 1024
+LOOK_EVERY = 32  # steps between looks at the loss on an accelerator: each look waits for it
+
+
+@dataclass(frozen=True, slots=True)
+class LocalConfig:
+    """How a client trains. Raises UsageError FL-S102 for a value that cannot be."""
+
+    lr: float = 0.1
+    batch: int = 32
+    optimizer: str = "sgd"  # "sgd", "adam", "adamw"
+    momentum: float = 0.0  # of sgd
+    weight_decay: float = 0.0
+    clip: float | None = None  # largest norm of the whole gradient; None: as it is
+    autocast: str = "none"  # "none", "bf16", "fp16" (with loss scaling)
+    prox: float = 0.0  # FedProx's mu; the same as local algorithm fedprox:mu=...
+    keep_optimizer_state: bool = False  # False: fresh for each order; True: DiLoCo's inner AdamW
+    device: str = "auto"  # "auto": cuda, mps or cpu, the first there is
+    workers: int = 0  # processes that read a user's Dataset ahead
+
+    def __post_init__(self) -> None:
+        wrong = [
+            ("lr", not (math.isfinite(self.lr) and self.lr > 0), "a number above 0"),
+            ("batch", self.batch < 1, "at least 1"),
+            ("optimizer", self.optimizer not in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            ("momentum", not 0 <= self.momentum < 1, "from 0 to under 1"),
+            ("weight_decay", not 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("clip", self.clip is not None and not 0 < self.clip < math.inf, "a number above 0"),
+            ("autocast", self.autocast not in AUTOCAST, f"one of {', '.join(AUTOCAST)}"),
+            ("prox", not 0 <= self.prox < math.inf, "at least 0"),
+            ("workers", self.workers < 0, "at least 0"),
+        ]
+        for name, bad, want in wrong:
+            if bad:
+                raise UsageError("FL-S102", f"{name}={getattr(self, name)!r}", f"give {want}")
+
+
+class TorchTrainer:
+    """A `Trainer` for any nn.Module. Model, examples and optimizer stay on the device.
+
+    `slowdown` seconds are slept after each step, through `sleep`, so that one machine can play
+    clients of several speeds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        test: Examples | None = None,
+        config: LocalConfig = LocalConfig(),
+        *,
+        kind: Kind = "classification",
+        algorithm: LocalAlgorithm | None = None,
+        client: str = "client",
+        seed: int = 0,
+        slowdown: float = 0.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if algorithm is not None and config.prox:
+            raise UsageError("FL-S104", "both prox and a local algorithm are given", "drop one")
+        self.config = config
+        self.device = device_of(config.device)
+        self.model = model.to(self.device)
+        self.manifest = manifest_of(model)
+        self.examples = size(examples)
+        self.algorithm = algorithm or (FedProx(config.prox) if config.prox else Plain())
+        self._kind = kind
+        self._test = test
+        self._batches = batches(examples, config.batch, seed, client, self.device, config.workers)
+        self._random = (seed, client)
+        self._slowdown, self._sleep = slowdown, sleep
+        self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._optimizer = _optimizer(config, self._params)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "fp16")
+
+    @property
+    def batch(self) -> int:
+        """Examples a step sees: the batch, or all of them where the client has fewer."""
+        return self._batches.order.batch
+
+    def load(self, tensors: Tensors) -> None:
+        """Copy `tensors`, all that travel and nothing else; ValueError names the one at fault.
+
+        Nothing is changed where anything does not fit.
+        """
+        own = self._travelling()
+        for name in tensors:
+            if name not in own:
+                raise ValueError(f"tensor {name!r} is not in the model")
+        for name, mine in own.items():
+            if name not in tensors:
+                raise ValueError(f"tensor {name!r} {tuple(mine.shape)} is missing")
+            if tensors[name].shape != mine.shape:
+                raise ValueError(
+                    f"tensor {name!r} is {tuple(tensors[name].shape)}, "
+                    f"the model has {tuple(mine.shape)}"
+                )
+            if tensors[name].is_floating_point() != mine.is_floating_point():
+                raise ValueError(f"tensor {name!r} is {tensors[name].dtype}, not {mine.dtype}")
+        with torch.no_grad():
+            for name, mine in own.items():
+                mine.copy_(tensors[name])
+
+    def export(self) -> Tensors:
+        """The model's travelling tensors, detached, on the CPU; there they alias the model."""
+        return {name: tensor.detach().cpu() for name, tensor in self._travelling().items()}
+
+    def train(self, task: Task) -> Trained:
+        """Run `task.steps` local steps, fewer where `task.asked` says to stop.
+
+        Raises ClientError FL-C104 where the loss is no longer a number.
+        """
+        self.model.train()
+        if not self.config.keep_optimizer_state:
+            self._optimizer.state.clear()
+            self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._scaler.is_enabled())
+        self.algorithm.before_order(self._params, task)
+        with self._seeded(task.done):
+            return self._run(task)
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Loss and examples of the test split; accuracy of classes, perplexity of text."""
+        if self._test is None:
+            return {"examples": 0.0}
+        self.model.eval()
+        with torch.inference_mode(), self._cast():
+            found = score(self.model, in_order(self._test, EVAL_BATCH, self.device), self._kind)
+        self.model.train()
+        return found
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors as `parameter/name`, copied: what a keeping client stores."""
+        return {
+            f"{name}/{key}": torch.as_tensor(value).detach().clone()
+            for name, p in self._params.items()
+            for key, value in self._optimizer.state.get(p, {}).items()
+            if value is not None
+        }
+
+    def load_optimizer_state(self, state: Tensors) -> None:
+        """Take what `optimizer_state` gave; ValueError names a parameter that is not there."""
+        self._optimizer.state.clear()
+        for path, value in state.items():
+            name, _, key = path.rpartition("/")
+            if name not in self._params:
+                raise ValueError(f"optimizer state {path!r} is of no parameter of the model")
+            at = self._params[name].device if key != "step" else value.device
+            self._optimizer.state[self._params[name]][key] = value.clone().to(at)
+
+    # ---- the loop --------------------------------------------------------------------------
+
+    def _run(self, task: Task) -> Trained:
+        total, steps = torch.zeros((), device=self.device), 0
+        every = 1 if self.device.type == "cpu" else LOOK_EVERY
+        for batch in self._batches.stream(task.done, task.steps):
+            total += self._step(batch)
+            steps += 1
+            if steps % every == 0 or steps == task.steps:
+                self._still_a_number(total, steps, task)
+            task.report(steps)
+            if self._slowdown:
+                self._sleep(self._slowdown)
+            then = task.asked()
+            if then == "continue":
+                task.snapshot(self._trained(steps, total))
+            elif then is not None:
+                break
+        return self._trained(steps, total)
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One local step; the loss before it, on the device."""
+        loss = self._gradients(batch, self._scaler)
+        self._scaler.unscale_(self._optimizer)
+        self.algorithm.transform_grad(self._params, functools.partial(self._gradients, batch))
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(self._params.values(), self.config.clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self.algorithm.after_step(self._params)
+        return loss
+
+    def _gradients(self, batch: Batch, scaler: "torch.amp.GradScaler | None" = None) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        with self._cast():
+            loss = loss_of(self.model, batch, self._kind)
+        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        return loss.detach()
+
+    def _still_a_number(self, total: Tensor, steps: int, task: Task) -> None:
+        if not math.isfinite(total.item()):
+            raise ClientError(
+                "FL-C104",
+                f"loss is no longer a number at step {steps} of {task.steps} "
+                f"(local step {task.done + steps})",
+                f"lower lr={self.config.lr}, or set clip; check the data for NaN",
+            )
+
+    def _trained(self, steps: int, total: Tensor) -> Trained:
+        metrics = {"loss": total.item() / steps} if steps else {}
+        return Trained(self.export(), steps, steps * self.batch, metrics)
+
+    def _travelling(self) -> dict[str, Tensor]:
+        groups = {spec.name: spec.group for spec in self.manifest.tensors}
+        return {n: t for n, t in named_tensors(self.model) if groups[n] in TRAVELLING}
+
+    def _cast(self) -> AbstractContextManager[object]:
+        dtype = AUTOCAST[self.config.autocast]
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    @contextmanager
+    def _seeded(self, done: int) -> Iterator[None]:
+        """Dropout and the like draw from (seed, client, step), and the caller's state stays."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(mixed(*self._random, "order", done))
+            yield
+
+
+def make_trainer(
+    model: str,
+    data: str | Data,
+    partition: str = "iid",
+    shard: tuple[int, int] = (0, 1),
+    seed: int = 0,
+    local: LocalConfig = LocalConfig(),
+    algorithm: str = "plain",
+    client: str = "client",
+    slowdown: float = 0.0,
+) -> TorchTrainer:
+    """A trainer from specs, for client `shard[0]` (from 0) of `shard[1]` clients."""
+    loaded = load_data(data) if isinstance(data, str) else data
+    mine = loaded.shard(shard_of(loaded, partition, shard, seed))
+    if algorithm == "plain" and local.prox:
+        algorithm, local = f"fedprox:mu={local.prox}", replace(local, prox=0.0)
+    return TorchTrainer(
+        build(model, loaded.info, seed),
+        mine,
+        loaded.test,
+        local,
+        kind=loaded.info.kind,
+        algorithm=local_algorithm(algorithm),
+        client=client,
+        seed=seed,
+        slowdown=slowdown,
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is cuda, mps or cpu, the first there is. UsageError FL-S102 for one that is not."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError("FL-S102", f"device {name!r}: {error}", "use auto, or cpu") from error
+
+
+def _optimizer(config: LocalConfig, params: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    if not params:
+        raise UsageError("FL-S102", "the model has nothing to train", "unfreeze a parameter")
+    values, decay = list(params.values()), config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(values, config.lr, momentum=config.momentum, weight_decay=decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(values, config.lr, weight_decay=decay)
