@@ -1,0 +1,309 @@
+"""What happened in a run, as rows: `history.jsonl`, and everything tables and plots ask of it.
+
+One JSON object a line, in journal order, written by the driver (real or virtual):
+
+    {"t": 1.25, "kind": "train", "client": "fast", "order": "o3", "steps": 40, "version": 2}
+
+`t` is the run's clock in seconds, never decreasing. The kinds and their fields:
+
+    join       client, examples
+    leave      client, reason
+    restart    client
+    train      client, order, steps, version        an order is given
+    started    order [, bytes]                      it can be fetched; bytes: what is sent down
+    update     client, order, update, steps, base, train_seconds, started, bytes, metrics [, final]
+    aggregate  version, items [[update, weight]], staleness {update: versions}
+    merged     version, stats
+    evaluated  version, metrics
+    discard    update, reason
+    group      group, arrival, latest, members      FedCompass: when it is expected, and at latest
+    finish     reason
+
+A kind that is not known here is kept and written, and counts for nothing.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+Row = Mapping[str, Any]  # one line: JSON, the fields of its kind as above
+
+
+@dataclass(slots=True)
+class Span:
+    """One order's life on one client: from when it could be fetched to its end."""
+
+    client: str
+    order: str
+    version: int  # base
+    steps: int  # ordered
+    start: float  # run clock
+    end: float | None = None  # run clock; None: still open
+    train_seconds: float = 0.0  # of it; the rest is transfer and waiting
+    update: str | None = None  # None: it ended without a result
+    staleness: int | None = None  # versions between base and merge; None: not merged
+    reason: str = ""  # why it was not used
+
+
+@dataclass(slots=True)
+class ClientTotals:
+    """Sums over one client's life in the run."""
+
+    examples: int = 0
+    updates: int = 0  # received
+    merged: int = 0
+    discarded: int = 0
+    steps: int = 0  # of received updates
+    train_seconds: float = 0.0
+    staleness: int = 0  # sum over merged updates
+    bytes_up: int = 0
+    bytes_down: int = 0
+    restarts: int = 0
+    here: bool = True
+
+    @property
+    def mean_staleness(self) -> float:
+        """Versions; 0 where nothing was merged."""
+        return self.staleness / self.merged if self.merged else 0.0
+
+    @property
+    def pace(self) -> float:
+        """Local steps per second of training; 0 where nothing was trained."""
+        return self.steps / self.train_seconds if self.train_seconds > 0 else 0.0
+
+
+@dataclass(slots=True)
+class Group:
+    """FedCompass' arrival group: who is to arrive together, and when."""
+
+    name: str
+    opened: float  # run clock
+    arrival: float  # expected
+    latest: float  # after which it is merged without those missing
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    t: float  # run clock
+    version: int
+    value: float
+
+
+@dataclass
+class History:
+    """Append rows; ask for totals, series and spans. Each row costs the same, however many."""
+
+    rows: list[Row] = field(default_factory=list)
+    clients: dict[str, ClientTotals] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)  # in the order they began
+    open: dict[str, Span] = field(default_factory=dict)  # client -> what it is at
+    groups: dict[str, Group] = field(default_factory=dict)
+    merges: list[tuple[float, int]] = field(default_factory=list)  # (run clock, version)
+    evaluations: list[tuple[float, int, Mapping[str, float]]] = field(default_factory=list)
+    finished: str | None = None
+
+    _ordered: dict[str, Span] = field(default_factory=dict, repr=False)
+    _updates: dict[str, Span] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Self:
+        history = cls()
+        for row in rows:
+            history.append(row)
+        return history
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The history in a file. A torn last line (the writer was killed) is left out.
+
+        Raises ValueError, naming the line, where any other line is not a row.
+        """
+        lines = path.read_text().split("\n")
+        history = cls()
+        for at, line in enumerate(lines):
+            if line and at < len(lines) - 1:  # what follows the last newline is torn
+                history.append(_parse(line, f"{path}:{at + 1}"))
+        return history
+
+    @property
+    def now(self) -> float:
+        """The run's clock at the last row."""
+        return float(self.rows[-1]["t"]) if self.rows else 0.0
+
+    @property
+    def version(self) -> int:
+        return self.merges[-1][1] if self.merges else 0
+
+    def append(self, row: Row) -> None:
+        """Take one row in; rows come in the order of their `t`."""
+        self.rows.append(row)
+        take = _TAKERS.get(row["kind"])
+        if take is not None:
+            take(self, row, float(row["t"]))
+
+    def series(self, metric: str) -> list[Point]:
+        """A metric over time, e.g. "accuracy", of the evaluated versions that have it."""
+        return [Point(t, v, m[metric]) for t, v, m in self.evaluations if m.get(metric) is not None]
+
+    def latest(self, metric: str) -> float | None:
+        """The metric of the newest evaluated version that has it."""
+        points = self.series(metric)
+        return max(points, key=lambda p: p.version).value if points else None
+
+    def seconds_to(self, metric: str, target: float) -> float | None:
+        """Run clock at which the metric first was at least `target`; None: never."""
+        return next((p.t for p in self.series(metric) if p.value >= target), None)
+
+    def seconds_left(self, metric: str, target: float, last: int = 8) -> float | None:
+        """Seconds until `target` if the rest (1 - metric) goes on shrinking as it did lately.
+
+        A line through log(1 - metric) of the last points. None where that says nothing: fewer
+        than three points, no progress, or a target of 1.
+        """
+        points = [p for p in self.series(metric) if p.value < 1][-last:]
+        if len(points) < 3 or not points[-1].value < target < 1:
+            return 0.0 if points and points[-1].value >= target else None
+        slope = _slope([(p.t, math.log(1 - p.value)) for p in points])
+        if slope >= 0:
+            return None
+        ahead = (math.log(1 - target) - math.log(1 - points[-1].value)) / slope
+        return max(0.0, points[-1].t + ahead - self.now)
+
+    # ---- one row each ------------------------------------------------------------------------
+
+    def _client(self, row: Row) -> ClientTotals:
+        return self.clients.setdefault(row["client"], ClientTotals())
+
+    def _join(self, row: Row, t: float) -> None:
+        client = self._client(row)
+        client.examples, client.here = row["examples"], True
+
+    def _leave(self, row: Row, t: float) -> None:
+        self._client(row).here = False
+        self._end(row["client"], t, row["reason"])
+
+    def _restart(self, row: Row, t: float) -> None:
+        self._client(row).restarts += 1
+
+    def _train(self, row: Row, t: float) -> None:
+        name = row["client"]
+        self._client(row)
+        self._end(name, t, "its order was closed")
+        span = Span(name, row["order"], row["version"], row["steps"], t)
+        self.spans.append(span)
+        self.open[name] = self._ordered[span.order] = span
+
+    def _started(self, row: Row, t: float) -> None:
+        span = self._ordered.get(row["order"])
+        if span is not None:
+            span.start = t
+            self.clients[span.client].bytes_down += row.get("bytes", 0)
+
+    def _update(self, row: Row, t: float) -> None:
+        client = self._client(row)
+        client.updates += 1
+        client.steps += row["steps"]
+        client.train_seconds += row["train_seconds"]
+        client.bytes_up += row["bytes"]
+        span = self._ordered.get(row["order"])
+        if span is None:  # the order was given before this history began
+            span = Span(row["client"], row["order"], row["base"], row["steps"], row["started"])
+            self.spans.append(span)
+        span.end, span.update = t, row["update"]
+        span.train_seconds, span.reason = row["train_seconds"], ""
+        self._updates[row["update"]] = span
+        if row.get("final", True):
+            self._ordered.pop(span.order, None)
+            if self.open.get(span.client) is span:
+                del self.open[span.client]
+
+    def _aggregate(self, row: Row, t: float) -> None:
+        for update, staleness in row["staleness"].items():
+            span = self._updates.pop(update, None)
+            if span is not None:
+                span.staleness = staleness
+                client = self.clients[span.client]
+                client.merged += 1
+                client.staleness += staleness
+
+    def _merged(self, row: Row, t: float) -> None:
+        self.merges.append((t, row["version"]))
+
+    def _evaluated(self, row: Row, t: float) -> None:
+        self.evaluations.append((t, row["version"], row["metrics"]))
+
+    def _discard(self, row: Row, t: float) -> None:
+        span = self._updates.pop(row["update"], None)
+        if span is not None:
+            span.reason = row["reason"]
+            self.clients[span.client].discarded += 1
+
+    def _group(self, row: Row, t: float) -> None:
+        known = self.groups.get(row["group"])
+        opened = known.opened if known else t
+        self.groups[row["group"]] = Group(
+            row["group"], opened, row["arrival"], row["latest"], tuple(row["members"])
+        )
+
+    def _finish(self, row: Row, t: float) -> None:
+        self.finished = row["reason"]
+        for name in list(self.open):
+            self._end(name, t, "the run is over")
+
+    def _end(self, client: str, t: float, reason: str) -> None:
+        span = self.open.pop(client, None)
+        if span is not None and span.end is None:
+            span.end, span.reason = max(t, span.start), reason
+
+
+_TAKERS = {
+    "join": History._join,
+    "leave": History._leave,
+    "restart": History._restart,
+    "train": History._train,
+    "started": History._started,
+    "update": History._update,
+    "aggregate": History._aggregate,
+    "merged": History._merged,
+    "evaluated": History._evaluated,
+    "discard": History._discard,
+    "group": History._group,
+    "finish": History._finish,
+}
+
+
+def line(row: Row) -> str:
+    """A row as the line of `history.jsonl`, newline included; what is not finite becomes null."""
+    return json.dumps(_finite(row), separators=(",", ":"), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parse(text: str, where: str) -> Row:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict) or "t" not in row or "kind" not in row:
+        raise ValueError(f"{where}: a row has t and kind: {text[:80]}")
+    return row
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    """Of the least squares line through (x, y); 0 where all x are equal."""
+    n = len(points)
+    mean_x, mean_y = sum(x for x, _ in points) / n, sum(y for _, y in points) / n
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    if spread == 0:
+        return 0.0
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
