@@ -1,0 +1,208 @@
+"""Codecs: how a section of float values is packed into bytes, and read back tile by tile.
+
+A codec turns a flat float32 vector into little-endian bytes once, and gives a decoder that hands
+out any tile of it, so that a merge over many updates never unpacks a whole one. `fp32` is the
+mapped bytes themselves. Names are slot specs: `int8` or `topk:fraction=0.01` find their place in
+`BUILTIN` or in an entry point `atoll.codec`, and nothing else changes.
+"""
+
+import ctypes
+import sys
+import typing
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atoll.protocols import slots
+from atoll.protocols.errors import UsageError
+
+assert sys.byteorder == "little", "sections are little-endian and are mapped, not converted"
+
+TILE = 1 << 20  # elements; measured: tiles that fit the L2 cache lose to per-call overhead
+
+BUILTIN: Mapping[str, str] = {
+    "fp32": "atoll.protocols.codecs:Fp32",
+    "fp16": "atoll.protocols.codecs:Fp16",
+    "bf16": "atoll.protocols.codecs:Bf16",
+}
+
+
+class Decoder(Protocol):
+    """Elements [lo, hi) of one section as values; they may lie in `out` or in the bytes themselves.
+
+    `out` is scratch of at least hi - lo elements. Never write to what is returned.
+    """
+
+    def __call__(self, lo: int, hi: int, out: Tensor) -> Tensor: ...
+
+
+class Codec(Protocol):
+    """How float32 values become bytes. Stateless: error feedback is the client's own."""
+
+    @property
+    def name(self) -> str:
+        """As it stands in a section, e.g. "bf16"."""
+
+    def size(self, count: int) -> int:
+        """Bytes of a section of `count` values."""
+
+    def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
+        """Flat float32 `values` as bytes; into `out`, of exactly `size(count)` bytes, if given."""
+
+    def decoder(self, payload: memoryview, count: int) -> Decoder:
+        """A reader of `count` values in `payload`, whose length was checked before."""
+
+
+class Fp32:
+    """The values as they are: no copy when encoding a contiguous vector, none when decoding."""
+
+    name = "fp32"
+
+    def size(self, count: int) -> int:
+        return 4 * count
+
+    def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
+        if out is None:
+            return as_bytes(values)
+        out[:] = as_bytes(values)
+        return out
+
+    def decoder(self, payload: memoryview, count: int) -> Decoder:
+        return _Mapped(as_tensor(payload, torch.float32))
+
+
+class _Half:
+    """Two bytes a value, rounded to nearest even.
+
+    A finite value beyond the range becomes the largest finite one: one exploded element costs its
+    own size, where refusing would cost the client its whole work and Inf would cost the run its
+    model. NaN and Inf stay what they are, so that the check for them still sees them.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+    def size(self, count: int) -> int:
+        return 2 * count
+
+    def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
+        if out is None:
+            out = memoryview(bytearray(self.size(values.numel())))
+        assert len(out) == self.size(values.numel()), "out must be exactly size(count) bytes"
+        halves = torch.frombuffer(out, dtype=self.dtype) if len(out) else values.to(self.dtype)
+        for lo in range(0, values.numel(), TILE):
+            tile = values[lo : lo + TILE]
+            half = halves[lo : lo + TILE].copy_(tile)
+            if not all_finite(half):
+                overflown = torch.isinf(half) & torch.isfinite(tile)
+                limit = torch.finfo(self.dtype).max
+                half[overflown] = torch.copysign(torch.tensor(limit), tile[overflown]).to(half)
+        return out
+
+    def decoder(self, payload: memoryview, count: int) -> Decoder:
+        return _Widened(as_tensor(payload, self.dtype))
+
+
+class Fp16(_Half):
+    """IEEE half: 11 significant bits, up to 65504, below 6e-8 zero."""
+
+    name = "fp16"
+    dtype = torch.float16
+
+
+class Bf16(_Half):
+    """bfloat16: 8 significant bits, the range of float32."""
+
+    name = "bf16"
+    dtype = torch.bfloat16
+
+
+class Int64:
+    """What `buffers_other` travels as. Not a choice: counters are not rounded."""
+
+    name = "int64"
+
+    def size(self, count: int) -> int:
+        return 8 * count
+
+    def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
+        data = as_bytes(values)
+        if out is None:
+            return data
+        out[:] = data
+        return out
+
+    def decoder(self, payload: memoryview, count: int) -> Decoder:
+        return _Mapped(as_tensor(payload, torch.int64))
+
+
+def codec(spec: str) -> Codec:
+    """The codec that `spec` names. Raises UsageError FL-S101, FL-S102 or FL-S103.
+
+    Only for names from our own configuration: a name from the other side is compared, never
+    resolved, since `module:object` would import what a stranger wrote.
+    """
+    found = slots.resolve("codec", spec, BUILTIN)
+    if not all(hasattr(found, part) for part in ("name", "size", "encode", "decoder")):
+        raise UsageError(
+            "FL-S102",
+            f"codec {spec!r} is a {type(found).__name__}",
+            "a codec has name, size, encode and decoder: see atoll.protocols.codecs.Codec",
+        )
+    return typing.cast("Codec", found)
+
+
+def as_bytes(values: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    assert values.is_contiguous(), "only a contiguous tensor lies in memory as it travels"
+    data: typing.Any = values.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def as_tensor(view: memoryview, dtype: torch.dtype) -> Tensor:
+    """A flat tensor over these bytes, without a copy where they are aligned.
+
+    Where `view` is read-only, so is the tensor, although torch cannot know it: never write to it.
+    """
+    if len(view) == 0:
+        return torch.empty(0, dtype=dtype)
+    address = torch.frombuffer(_writable(view), dtype=torch.uint8).data_ptr()
+    if address % dtype.itemsize:  # int64 after an odd number of float32
+        return torch.frombuffer(bytearray(view), dtype=dtype)
+    return torch.frombuffer(_writable(view), dtype=dtype)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or Inf. One read: elements are looked at only if the sum is not."""
+    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(
+        torch.isfinite(values).all()
+    )
+
+
+class _Mapped:
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    def __call__(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        return self._values[lo:hi]
+
+
+class _Widened:
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    def __call__(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        return out[: hi - lo].copy_(self._values[lo:hi])
+
+
+def _writable(view: memoryview) -> object:
+    """A buffer torch accepts in silence: for read-only bytes it would warn at each tensor."""
+    if not view.readonly:
+        return view
+    address = np.frombuffer(view, np.uint8).ctypes.data
+    window = (ctypes.c_char * len(view)).from_address(address)
+    window.owner = view  # type: ignore[attr-defined]  # the bytes live as long as the tensor
+    return window

@@ -1,0 +1,312 @@
+"""Named tensors to flat sections and back, and the strict reading of what the other side sent.
+
+Everything that merges, steps or packs works on one flat float32 vector per group; names and shapes
+come back only at the two ends. What arrives is checked against the manifest before one byte is
+allocated for it.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from atoll.protocols.blobs import Section
+from atoll.protocols.codecs import TILE, Codec, Decoder, Int64, all_finite
+from atoll.protocols.errors import ClientError, RemoteError
+from atoll.protocols.manifest import DTYPES, TRAVELLING, Group, Manifest, TensorSpec
+
+Kind = Literal["model", "update"]
+EXTRA = "extra:"
+INT64 = Int64()
+
+
+def describe(tensors: Mapping[str, Tensor], groups: Mapping[str, Group]) -> Manifest:
+    """The manifest of `tensors` in their order. Raises ClientError FL-C103 for a dtype we lack."""
+    specs = []
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise ClientError(
+                "FL-C103",
+                f"tensor {name!r} has dtype {dtype}, which cannot travel",
+                f"use one of {', '.join(DTYPES)}, or make it a non-persistent buffer",
+            )
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, groups[name]))
+    return Manifest(tuple(specs))
+
+
+def describe_module(module: nn.Module) -> Manifest:
+    """The manifest of a module's state dict: what requires grad is trainable, or else frozen."""
+    wanted = {n: p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
+    groups: dict[str, Group] = {}
+    state = module.state_dict()
+    for name, tensor in state.items():
+        if name in wanted:
+            groups[name] = "trainable" if wanted[name] else "frozen"
+        else:
+            groups[name] = "buffers_float" if tensor.is_floating_point() else "buffers_other"
+    return describe(state, groups)
+
+
+def dtype_of(group: str) -> torch.dtype:
+    """What a flat section of `group` holds."""
+    return torch.int64 if group == "buffers_other" else torch.float32
+
+
+def flatten(
+    manifest: Manifest, tensors: Mapping[str, Tensor], group: Group, out: Tensor | None = None
+) -> Tensor:
+    """The tensors of `group` laid end to end, float32 (`buffers_other`: int64), on the CPU.
+
+    Raises ClientError FL-C103 naming the tensor that is missing or has another shape.
+    """
+    if out is None:
+        out = torch.empty(manifest.counts[group], dtype=dtype_of(group))
+    for spec, lo, hi in manifest.spans(group):
+        out[lo:hi].view(spec.shape).copy_(_fitting(tensors, spec))
+    return out
+
+
+def unflatten(manifest: Manifest, group: Group, flat: Tensor) -> dict[str, Tensor]:
+    """The tensors of `group` by name: views of `flat` where the model's dtype is flat's own."""
+    return {
+        spec.name: flat[lo:hi].view(spec.shape).to(getattr(torch, spec.dtype))
+        for spec, lo, hi in manifest.spans(group)
+    }
+
+
+def delta(
+    manifest: Manifest, base: Tensor, tensors: Mapping[str, Tensor], out: Tensor | None = None
+) -> Tensor:
+    """base - local over the trainable tensors, flat float32; `base` is the flat start.
+
+    `out` may be `base` itself where the start is no longer needed. No model-sized scratch.
+    """
+    if out is None:
+        out = torch.empty_like(base)
+    for spec, lo, hi in manifest.spans("trainable"):
+        local = _fitting(tensors, spec).reshape(-1)
+        for at in range(0, hi - lo, TILE):
+            end = min(at + TILE, hi - lo)
+            tile = local[at:end].to("cpu", torch.float32)
+            torch.sub(base[lo + at : lo + end], tile, out=out[lo + at : lo + end])
+    return out
+
+
+def _fitting(tensors: Mapping[str, Tensor], spec: TensorSpec) -> Tensor:
+    if spec.name not in tensors:
+        raise ClientError(
+            "FL-C103",
+            f"tensor {spec.name!r} {spec.shape} is missing",
+            "the model must be the run's: same names, same shapes",
+        )
+    tensor = tensors[spec.name]
+    if tuple(tensor.shape) != spec.shape:
+        raise ClientError(
+            "FL-C103",
+            f"tensor {spec.name!r} is {tuple(tensor.shape)}, the run expects {spec.shape}",
+            "the model must be the run's: same names, same shapes",
+        )
+    return tensor.detach()
+
+
+# ---- packing -------------------------------------------------------------------------------
+
+
+def section_codec(group: str, codec: Codec) -> Codec:
+    """What packs a section of `group` in a run whose codec is `codec`."""
+    return INT64 if group == "buffers_other" else codec
+
+
+def sections_of(
+    manifest: Manifest, codec: Codec, groups: Collection[str] = TRAVELLING
+) -> tuple[Section, ...]:
+    """The sections in which `groups` travel: in the order of TRAVELLING, empty ones left out."""
+    made = []
+    for group in TRAVELLING:
+        count = manifest.counts[group]
+        if group in groups and count:
+            packs = section_codec(group, codec)
+            made.append(Section(group, packs.name, count, packs.size(count)))
+    return tuple(made)
+
+
+def pack(
+    manifest: Manifest,
+    groups: Mapping[Group, Tensor],
+    codec: Codec,
+    out: memoryview | None = None,
+) -> tuple[tuple[Section, ...], memoryview]:
+    """Flat vectors as the bytes of a blob, into `out` if given (exactly as long as the sections).
+
+    One fp32 section alone is not copied.
+    """
+    sections = sections_of(manifest, codec, groups)
+    if out is None and len(sections) == 1:
+        group = cast("Group", sections[0].group)
+        return sections, section_codec(group, codec).encode(groups[group])
+    if out is None:
+        out = memoryview(bytearray(sum(s.length for s in sections)))
+    at = 0
+    for section in sections:
+        flat = groups[cast("Group", section.group)]
+        assert flat.numel() == section.count, f"{section.group}: {flat.numel()} values"
+        section_codec(section.group, codec).encode(flat, out[at : at + section.length])
+        at += section.length
+    assert at == len(out), "out must be exactly as long as the sections"
+    return sections, out
+
+
+# ---- strict reading ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """The bytes of a checked blob and how to read them."""
+
+    sections: tuple[Section, ...]
+    view: memoryview
+    codec: Codec
+
+    def has(self, group: str) -> bool:
+        return any(s.group == group for s in self.sections)
+
+    def decoder(self, group: str) -> Decoder:
+        """Reads the section of `group`, which must be there (see `has`)."""
+        at = 0
+        for section in self.sections:
+            if section.group == group:
+                view = self.view[at : at + section.length]
+                return section_codec(group, self.codec).decoder(view, section.count)
+            at += section.length
+        raise KeyError(group)
+
+    def read(self, group: str) -> Tensor:
+        """The whole section. May alias the bytes: never write to it."""
+        count = next(s.count for s in self.sections if s.group == group)
+        return self.decoder(group)(0, count, torch.empty(count, dtype=dtype_of(group)))
+
+
+def parse(
+    manifest: Manifest,
+    sections: Sequence[Section],
+    view: memoryview,
+    codec: Codec,
+    kind: Kind,
+    extras: Mapping[str, int] | None = None,
+) -> Payload:
+    """A blob from the other side, checked. Raises RemoteError FL-W104; allocates nothing."""
+    check(manifest, sections, len(view), codec, kind, extras)
+    return Payload(tuple(sections), view, codec)
+
+
+def check(
+    manifest: Manifest,
+    sections: Sequence[Section],
+    size: int,
+    codec: Codec,
+    kind: Kind,
+    extras: Mapping[str, int] | None = None,
+) -> None:
+    """Whether `sections` can be a `kind` of this manifest in `size` bytes. RemoteError FL-W104.
+
+    A model has every group that is not empty; an update may leave buffers out. `extras` are the
+    extra sections allowed, with their counts. Needs no bytes, so an upload is refused unsent.
+    """
+    allowed = {f"{EXTRA}{name}": count for name, count in (extras or {}).items()}
+    seen: set[str] = set()
+    for section in sections:
+        _check_section(manifest, section, codec, allowed)
+        if section.group in seen:
+            raise _mismatch(f"section {section.group!r} stands twice")
+        seen.add(section.group)
+    order = [*TRAVELLING, *allowed]
+    if [s.group for s in sections] != sorted(seen, key=order.index):
+        raise _mismatch(f"sections stand as {[s.group for s in sections]}, expected {order}")
+    for group in TRAVELLING if kind == "model" else TRAVELLING[:1]:
+        if manifest.counts[group] and group not in seen:
+            raise _mismatch(f"section {group!r} of {manifest.counts[group]} values is missing")
+    total = sum(s.length for s in sections)
+    if total != size:
+        raise _mismatch(f"the sections are {total} bytes, the payload is {size}")
+
+
+def _check_section(
+    manifest: Manifest, section: Section, codec: Codec, allowed: Mapping[str, int]
+) -> None:
+    name = section.group
+    if name in TRAVELLING:
+        expected = manifest.counts[name]
+    elif name in allowed:
+        expected = allowed[name]
+    else:
+        raise _mismatch(f"section {name!r} is not one of {[*TRAVELLING, *allowed]}")
+    packs = section_codec(name, codec)
+    if section.codec != packs.name:
+        raise _mismatch(f"section {name!r} is packed as {section.codec!r}, expected {packs.name!r}")
+    if section.count != expected or not expected:
+        raise _mismatch(
+            f"section {name!r} has {section.count} values, expected {expected}"
+            + _tensors_of(manifest, name)
+        )
+    if section.length != packs.size(expected):
+        raise _mismatch(
+            f"section {name!r} of {expected} {packs.name} values has {section.length} bytes, "
+            f"expected {packs.size(expected)}"
+        )
+
+
+def _tensors_of(manifest: Manifest, group: str) -> str:
+    names = [t.name for t in manifest.tensors if t.group == group]
+    return f" ({names[0]!r} to {names[-1]!r})" if names else ""
+
+
+def _mismatch(what: str) -> RemoteError:
+    return RemoteError("FL-W104", what, "send the tensors of the run's manifest, in its order")
+
+
+# ---- finite values -------------------------------------------------------------------------
+
+
+def finite(manifest: Manifest, payload: Payload) -> None:
+    """Raises RemoteError FL-W106 naming the first NaN or Inf: tensor, index and value. One read."""
+    largest = max((s.count for s in payload.sections), default=0)
+    scratch = torch.empty(min(TILE, largest))
+    for section in payload.sections:
+        if section.group == "buffers_other":
+            continue
+        for at, tile in tiles(payload.decoder(section.group), section.count, scratch):
+            if not all_finite(tile):
+                first = int((~torch.isfinite(tile)).nonzero()[0])
+                raise RemoteError(
+                    "FL-W106",
+                    f"{place(manifest, section.group, at + first)} is {float(tile[first])}",
+                    "the training diverged: lower the learning rate or clip gradients",
+                )
+
+
+def tiles(decoder: Decoder, count: int, scratch: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each tile of a section with the index of its first element; a tile ends with the next."""
+    for lo in range(0, count, TILE):
+        yield lo, decoder(lo, min(lo + TILE, count), scratch)
+
+
+def place(manifest: Manifest, group: str, index: int) -> str:
+    """Which element of which tensor `index` of a flat section is, e.g. "tensor 'fc.bias'[3]"."""
+    if group in TRAVELLING:
+        for spec, lo, hi in manifest.spans(group):
+            if lo <= index < hi:
+                return f"tensor {spec.name!r}{_unravel(index - lo, spec.shape)}"
+    return f"section {group!r}[{index}]"
+
+
+def _unravel(index: int, shape: tuple[int, ...]) -> list[int]:
+    where = []
+    for i in range(len(shape)):
+        inner = math.prod(shape[i + 1 :])
+        where.append(index // inner)
+        index %= inner
+    return where
