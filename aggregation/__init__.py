@@ -6,12 +6,16 @@ from atoll.protocols.lazy import exports
 
 if TYPE_CHECKING:
     from atoll.aggregation.fedavg import FedAvg as FedAvg
+    from atoll.aggregation.fedbuff import FedBuff as FedBuff
+    from atoll.aggregation.fedcompass import FedCompass as FedCompass
     from atoll.aggregation.strategy import Strategy as Strategy
 
 __getattr__ = exports(
     __name__,
     {
         "FedAvg": "fedavg",
+        "FedBuff": "fedbuff",
+        "FedCompass": "fedcompass",
         "Strategy": "strategy",
     },
 )

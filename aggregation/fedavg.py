@@ -60,6 +60,7 @@ class FedAvg(Strategy):
     merges: int = field(default=0, init=False)  # rounds that made a version
     open: bool = field(default=False, init=False)  # a round is running
     began: float = field(default=0.0, init=False)  # when it began
+    due: float = field(default=0.0, init=False)  # its deadline, run clock
     extended: bool = field(default=False, init=False)  # its deadline has passed once
     finished: bool = field(default=False, init=False)
     wanted: int = field(default=0, init=False)  # results that complete the round
@@ -119,12 +120,11 @@ class FedAvg(Strategy):
             yield from self.take_late(update)
 
     def on_timer(self, timer: str, now: float) -> Actions:
-        if not self.open or timer != self.timer:
+        if not self.open or self.deadline is None or timer != self.timer or now < self.due:
             return
         if len(self.arrived) < self.min_results and not self.extended:
-            assert self.deadline is not None
             self.extended = True
-            yield SetTimer(self.timer, now + self.deadline)
+            yield self.wait(now + self.deadline)
         else:
             yield from self.close(now)
 
@@ -132,7 +132,11 @@ class FedAvg(Strategy):
         """A round that began behind a merge has its whole deadline once the version is there."""
         if self.open and self.deadline is not None and now > self.began:
             self.extended = False
-            yield SetTimer(self.timer, now + self.deadline)
+            yield self.wait(now + self.deadline)
+
+    def wait(self, until: float) -> SetTimer:
+        self.due = until
+        return SetTimer(self.timer, until)
 
     # ---- a round
 
@@ -158,7 +162,7 @@ class FedAvg(Strategy):
         for client in cohort:
             yield Train(client, self.steps)
         if self.deadline is not None:
-            yield SetTimer(self.timer, now + self.deadline)
+            yield self.wait(now + self.deadline)
 
     def size(self, able: int, free: int) -> int:
         """How many results the next round wants."""
@@ -197,7 +201,7 @@ class FedAvg(Strategy):
         self.carried = []
         newest = max(u.base for u in arrived)  # the version these were made from is the present one
         shares = [self.held(u) * discount(self.staleness)(newest - u.base) for u in items]
-        total = math.fsum(shares)
+        total = math.fsum(shares) or 1.0
         yield Aggregate(tuple((u.id, s / total) for u, s in zip(items, shares, strict=True)))
         self.merges += 1
 

@@ -1,0 +1,78 @@
+"""Try a strategy, yours or ours, on histories made from seeds, without a network.
+
+`check_strategy(lambda: MyStrategy(...))` runs hundreds of them - clients of different and changing
+speed, deaths, returns, ties, late results, timers that should not fire, a restart from the dumped
+state before every event - and raises AssertionError with the seed for what a strategy must not do.
+"""
+
+import random
+from collections.abc import Callable
+
+from atoll.aggregation.strategy import Strategy
+from atoll.aggregation.virtual import Virtual
+from atoll.protocols import state
+
+Make = Callable[[], Strategy]
+
+
+def check_strategy(
+    make: Make, seeds: int = 200, events: int = 60, steps: tuple[int, int] = (1, 1 << 30)
+) -> None:
+    """Run `make()` through `seeds` histories of at most `events` events.
+
+    Holds it to: orders only to clients that are present and have none open, with steps within
+    `steps`; every update used or discarded once, or still held in its state; finite weights;
+    wrong timers change nothing; the same history gives the same log; a strategy dumped and loaded
+    before every event gives that log too.
+    """
+    for seed in range(seeds):
+        try:
+            plain = history(make, seed, steps).run(events=events)
+            again = history(make, seed, steps)
+            again.restart = restart
+            again.run(events=events)
+            assert plain.log == again.log, "a restart before every event changes its decisions"
+            held = state.dumps(plain.strategy)
+            for update in sorted(plain.updates):
+                assert f'"{update}"' in held, f"{update} is neither used, discarded nor held"
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def restart(strategy: Strategy) -> Strategy:
+    """The strategy as it comes back from its dump."""
+    return state.loads(type(strategy), state.dumps(strategy))
+
+
+def history(make: Make, seed: int, steps: tuple[int, int] = (1, 1 << 30)) -> Virtual:
+    """A scenario made from `seed`, ready to run. Times lie on a grid, so that ties are common."""
+    rng = random.Random(f"history/{seed}")
+    clients = [f"c{i}" for i in range(rng.randint(1, 7))]
+    grid = rng.choice([0.25, 0.5, 1.0])
+    base = {c: grid * rng.randint(1, 8) for c in clients}
+    noise = rng.choice([0.0, 0.05, 0.5])
+
+    def pace(client: str, order: int) -> float:
+        drawn = random.Random(f"{seed}/{client}/{order}")
+        change = 4.0 if drawn.random() < noise / 4 else 1.0
+        return base[client] * change * max(0.1, drawn.gauss(1.0, noise)) if noise else base[client]
+
+    run = Virtual(make(), pace, merging=rng.choice([0.0, 0.0, grid * 3]), steps=steps)
+    for client in clients:
+        at = grid * rng.choice([0, 0, rng.randint(0, 400)])
+        run.join(at, client, rng.randint(0, 9), rng.choice([None, None, base[client]]))
+        while rng.random() < 0.5:
+            at += grid * rng.randint(0, 300)
+            brings = rng.choice([None, at + grid * rng.randint(0, 300)])
+            run.leave(at, client, brings)
+            if rng.random() < 0.8:
+                at += grid * rng.randint(0, 300)
+                run.join(at, client, rng.randint(1, 9))
+            else:
+                break
+    for _ in range(rng.randint(0, 5)):
+        name = rng.choice(
+            ["g0", "g1", "g1 silent", "round-1", "round-2", "buffer", "no such timer"]
+        )
+        run.fire(grid * rng.randint(0, 800), name)
+    return run
