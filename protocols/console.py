@@ -5,7 +5,6 @@ that `--help` is quick. A command raises AtollError and knows nothing of screens
 into text or, with `--json`, into the envelope, and into an exit code.
 """
 
-import errno
 import json
 import os
 import re
@@ -103,15 +102,13 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         if verbose:
             traceback.print_exc()
         return _report(error, as_json)
-    except click.Abort:  # Ctrl-C, or a prompt that was left: click makes one of both
+    except (click.Abort, KeyboardInterrupt):  # click makes an Abort of the latter
         return _report(AtollError("FL-S208", "interrupted"), as_json)
-    except KeyboardInterrupt:
-        return _report(AtollError("FL-S208", "interrupted"), as_json)
+    except SystemExit as stop:  # e.g. click's own, where the reader of our output went away
+        return stop.code if isinstance(stop.code, int) else 1
     except click.ClickException as error:
         return _report_usage(error, as_json)
     except Exception as error:  # noqa: BLE001 - the last line of defence of a process
-        if isinstance(error, OSError) and error.errno == errno.EPIPE:
-            return 1
         return _report(_crash(error, verbose), as_json)
 
 
