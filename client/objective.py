@@ -52,7 +52,9 @@ def score(model: nn.Module, stream: Iterator[Batch], kind: Kind) -> dict[str, fl
 def _loss(out: Tensor, y: Tensor, kind: Kind) -> Tensor:
     if kind == "regression":
         return functional.mse_loss(out.reshape(y.shape), y)
-    return functional.cross_entropy(out.reshape(-1, out.shape[-1]), y.reshape(-1))
+    if y.dim() > 1:  # (batch, context, vocabulary) against (batch, context)
+        out, y = out.flatten(0, -2), y.flatten()
+    return functional.cross_entropy(out, y)
 
 
 def _examples(batch: Batch) -> int:
