@@ -11,44 +11,16 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atoll.protocols.blobs import Section
-from atoll.protocols.codecs import TILE, Codec, Decoder, Int64, all_finite
+from atoll.protocols.codecs import TILE, Codec, Decoder, Int64, all_finite, as_tensor
 from atoll.protocols.errors import ClientError, RemoteError
-from atoll.protocols.manifest import DTYPES, TRAVELLING, Group, Manifest, TensorSpec
+from atoll.protocols.manifest import TRAVELLING, Group, Manifest, TensorSpec
 
 Kind = Literal["model", "update"]
 EXTRA = "extra:"
 INT64 = Int64()
-
-
-def describe(tensors: Mapping[str, Tensor], groups: Mapping[str, Group]) -> Manifest:
-    """The manifest of `tensors` in their order. Raises ClientError FL-C103 for a dtype we lack."""
-    specs = []
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise ClientError(
-                "FL-C103",
-                f"tensor {name!r} has dtype {dtype}, which cannot travel",
-                f"use one of {', '.join(DTYPES)}, or make it a non-persistent buffer",
-            )
-        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, groups[name]))
-    return Manifest(tuple(specs))
-
-
-def describe_module(module: nn.Module) -> Manifest:
-    """The manifest of a module's state dict: what requires grad is trainable, or else frozen."""
-    wanted = {n: p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
-    groups: dict[str, Group] = {}
-    state = module.state_dict()
-    for name, tensor in state.items():
-        if name in wanted:
-            groups[name] = "trainable" if wanted[name] else "frozen"
-        else:
-            groups[name] = "buffers_float" if tensor.is_floating_point() else "buffers_other"
-    return describe(state, groups)
 
 
 def dtype_of(group: str) -> torch.dtype:
@@ -111,6 +83,17 @@ def _fitting(tensors: Mapping[str, Tensor], spec: TensorSpec) -> Tensor:
             "the model must be the run's: same names, same shapes",
         )
     return tensor.detach()
+
+
+def as_flat(view: memoryview) -> Tensor:
+    """Writable bytes as the flat float32 vector they hold."""
+    return as_tensor(view, torch.float32)
+
+
+def group_of(section: Section) -> Group:
+    """The group a travelling section holds."""
+    assert section.group in TRAVELLING, section.group
+    return section.group
 
 
 # ---- packing -------------------------------------------------------------------------------

@@ -1,0 +1,433 @@
+"""Client: obeys one server's orders with one warm trainer, and survives losing it.
+
+The driver of `session.py`: an asyncio loop for the control stream, one thread that trains, one
+that moves bulk bytes, so that a client trains and transfers at the same time.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+
+from atoll.client import session as machine
+from atoll.client import transfer
+from atoll.client.outbox import Outbox
+from atoll.client.trainer import Trainer
+from atoll.client.work import Dropped, Workbench
+from atoll.protocols import messages, wire_pb2
+from atoll.protocols.blobs import BlobInfo
+from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
+from atoll.protocols.codecs import BUILTIN, codec
+from atoll.protocols.errors import AtollError, ClientError
+from atoll.protocols.events import ClientInfo, Then
+from atoll.protocols.manifest import Manifest
+
+Maker = Callable[["RunInfo"], Trainer]
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = 1
+UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What the server tells of its run before a client says hello."""
+
+    id: str
+    model: str
+    data: str
+    algorithm: str
+    local: dict[str, bool | int | float | str]
+    seed: int
+    manifest: Manifest
+
+
+@dataclass
+class Report:
+    """What a client did, for the log and for tests."""
+
+    orders: int = 0
+    steps: int = 0
+    used: int = 0
+    discarded: int = 0
+    reconnections: int = 0
+    reason: str = ""
+
+
+@dataclass
+class _Job:
+    """The order in training, as seen from both threads."""
+
+    order: messages.Order
+    asked: Then | None = None
+    step: int = 0
+
+
+@dataclass
+class _Line:
+    """One control stream."""
+
+    channel: Any
+    out: "asyncio.Queue[wire_pb2.ClientMessage | None]" = field(default_factory=asyncio.Queue)
+    token: str = ""
+    run: str = ""
+    inline_limit: int = 0
+    bulk: Any = None
+    patience: transfer.Patience = field(default_factory=transfer.Patience)
+
+    def close(self) -> None:
+        self.patience.stop.set()
+        if self.bulk is not None:
+            self.bulk.close()
+
+
+class Client:
+    """`trainer` is a Trainer, or makes one from what the server tells of its run.
+
+    `folder` keeps finished work and the data order over restarts; None keeps them in memory.
+    `examples` is how many training examples this client holds: its weight in an average.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        trainer: Trainer | Maker,
+        *,
+        name: str,
+        folder: Path | None = None,
+        examples: int | None = None,
+        seconds_per_step: float | Callable[[Trainer], float] | None = None,
+        patience_seconds: float = float("inf"),
+    ) -> None:
+        self.address = address
+        self.name = name
+        self.report = Report()
+        self._trainer = trainer
+        self._examples = examples
+        self._pace = seconds_per_step
+        self._outbox = Outbox(folder)
+        node = self._outbox.memory.node
+        self._session = machine.Session(seed=node, give_up_seconds=patience_seconds)
+        self._bench: Workbench | None = None
+        self._line: _Line | None = None
+        self._job: _Job | None = None
+        self._orders: dict[str, messages.Order] = {}
+        self._events: asyncio.Queue[machine.Event] = asyncio.Queue()
+        self._training = ThreadPoolExecutor(1, thread_name_prefix="train")
+        self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._info = ClientInfo(0)
+        self._quit: machine.Quit | None = None
+        self._now: Callable[[], float] = float
+
+    def run(self) -> Report:
+        """Take part until the run is over. Raises AtollError where this client cannot go on."""
+        return asyncio.run(self.serve())
+
+    def stop(self) -> None:
+        """Leave with a goodbye; from the loop's thread."""
+        if self._line is not None:
+            self._say(goodbye=wire_pb2.Goodbye(reason="stopped by its owner"))
+        self._events.put_nowait(machine.Ended("stopped by its owner", done=True))
+
+    async def serve(self) -> Report:
+        loop = asyncio.get_running_loop()
+        self._now = loop.time
+        self._events.put_nowait(machine.Started(self._outbox.waiting()))
+        try:
+            while self._quit is None:
+                event = await self._events.get()
+                for action in self._session.handle(event, loop.time()):
+                    await self._perform(action)
+        finally:
+            await self._close()
+        self.report.reason = self._quit.reason
+        if self._quit.code:
+            raise ClientError(self._quit.code, self._quit.reason, self._quit.hint)
+        return self.report
+
+    async def _close(self) -> None:
+        if self._job is not None:
+            self._job.asked = "drop"
+        if self._line is not None:
+            await asyncio.sleep(0.05)  # let a goodbye or an acknowledgement out
+            self._line.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._training.shutdown(wait=False, cancel_futures=True)
+        self._bulk.shutdown(wait=False, cancel_futures=True)
+
+    # ---- what the machine says -----------------------------------------------------------------
+
+    async def _perform(self, action: machine.Action) -> None:
+        match action:
+            case machine.Connect(at):
+                self._spawn(self._tick(at))
+            case machine.Greet(holding):
+                self._spawn(self._converse(holding))
+            case machine.Work(order):
+                self._spawn(self._work(self._orders[order]))
+            case machine.Interrupt(_, then):
+                if self._job is not None:
+                    self._job.asked = then
+            case machine.Deliver(update):
+                self._deliver(update)
+            case machine.Complain(order, code, message):
+                self._say(failure=wire_pb2.Failure(order=order, code=code, message=message))
+            case machine.Acknowledge(update):
+                self._say(ack=wire_pb2.Ack(updates=[update]))
+            case machine.Settle(update, fate):
+                self.report.used += fate == "used"
+                self.report.discarded += fate != "used"
+                self._outbox.drop(update)
+            case machine.Quit():
+                self._quit = action
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _post(self, event: machine.Event) -> None:
+        self._events.put_nowait(event)
+
+    def _say(self, **kind: Any) -> None:
+        if self._line is not None:
+            self._line.out.put_nowait(wire_pb2.ClientMessage(**kind))
+
+    async def _tick(self, at: float) -> None:
+        await asyncio.sleep(max(0.0, at - self._now()))
+        self._post(machine.Tick())
+
+    # ---- the control stream --------------------------------------------------------------------
+
+    async def _converse(self, holding: tuple[str, ...]) -> None:
+        """One life of the control stream, from hello to its end, whatever ends it."""
+        try:
+            async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+                await self._prepare(channel)
+                line = _Line(channel)
+                line.out.put_nowait(wire_pb2.ClientMessage(hello=self._hello(holding)))
+                call = channel.stream_stream(
+                    f"/{SERVICE}/Control",
+                    request_serializer=wire_pb2.ClientMessage.SerializeToString,
+                    response_deserializer=wire_pb2.ServerMessage.FromString,
+                )(_queued(line.out))
+                try:
+                    async for message in call:
+                        self._hear(line, message)
+                finally:
+                    self._line = None
+                    line.close()
+                    line.out.put_nowait(None)
+            self._post(machine.Lost("the server closed the stream"))
+        except grpc.aio.AioRpcError as error:
+            refused = messages.error_from_metadata(error.trailing_metadata())
+            if refused is not None:
+                self._reject(refused, "")
+            else:
+                details = messages.text(error.details() or "", 200)
+                self._post(machine.Lost(f"{error.code().name}: {details}"))
+        except AtollError as error:
+            self._reject(error, "")
+        except Exception as error:  # a bug of ours must end the client, not hang it
+            logger.exception("client=%s the control stream failed", self.name)
+            self._reject(ClientError("FL-S100", f"unexpected error: {error!r}"), "")
+
+    def _reject(self, error: AtollError, order: str) -> None:
+        retry = getattr(error, "retry_seconds", None)
+        self._post(
+            machine.Rejected(
+                error.code, error.message, error.hint, order, retry is None, retry or 0.0
+            )
+        )
+
+    async def _prepare(self, channel: Any) -> None:
+        """Before the first hello: hear of the run, make the trainer, measure its speed."""
+        if self._bench is not None:
+            return
+        call = channel.unary_unary(
+            f"/{SERVICE}/Inspect",
+            request_serializer=wire_pb2.InspectRequest.SerializeToString,
+            response_deserializer=wire_pb2.InspectReply.FromString,
+        )
+        reply = await call(wire_pb2.InspectRequest(what="run"), timeout=30.0)
+        told = json.loads(reply.data)
+        info = RunInfo(
+            told["id"],
+            told["model"],
+            told["data"],
+            told["algorithm"],
+            told["local"],
+            told["seed"],
+            Manifest.from_json(told["manifest"]),
+        )
+        self._outbox.enter(info.id)
+        loop = asyncio.get_running_loop()
+        self._bench = await loop.run_in_executor(self._training, self._make, info, told)
+
+    def _make(self, info: RunInfo, told: dict[str, Any]) -> Workbench:
+        made = self._trainer
+        trainer = cast("Trainer", made if hasattr(made, "train") else cast("Maker", made)(info))
+        mine = getattr(trainer, "manifest", None)
+        if isinstance(mine, Manifest) and (differs := info.manifest.difference(mine)):
+            raise ClientError(
+                "FL-C103",
+                f"this client's model is not the run's: {differs}",
+                f"give it the run's model ({info.model}): see `fl-client test`",
+            )
+        examples = self._examples
+        if examples is None:
+            examples = int(getattr(trainer, "examples", 0)) or 1
+        pace = self._pace(trainer) if callable(self._pace) else self._pace
+        self._info = ClientInfo(examples, pace, tuple(sorted(BUILTIN)))
+        up, down = codec(_known(told["codec_up"])), codec(_known(told["codec_down"]))
+        return Workbench(trainer, info.manifest, up, down, self._outbox)
+
+    def _hello(self, holding: tuple[str, ...]) -> wire_pb2.Hello:
+        assert self._bench is not None
+        memory = self._outbox.memory
+        return messages.hello_to_wire(
+            messages.Hello(
+                PROTOCOL, memory.run, self.name, memory.node, self._info,
+                self._bench.manifest.schema, holding, "0.1.0",
+            )
+        )  # fmt: skip
+
+    def _hear(self, line: _Line, message: wire_pb2.ServerMessage) -> None:
+        match message.WhichOneof("kind"):
+            case "welcome":
+                self._welcomed(line, message.welcome)
+            case "order":
+                order = messages.order_from_wire(message.order)
+                self._orders[order.id] = order
+                self._post(machine.Ordered(order.id))
+            case "ask":
+                self._post(machine.Asked(*messages.ask_from_wire(message.ask)))
+            case "receipt":
+                self._post(machine.Received(message.receipt.update))
+            case "outcome":
+                told = messages.outcome_from_wire(message.outcome)
+                self._post(machine.Told(told.order, told.update, told.fate))
+            case "evaluate":
+                self._spawn(self._evaluate(message.evaluate))
+            case "refusal":
+                refused = messages.error_from_wire(message.refusal)
+                self._reject(refused, message.refusal.order)
+            case "goodbye":
+                bye = message.goodbye
+                self._post(machine.Ended(messages.text(bye.reason), bye.done, bye.retry_seconds))
+
+    def _welcomed(self, line: _Line, welcome: wire_pb2.Welcome) -> None:
+        line.token, line.run = welcome.session, welcome.run
+        line.inline_limit = welcome.inline_limit
+        line.bulk = transfer.connect(self.address)
+        self.report.reconnections += self._session.failures > 0
+        self._line = line
+        self._spawn(self._beat(line, welcome.heartbeat_seconds))
+        self._post(machine.Welcomed())
+
+    async def _beat(self, line: _Line, seconds: float) -> None:
+        while self._line is line:
+            await asyncio.sleep(seconds)
+            job = self._job
+            beat = wire_pb2.Heartbeat(order=job.order.id, step=job.step) if job else None
+            line.out.put_nowait(wire_pb2.ClientMessage(heartbeat=beat or wire_pb2.Heartbeat()))
+
+    # ---- work ----------------------------------------------------------------------------------
+
+    async def _work(self, order: messages.Order) -> None:
+        assert self._bench is not None
+        job = self._job = _Job(order)
+        loop = asyncio.get_running_loop()
+        try:
+            result = await loop.run_in_executor(self._training, self._train, self._bench, job)
+            self.report.orders += 1
+            self.report.steps += result.steps
+            self._post(machine.Finished(order.id, result.update))
+        except Dropped:
+            self._post(machine.Dropped(order.id))
+        except AtollError as error:
+            if self._session.phase == "online" and job.asked != "drop":
+                logger.warning("client=%s order=%s %s", self.name, order.id, error)
+                self._post(machine.Failed(order.id, error.code, error.message))
+            else:  # the model could not be fetched for want of a server: it will be ordered again
+                self._post(machine.Dropped(order.id))
+        finally:
+            self._orders.pop(order.id, None)
+            if self._job is job:
+                self._job = None
+
+    def _train(self, bench: Workbench, job: _Job) -> messages.Result:
+        def report(step: int) -> None:
+            job.step = step
+
+        return bench.do(job.order, self._fetch, lambda: job.asked, report)
+
+    def _fetch(self, info: BlobInfo, dest: memoryview) -> None:
+        line = self._line
+        if line is None:
+            raise ClientError("FL-C101", f"no server to fetch {info.id} from")
+        transfer.download(line.bulk, line.token, line.run, info, dest, line.patience)
+
+    async def _evaluate(self, asked: wire_pb2.Evaluate) -> None:
+        assert self._bench is not None
+        info, inline = messages.blob_from_wire(asked.model)
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(
+            self._training, self._bench.evaluate, info, inline, self._fetch
+        )
+        examples = int(found.pop("examples", 0))
+        self._say(
+            evaluation=wire_pb2.Evaluation(version=asked.version, metrics=found, examples=examples)
+        )
+
+    # ---- delivering ----------------------------------------------------------------------------
+
+    def _deliver(self, update: str) -> None:
+        kept, line = self._outbox.get(update), self._line
+        if kept is None or line is None:
+            return
+        result, view = kept
+        if len(view) <= line.inline_limit:
+            whole = replace(result, inline=bytes(view))
+            self._say(result=messages.result_to_wire(whole))
+        else:
+            self._spawn(self._upload(line, result, view))
+
+    async def _upload(self, line: _Line, result: messages.Result, view: memoryview) -> None:
+        def send() -> None:
+            transfer.upload(line.bulk, line.token, line.run, result, view, line.patience)
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._bulk, send)
+            self._post(machine.Received(result.update))
+        except AtollError as error:
+            if self._line is line:  # else the next welcome delivers it again
+                self._reject(error, result.order if error.code == "FL-W102" else "")
+
+
+async def _queued(
+    out: "asyncio.Queue[wire_pb2.ClientMessage | None]",
+) -> AsyncIterator[wire_pb2.ClientMessage]:
+    while (message := await out.get()) is not None:
+        yield message
+
+
+def _known(name: str) -> str:
+    """A codec name from the server: compared with ours, never imported."""
+    if name not in BUILTIN:
+        raise ClientError(
+            "FL-W108",
+            f"the run packs with {messages.text(name, 40)!r}, which this client cannot",
+            f"known here: {', '.join(sorted(BUILTIN))}; install a newer atoll",
+        )
+    return name

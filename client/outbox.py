@@ -1,0 +1,134 @@
+"""Outbox: a client's finished work, kept until the server has told what became of it.
+
+On disk where the client has a folder, so that a process killed after training never trains again;
+the result's description is renamed into place last, so what is listed is whole. It also keeps what
+a client must remember between two lives: its node id and where its data order stands.
+"""
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from atoll.protocols import messages, wire_pb2
+from atoll.protocols.blobs import INLINE
+from atoll.protocols.errors import ClientError, RemoteError
+from atoll.protocols.ids import ulid
+from atoll.protocols.messages import Result
+
+SUFFIX = ".result"
+
+
+@dataclass
+class Memory:
+    """What outlives a client's process."""
+
+    node: str = field(default_factory=ulid)
+    run: str = ""
+    steps: int = 0  # local steps in results so far: where the data order stands
+
+
+class Outbox:
+    """`folder` None keeps everything in memory: then a killed client trains its order again."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Take the folder; ClientError FL-C108 where another client has it."""
+        self.folder = folder
+        self.memory = Memory()
+        self._results: dict[str, Result] = {}
+        self._bytes: dict[str, memoryview] = {}
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ClientError(
+                    "FL-C108",
+                    f"client folder {folder} cannot be taken: {error.strerror}",
+                    "stop the client that uses it, or give another --dir",
+                ) from error
+            self._read(folder)
+
+    def enter(self, run: str) -> None:
+        """Belong to `run`; what is left of another one is dropped."""
+        if self.memory.run == run:
+            return
+        for update in list(self._results):
+            self.drop(update)
+        self.memory = replace(self.memory, run=run, steps=0)
+        self.remember()
+
+    def remember(self) -> None:
+        if self.folder is not None:
+            text = json.dumps(vars(self.memory))
+            _replace(self.folder / "client.json", text.encode())
+
+    def waiting(self) -> tuple[tuple[str, str], ...]:
+        """(order, update) of each result, oldest first."""
+        return tuple((r.order, u) for u, r in self._results.items())
+
+    def buffer(self, update: str, size: int) -> memoryview:
+        """Where to write a result's bytes: a mapped file when it is big and there is a folder."""
+        if self.folder is None or size <= INLINE:
+            return memoryview(bytearray(size))
+        fd = os.open(self.folder / f"{update}.bin", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size)
+            return memoryview(mmap.mmap(fd, size))
+        finally:
+            os.close(fd)
+
+    def put(self, result: Result, view: memoryview) -> None:
+        """Keep a result, its bytes in a view that `buffer` gave."""
+        if self.folder is not None:
+            if len(view) <= INLINE:
+                _replace(self.folder / f"{result.update}.bin", bytes(view))
+            wire = messages.result_to_wire(replace(result, inline=b""))
+            _replace(self.folder / f"{result.update}{SUFFIX}", wire.SerializeToString())
+        self._results[result.update] = result
+        self._bytes[result.update] = view
+        self.memory.steps += result.steps if result.final else 0
+        self.remember()
+
+    def get(self, update: str) -> tuple[Result, memoryview] | None:
+        if update not in self._results:
+            return None
+        return self._results[update], self._bytes[update]
+
+    def drop(self, update: str) -> None:
+        self._results.pop(update, None)
+        self._bytes.pop(update, None)
+        if self.folder is not None:
+            (self.folder / f"{update}{SUFFIX}").unlink(missing_ok=True)
+            (self.folder / f"{update}.bin").unlink(missing_ok=True)
+
+    def _read(self, folder: Path) -> None:
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+            self.memory = Memory(**json.loads((folder / "client.json").read_text()))
+        for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns):
+            try:
+                wire = wire_pb2.Result.FromString(path.read_bytes())
+                result = messages.result_from_wire(wire)
+                with open(folder / f"{result.update}.bin", "rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size != result.payload.size:
+                        raise ValueError(f"{size} bytes")
+                    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+            except (OSError, ValueError, DecodeError, RemoteError):
+                path.unlink(missing_ok=True)  # half written by a killed process: not listed again
+                continue
+            self._results[result.update] = result
+            self._bytes[result.update] = memoryview(mapped)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write beside and rename, so that a reader finds all of it or the former one."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(data)
+    os.replace(beside, path)
