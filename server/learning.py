@@ -1,0 +1,56 @@
+"""Learning: what a simulated run does with tensors. Nothing at all, or all of it, in memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from atoll.protocols.events import Merged
+from atoll.server.run import Merge, Order
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What one order came to."""
+
+    examples: int
+    metrics: Mapping[str, float]
+
+
+class Learning(Protocol):
+    """The simulator says when; this says what comes of it. Takes no virtual time."""
+
+    def given(self, order: Order) -> None:
+        """The order can be fetched: its version will be wanted."""
+
+    def train(self, client: str, order: Order, steps: int, update: str) -> Worked:
+        """`steps` local steps of `order`; keep the delta under `update`."""
+
+    def merge(self, merge: Merge) -> Merged:
+        """Make a version of kept deltas."""
+
+    def evaluate(self, version: int) -> Mapping[str, float]:
+        """Metrics of the newest version; empty where it cannot be evaluated."""
+
+    def forget(self, update: str) -> None:
+        """The update is decided: its delta is not needed any more."""
+
+
+class NoLearning:
+    """No tensors: for what depends on time alone, a hundred thousand updates in seconds."""
+
+    _NOTHING = Worked(0, {})
+
+    def given(self, order: Order) -> None:
+        pass
+
+    def train(self, client: str, order: Order, steps: int, update: str) -> Worked:
+        return self._NOTHING
+
+    def merge(self, merge: Merge) -> Merged:
+        return Merged(merge.version, tuple([update for update, _ in merge.items]))
+
+    def evaluate(self, version: int) -> Mapping[str, float]:
+        return {}
+
+    def forget(self, update: str) -> None:
+        pass

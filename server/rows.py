@@ -1,0 +1,85 @@
+"""Rows: what was heard and decided, as the rows of a run's history (`server/history.py`)."""
+
+from collections.abc import Iterable, Iterator
+
+from atoll.protocols.events import (
+    Action,
+    Aggregate,
+    ClientJoined,
+    ClientLeft,
+    Discard,
+    Evaluated,
+    Event,
+    Finish,
+    Merged,
+    Train,
+    UpdateReceived,
+)
+from atoll.server.history import Row
+from atoll.server.run import Deliver, Effect, Run
+
+
+class Recorder:
+    """Turns each step of a run into rows. One per run: it remembers the base of each update."""
+
+    def __init__(self) -> None:
+        self._bases: dict[str, int] = {}
+
+    def rows(
+        self,
+        run: Run,
+        now: float,
+        event: Event,
+        actions: Iterable[Action],
+        effects: Iterable[Effect],
+        sizes: tuple[int, int] = (0, 0),
+    ) -> Iterator[Row]:
+        """Rows of one call of `run.handle`; `sizes` are the bytes of an update, of a model."""
+        yield from self._heard(now, event, sizes[0])
+        version = run.version - sum(isinstance(a, Aggregate) for a in actions)
+        for action in actions:
+            if isinstance(action, Aggregate):
+                version += 1
+                yield self._aggregate(now, version, action)
+            elif isinstance(action, Train):
+                order = run.open.get(action.client)
+                if order is not None:  # None where the run finished in the same breath
+                    yield _row(
+                        now, "train", client=order.client, order=order.id, steps=order.steps,
+                        version=order.version,
+                    )  # fmt: skip
+            elif isinstance(action, Discard):
+                self._bases.pop(action.update, None)
+                yield _row(now, "discard", update=action.update, reason=action.reason)
+            elif isinstance(action, Finish):
+                yield _row(now, "finish", reason=action.reason)
+        for effect in effects:
+            if isinstance(effect, Deliver):
+                yield _row(now, "started", order=effect.order.id, bytes=sizes[1])
+
+    def _heard(self, now: float, event: Event, size: int) -> Iterator[Row]:
+        match event:
+            case UpdateReceived(u):
+                self._bases[u.id] = u.base
+                yield _row(
+                    now, "update", client=u.client, order=u.order, update=u.id, steps=u.steps,
+                    base=u.base, train_seconds=u.train_seconds, started=u.started, bytes=size,
+                    metrics=dict(u.metrics), final=u.final, current=u.current,
+                )  # fmt: skip
+            case ClientJoined(client, info):
+                yield _row(now, "join", client=client, examples=info.examples)
+            case ClientLeft(client, reason):
+                yield _row(now, "leave", client=client, reason=reason)
+            case Merged(version, _, _, stats):
+                yield _row(now, "merged", version=version, stats=dict(stats))
+            case Evaluated(version, metrics):
+                yield _row(now, "evaluated", version=version, metrics=dict(metrics))
+
+    def _aggregate(self, now: float, version: int, action: Aggregate) -> Row:
+        stale = {u: version - 1 - self._bases.pop(u) for u, _ in action.items if u in self._bases}
+        items = [[update, weight] for update, weight in action.items]
+        return _row(now, "aggregate", version=version, items=items, staleness=stale)
+
+
+def _row(now: float, kind: str, **fields: object) -> Row:
+    return {"t": now, "kind": kind, **fields}
