@@ -84,6 +84,7 @@ class Group:
     arrival: float  # expected
     latest: float  # after which it is merged without those missing
     members: tuple[str, ...]
+    closed: float | None = None  # run clock of the merge that took its members' work
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class History:
 
     _ordered: dict[str, Span] = field(default_factory=dict, repr=False)
     _updates: dict[str, Span] = field(default_factory=dict, repr=False)
+    _waiting: dict[str, Group] = field(default_factory=dict, repr=False)  # groups not closed
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Self:
@@ -133,6 +135,11 @@ class History:
     def now(self) -> float:
         """The run's clock at the last row."""
         return float(self.rows[-1]["t"]) if self.rows else 0.0
+
+    def waiting(self, now: float) -> list[Group]:
+        """The groups that may still be merged together, the next to close first."""
+        open_groups = [g for g in self._waiting.values() if g.latest >= now]
+        return sorted(open_groups, key=lambda g: (g.latest, g.name))
 
     @property
     def version(self) -> int:
@@ -222,13 +229,24 @@ class History:
                 del self.open[span.client]
 
     def _aggregate(self, row: Row, t: float) -> None:
+        merged: set[str] = set()
         for update, staleness in row["staleness"].items():
             span = self._updates.pop(update, None)
             if span is not None:
+                merged.add(span.client)
                 span.staleness = staleness
                 client = self.clients[span.client]
                 client.merged += 1
                 client.staleness += staleness
+
+        self._close_groups(merged, t)
+
+    def _close_groups(self, merged: set[str], t: float) -> None:
+        """A merge with work of a group's members closes it, unless members may still arrive."""
+        for group in [g for g in self._waiting.values() if merged.intersection(g.members)]:
+            if t >= group.latest or not any(m in self.open for m in group.members):
+                group.closed = t
+                del self._waiting[group.name]
 
     def _merged(self, row: Row, t: float) -> None:
         self.merges.append((t, row["version"]))
@@ -243,11 +261,12 @@ class History:
             self.clients[span.client].discarded += 1
 
     def _group(self, row: Row, t: float) -> None:
-        known = self.groups.get(row["group"])
-        opened = known.opened if known else t
-        self.groups[row["group"]] = Group(
-            row["group"], opened, row["arrival"], row["latest"], tuple(row["members"])
-        )
+        name, members = row["group"], tuple(row["members"])
+        group = self.groups.get(name)
+        if group is None:
+            group = Group(name, t, row["arrival"], row["latest"], members)
+            self.groups[name] = self._waiting[name] = group
+        group.arrival, group.latest, group.members = row["arrival"], row["latest"], members
 
     def _finish(self, row: Row, t: float) -> None:
         self.finished = row["reason"]
