@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-NOISE = 1e-6  # (3.3 + 15 - 3.3) / 0.15 is 99.99999999999999 in floats, and means 100 steps
+NOISE = 1e-6  # (1.4 + 15 - 1.4) / 0.15 is 99.99999999999999 in floats, and means 100 steps
 INSTANT = 1e-9  # seconds a step at least: a measured 0 must not divide
 
 

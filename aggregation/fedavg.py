@@ -40,7 +40,8 @@ class FedAvg(Strategy):
     stragglers to drop their order, so they are free for the next round; "stale" lets them finish,
     and what they bring joins the next merge with its share multiplied by `staleness`. Work of a
     client that left and came back while its round is open is in time. Clients that join in mid
-    round are eligible for the next. A client without examples is never asked.
+    round are eligible for the next; one without examples is never asked. A round that is open when
+    the run is stopped makes no version.
     """
 
     steps: int = 50  # local steps of every order

@@ -51,6 +51,7 @@ class FedBuff(Strategy):
     unique_per_buffer: bool = False  # a client waits for the merge its result goes into
     weighting: Literal["examples", "equal"] = "equal"
     concurrency: int | None = None  # clients that train at once, drawn uniformly; None: all
+    flush_on_stop: bool = False  # make one last version of what is in the buffer
     seed: int = 0  # draw n is made from (seed, n) alone
 
     version: int = field(default=0, init=False)
@@ -96,6 +97,10 @@ class FedBuff(Strategy):
         if timer == TIMER and self.buffer and now >= self.due:
             yield from self.merge()
             yield from self.go_on()
+
+    def on_stop(self, reason: str, now: float) -> Actions:
+        if self.flush_on_stop and self.buffer:
+            yield from self.merge()
 
     # ---- the buffer
 

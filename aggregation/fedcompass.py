@@ -66,6 +66,7 @@ class FedCompass(Strategy):
     normalised: bool = False  # deltas per step, times the group's mean number of steps
     dead_after: float | None = None  # seconds; None: 60 or three times the group's span, if longer
     min_clients: int = 1  # wait for so many before the first order
+    flush_on_stop: bool = False  # make one last version of all that waits
 
     version: int = field(default=0, init=False)
     begun: bool = field(default=False, init=False)
@@ -128,8 +129,7 @@ class FedCompass(Strategy):
         if name is None:
             return
         if group is None:
-            if busy:
-                yield from self.forget(name, client)
+            yield from self.forget(name, client)
             return
         group.turn = 0.0
         if not busy:
@@ -274,13 +274,13 @@ class FedCompass(Strategy):
                 del self.closed[name]
                 yield CancelTimer(f"{name} silent")
 
-    def flush(self) -> Actions:
-        """Everything that still waits, in one last merge. For whoever ends a run."""
-        items, self.general = self.general, []
-        for group in self.open.values():
-            items, group.buffer = items + group.buffer, []
-        if items:
-            yield self.aggregate(items, outer=True)
+    def on_stop(self, reason: str, now: float) -> Actions:
+        if self.flush_on_stop:
+            items, self.general = self.general, []
+            for group in self.open.values():
+                items, group.buffer = items + group.buffer, []
+            if items:
+                yield self.aggregate(items, outer=True)
 
     # ---- weights
 

@@ -178,7 +178,7 @@ class Virtual:
                 self._post(at, TIMER, TimerFired(timer))
             case CancelTimer(timer):
                 self.timers.pop(timer, None)
-            case Finish(reason):
+            case Finish(reason):  # pragma: no branch
                 self.finished = reason
 
     def _train(self, client: str, steps: int) -> None:

@@ -1,0 +1,293 @@
+"""The base of all strategies, a strategy of one's own, and the checks that find a bad one."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+import atoll.aggregation
+from atoll.aggregation import FedAvg, FedBuff, FedCompass, Strategy
+from atoll.aggregation.strategy import Actions
+from atoll.aggregation.testing import check_strategy, history, restart
+from atoll.aggregation.virtual import Virtual
+from atoll.protocols.events import (
+    Action,
+    Aggregate,
+    Ask,
+    CancelTimer,
+    ClientInfo,
+    ClientJoined,
+    ClientLeft,
+    Discard,
+    Evaluated,
+    Event,
+    Merged,
+    SetTimer,
+    Stopping,
+    TimerFired,
+    Train,
+    Update,
+    UpdateReceived,
+)
+
+
+def result(**more: bool) -> UpdateReceived:
+    return UpdateReceived(Update("u", "o", "a", 0, 5, 5, 0.0, 1.0, {}, **more))
+
+
+# ---- the base class
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        (ClientJoined("a", ClientInfo(1)), []),
+        (ClientLeft("a", "gone"), []),
+        (result(), []),
+        (result(current=False), [Discard("u", "its order was closed")]),
+        (result(final=False), [Discard("u", "snapshots are not used by this strategy")]),
+        (TimerFired("t"), []),
+        (Merged(1, ("u",)), []),
+        (Evaluated(1, {"accuracy": 0.5}), []),
+        (Stopping("time is up"), []),
+    ],
+)
+def test_every_event_has_an_empty_answer(event: Event, said: list[Action]) -> None:
+    assert Strategy().handle(event, 0.0) == said
+
+
+# ---- a strategy of one's own
+
+
+@dataclass
+class Each(Strategy):
+    """Merge every result alone, at full weight."""
+
+    steps: int = 3
+
+    def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+        yield Train(client, self.steps)
+
+    def on_update(self, update: Update, now: float) -> Actions:
+        yield Aggregate(((update.id, 1.0),))
+        yield Train(update.client, self.steps)
+
+
+def test_a_strategy_of_a_few_lines_holds_to_all_promises() -> None:
+    check_strategy(Each, seeds=40, steps=(3, 3))
+
+
+@dataclass
+class Twice(Each):
+    def on_update(self, update: Update, now: float) -> Actions:
+        yield Aggregate(((update.id, 1.0),))
+        yield Aggregate(((update.id, 1.0),))
+
+
+@dataclass
+class Forgets(Each):
+    def on_update(self, update: Update, now: float) -> Actions:
+        yield Train(update.client, self.steps)
+
+
+@dataclass
+class Hurries(Each):
+    def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+        yield Train(client, self.steps)
+        yield Train(client, self.steps)
+
+
+@dataclass
+class Haunted(Each):
+    def on_leave(self, client: str, reason: str, now: float) -> Actions:
+        yield Train(client, self.steps)
+
+
+@dataclass
+class Endless(Each):
+    def on_update(self, update: Update, now: float) -> Actions:
+        yield Aggregate(((update.id, float("nan")),))
+
+
+@dataclass
+class Negative(Each):
+    def on_update(self, update: Update, now: float) -> Actions:
+        yield Aggregate(((update.id, -1.0),))
+
+
+@dataclass
+class Empty(Each):
+    def on_update(self, update: Update, now: float) -> Actions:
+        yield Aggregate(())
+
+
+@dataclass
+class Invents(Each):
+    def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+        yield Discard("u", "never received")
+
+
+@dataclass
+class Mute(Each):
+    def on_update(self, update: Update, now: float) -> Actions:
+        yield Discard(update.id, "")
+
+
+@dataclass
+class Yesterday(Each):
+    def on_update(self, update: Update, now: float) -> Actions:
+        yield SetTimer("t", now - 1.0)
+
+
+@dataclass
+class Asks(Each):
+    def on_leave(self, client: str, reason: str, now: float) -> Actions:
+        yield Ask(client, "drop")
+
+
+@dataclass
+class Amnesiac(Each):
+    """Keeps a part of its state where no dump finds it."""
+
+    seen: int = field(default=0, init=False, metadata={"stored": False})
+
+    def on_update(self, update: Update, now: float) -> Actions:
+        self.seen += 1
+        yield Aggregate(((update.id, 1.0 / self.seen),))
+        yield Train(update.client, self.steps)
+
+
+@dataclass
+class Jumpy(Each):
+    def on_timer(self, timer: str, now: float) -> Actions:
+        yield from (Train(c, 3) for c in ("c0", "c1"))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Twice, "was used or discarded before"),
+        (Forgets, "is neither used, discarded nor held"),
+        (Hurries, "it has an open order"),
+        (Haunted, "it is absent"),
+        (Endless, "a weight that is no number"),
+        (Negative, "a negative weight"),
+        (Empty, "nothing to merge"),
+        (Invents, "was not received"),
+        (Mute, "a decision explains itself"),
+        (Yesterday, "in the past"),
+        (Asks, "it has no open order"),
+        (Amnesiac, "a restart before every event changes its decisions"),
+        (Jumpy, "it is absent|it has an open order"),
+    ],
+)
+def test_a_strategy_that_breaks_a_promise_is_found_with_its_seed(
+    make: Callable[[], Strategy], why: str
+) -> None:
+    with pytest.raises(AssertionError, match=rf"^seed \d+: (.|\n)*({why})"):
+        check_strategy(make, seeds=60)
+
+
+def test_steps_out_of_bounds_are_found() -> None:
+    with pytest.raises(AssertionError, match="steps outside of"):
+        check_strategy(Each, seeds=5, steps=(4, 9))
+
+
+# ---- the virtual driver
+
+
+def test_at_one_instant_a_leave_comes_before_a_join_before_an_update_before_a_timer() -> None:
+    @dataclass
+    class Alarmed(Each):
+        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+            yield SetTimer(f"{client} {now}", 3.0)
+            yield Train(client, self.steps)
+
+    run = Virtual(Alarmed(), {"a": 1.0, "b": 1.0, "c": 1.0})
+    run.join(3, "c")
+    run.join(0, "a")
+    run.join(0, "b")
+    run.leave(3, "b")
+    run.run(3)
+    happened = [line.split("(")[0] for line in run.log if line.startswith("3.0")]
+    assert happened == [
+        "3.000000 ClientLeft",
+        "3.000000 ClientJoined",
+        "3.000000 UpdateReceived",
+        "3.000000 Merged",
+        "3.000000 TimerFired",
+        "3.000000 TimerFired",
+        "3.000000 TimerFired",
+    ]
+
+
+def test_a_timer_that_was_cancelled_or_set_anew_does_not_fire() -> None:
+    @dataclass
+    class Timed(Strategy):
+        fired: list[str] = field(default_factory=list)
+
+        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+            yield SetTimer("moved", 1.0)
+            yield SetTimer("moved", 2.0)
+            yield SetTimer("cancelled", 1.0)
+            yield CancelTimer("cancelled")
+
+        def on_timer(self, timer: str, now: float) -> Actions:
+            self.fired.append(f"{timer} {now}")
+            yield from ()
+
+    strategy = Timed()
+    run = Virtual(strategy, {})
+    run.join(0, "a")
+    run.fire(1.5, "moved")  # set, so it is not wrong
+    run.fire(1.5, "unknown")
+    run.run()
+    assert strategy.fired == ["unknown 1.5", "moved 2.0"]
+
+
+def test_who_is_there_cannot_join_and_who_is_not_cannot_leave() -> None:
+    run = Virtual(Each(), {"a": 1.0})
+    run.leave(0, "a")
+    run.join(0, "a")
+    run.join(1, "a")
+    run.run(1)
+    assert len(run.log) == 2
+
+
+def test_orders_behind_a_merge_start_when_the_version_exists() -> None:
+    run = Virtual(Each(), {"a": 1.0}, merging=0.5)
+    run.join(0, "a")
+    run.run(8)
+    assert [o.started for o in run.orders] == [0.0, 3.5, 7.0]
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("make", [FedAvg, FedBuff, FedCompass])
+def test_a_fresh_strategy_comes_back_from_its_dump(make: Callable[[], Strategy]) -> None:
+    strategy = make()
+    assert restart(strategy) == strategy
+
+
+@pytest.mark.parametrize("make", [FedAvg, FedBuff, FedCompass])
+def test_a_strategy_in_the_middle_of_a_run_comes_back_from_its_dump(
+    make: Callable[[], Strategy],
+) -> None:
+    strategy = history(make, seed=3).run(events=25).strategy
+    assert restart(strategy) == strategy
+
+
+def test_names_are_found_lazily_and_unknown_ones_are_no_attributes() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'FedMagic'"):
+        _ = atoll.aggregation.FedMagic
+
+
+def test_strategies_need_no_torch() -> None:
+    code = (
+        "import sys; from atoll.aggregation import FedAvg, FedBuff, FedCompass, Strategy; "
+        "sys.exit(bool({'torch', 'numpy', 'asyncio', 'grpc'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
