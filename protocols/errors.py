@@ -41,6 +41,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-S206": Entry(78, "state directory cannot be read"),
     "FL-S207": Entry(69, "server not reachable"),
     "FL-S208": Entry(130, "interrupted"),
+    "FL-S209": Entry(6, "replay differs from the journal"),
     # client
     "FL-C101": Entry(69, "server not reachable"),
     "FL-C102": Entry(76, "protocol version mismatch"),

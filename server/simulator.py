@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols.events import (
+    Action,
     ClientInfo,
     ClientJoined,
     ClientLeft,
@@ -38,6 +39,7 @@ from atoll.server.world import Absence, ClientModel, Pace, at_paces
 LEAVE, JOIN, UPDATE, TIMER = range(4)  # what comes first at one instant
 
 Clients = Mapping[str, float] | Sequence[ClientModel]
+Listen = Callable[[float, Event, list[Action]], None]
 
 
 @dataclass(slots=True)
@@ -83,19 +85,21 @@ def simulate(
     update_bytes: int = 0,
     model_bytes: int = 0,
     history: bool = True,
+    listen: Listen | None = None,
 ) -> Simulation:
     """Run `strategy` on `clients` ({name: seconds per step}, or models) until so many seconds.
 
     `learning` None trains nothing and evaluates nothing; `atoll.server.training.Training` trains
     for real. A version is evaluated if `evaluate_every` divides its number, in no virtual time.
-    `rules` may end the run earlier. `lease`: seconds until one who is away has left. Whatever the
-    strategy raises comes through. Without `until` and `rules` the strategy must finish by itself.
+    `rules` may end the run earlier; `listen` hears of every decision. `lease`: seconds until one
+    who is away has left. Whatever the strategy raises comes through. Without `until` and `rules`
+    the strategy must finish by itself.
     """
     models = at_paces(clients) if isinstance(clients, Mapping) else clients
     simulator = Simulator(
         strategy, models, seed, learning or NoLearning(), rules or Rules(),
         evaluate_every=evaluate_every, lease=lease, update_bytes=update_bytes,
-        model_bytes=model_bytes, history=history,
+        model_bytes=model_bytes, history=history, listen=listen,
     )  # fmt: skip
     simulator.until(until)
     return simulator.result()
@@ -117,6 +121,7 @@ class Simulator:
         update_bytes: int,
         model_bytes: int,
         history: bool,
+        listen: Listen | None,
     ) -> None:
         self.run = Run(strategy)
         self.now = 0.0
@@ -129,6 +134,7 @@ class Simulator:
         self.history: list[Row] = []
         self.staleness = 0  # versions, summed over the updates used
         self.accuracy: list[tuple[float, float]] = []
+        self._listen = listen
         self._recorder = Recorder() if history else None
         self._sizes = (update_bytes, model_bytes)
         self._evaluate_every = evaluate_every
@@ -311,6 +317,8 @@ class Simulator:
             heard, actions, effects = self.run.handle(event, self.now)
             self.events += 1
             self.digest.feed(self.now, heard, actions)
+            if self._listen is not None:
+                self._listen(self.now, heard, actions)
             if self._recorder is not None:
                 self.history.extend(
                     self._recorder.rows(self.run, self.now, heard, actions, effects, self._sizes)
