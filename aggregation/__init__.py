@@ -7,8 +7,18 @@ from atoll.protocols.lazy import exports
 if TYPE_CHECKING:
     from atoll.aggregation.fedavg import FedAvg as FedAvg
     from atoll.aggregation.fedbuff import FedBuff as FedBuff
+    from atoll.aggregation.fedbuff import fedasync as fedasync
     from atoll.aggregation.fedcompass import FedCompass as FedCompass
+    from atoll.aggregation.mean import Mean as Mean
+    from atoll.aggregation.outer import Adagrad as Adagrad
+    from atoll.aggregation.outer import Adam as Adam
+    from atoll.aggregation.outer import Momentum as Momentum
+    from atoll.aggregation.outer import Nesterov as Nesterov
+    from atoll.aggregation.outer import Outer as Outer
+    from atoll.aggregation.outer import Sgd as Sgd
+    from atoll.aggregation.outer import Yogi as Yogi
     from atoll.aggregation.strategy import Strategy as Strategy
+    from atoll.aggregation.testing import check_strategy as check_strategy
 
 __getattr__ = exports(
     __name__,
@@ -17,5 +27,15 @@ __getattr__ = exports(
         "FedBuff": "fedbuff",
         "FedCompass": "fedcompass",
         "Strategy": "strategy",
+        "check_strategy": "testing",
+        "fedasync": "fedbuff",
+        "Mean": "mean",
+        "Outer": "outer",
+        "Sgd": "outer",
+        "Momentum": "outer",
+        "Nesterov": "outer",
+        "Adam": "outer",
+        "Yogi": "outer",
+        "Adagrad": "outer",
     },
 )

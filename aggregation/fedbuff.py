@@ -6,7 +6,7 @@ Nguyen et al. 2022, https://arxiv.org/abs/2106.06639. With `size=1` it is FedAsy
 
 import random
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from atoll.aggregation.checks import at_least, one_of, positive
 from atoll.aggregation.staleness import discount
@@ -159,3 +159,8 @@ class FedBuff(Strategy):
         self.version += 1
         self.idle |= self.parked
         self.parked.clear()
+
+
+def fedasync(alpha: float = 0.6, **parameters: Any) -> FedBuff:
+    """FedAsync in delta form: FedBuff with a buffer of one and the step size `alpha`."""
+    return FedBuff(size=1, lr=alpha, **parameters)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from atoll.aggregation import FedBuff
+from atoll.aggregation import FedBuff, fedasync
 from atoll.aggregation.testing import check_strategy
 from atoll.aggregation.virtual import Virtual
 from atoll.protocols.errors import UsageError
@@ -56,7 +56,7 @@ def test_the_papers_step_by_hand() -> None:
 
 
 def test_with_size_one_it_is_fedasync_in_delta_form() -> None:
-    run = Virtual(FedBuff(size=1, steps=1, lr=0.6), {"a": 1.0, "b": 3.0})
+    run = Virtual(fedasync(alpha=0.6, steps=1), {"a": 1.0, "b": 3.0})
     run.join(0, "a")
     run.join(0, "b")
     run.run(12)
@@ -244,9 +244,9 @@ def test_work_of_a_client_that_comes_back_without_examples_has_weight_zero() -> 
 def variants() -> list[tuple[Callable[[], FedBuff], int]]:
     return [
         (lambda: FedBuff(3, 2), 200),
-        (lambda: FedBuff(1, 2, max_staleness=2, staleness="hinge:10:4"), 50),
-        (lambda: FedBuff(3, 2, unique_per_buffer=True, max_age=2.0), 50),
-        (lambda: FedBuff(2, 2, concurrency=2, weighting="examples"), 50),
+        (lambda: FedBuff(1, 2, max_staleness=2, staleness="hinge:10:4"), 30),
+        (lambda: FedBuff(3, 2, unique_per_buffer=True, max_age=2.0), 30),
+        (lambda: FedBuff(2, 2, concurrency=2, weighting="examples"), 30),
     ]
 
 
