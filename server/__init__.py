@@ -1,1 +1,10 @@
-""""""
+"""A strategy meets the world: runs it for real, over gRPC, or in virtual time."""
+
+from typing import TYPE_CHECKING
+
+from atoll.protocols.lazy import exports
+
+if TYPE_CHECKING:
+    from atoll.server.simulator import simulate as simulate
+
+__getattr__ = exports(__name__, {"simulate": "simulator"})
