@@ -7,6 +7,7 @@ process stands in for, goes on in the same order of data without anything stored
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -94,9 +95,13 @@ def batches(
 def in_order(examples: Examples, batch: int, device: torch.device) -> Iterator[Batch]:
     """All examples once, in their own order, for evaluation."""
     if isinstance(examples, Split):
-        x, y = examples.x, examples.y
-        for start in range(0, len(y), batch):
-            yield x[start : start + batch].to(device), y[start : start + batch].to(device)
+        for start in range(0, len(examples), batch):
+            part = replace(
+                examples,
+                raw=examples.raw[start : start + batch],
+                y=examples.y[start : start + batch],
+            )
+            yield part.x.to(device), part.y.to(device)
         return
     n = size(examples)
     sampler = [list(range(start, min(start + batch, n))) for start in range(0, n, batch)]

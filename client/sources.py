@@ -113,8 +113,10 @@ def npz(path: str, options: Options, seed: int) -> Data:
     """Arrays x_train, y_train, x_test, y_test, or x and y, which are split 80/20."""
     take_options("npz", options, ())
     file = existing_file("npz", path)
+    if not zipfile.is_zipfile(file):
+        raise _malformed(file, "not an archive of arrays")
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: np.asarray(archive[name]) for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
         raise _malformed(file, str(error)) from error

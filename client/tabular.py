@@ -97,7 +97,7 @@ def _target(file: Path, name: str, values: Column, task: str) -> tuple[npt.NDArr
     keyed = values if numbers is None else numbers
     classes, places = np.unique(np.asarray(keyed), return_inverse=True)
     if len(classes) < 2:
-        raise _malformed(file, f"target {name!r} is always {classes[0]!r}")
+        raise _malformed(file, f"target {name!r} is always {values[0]!r}")
     return places.astype(np.int64), len(classes), "classification"
 
 
