@@ -19,11 +19,14 @@ class Worked:
 class Learning(Protocol):
     """The simulator says when; this says what comes of it. Takes no virtual time."""
 
+    def examples(self, client: str) -> int | None:
+        """How many training examples it holds; None: as its model says."""
+
     def given(self, order: Order) -> None:
         """The order can be fetched: its version will be wanted."""
 
-    def train(self, client: str, order: Order, steps: int, update: str) -> Worked:
-        """`steps` local steps of `order`; keep the delta under `update`."""
+    def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:
+        """`steps` local steps of `order`; keep the delta under `update`. Not final: a snapshot."""
 
     def merge(self, merge: Merge) -> Merged:
         """Make a version of kept deltas."""
@@ -40,10 +43,13 @@ class NoLearning:
 
     _NOTHING = Worked(0, {})
 
+    def examples(self, client: str) -> int | None:
+        return None
+
     def given(self, order: Order) -> None:
         pass
 
-    def train(self, client: str, order: Order, steps: int, update: str) -> Worked:
+    def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:
         return self._NOTHING
 
     def merge(self, merge: Merge) -> Merged:

@@ -178,7 +178,9 @@ class Simulator:
         else:
             said = client.model.seconds_per_step if client.model.benchmark else None
             pace = said or (known.seconds_per_step if known else None)
-            self._hear(ClientJoined(name, ClientInfo(client.model.examples, pace)))
+            examples = self.learning.examples(name)
+            held = client.model.examples if examples is None else examples
+            self._hear(ClientJoined(name, ClientInfo(held, pace)))
         for work in finished:
             work.given = now
             self._send(client, work)
@@ -272,7 +274,7 @@ class Simulator:
         if self.run.order(client, order.id) is None:
             return  # older than what the run remembers: it is refused
         update = f"{order.id}.0" + (f"s{work.snapshot}" if work.snapshot else "")
-        worked = self.learning.train(client, order, work.steps, update)
+        worked = self.learning.train(client, order, work.steps, update, not work.snapshot)
         seconds = work.steps * work.pace
         self._hear(
             UpdateReceived(

@@ -1,0 +1,156 @@
+"""Training: real local training for a simulated run. The server's own merger, all in memory.
+
+    with_data = Training.of(["fast", "slow"], model="mlp", data="digits", partition="iid")
+    print(simulate(FedAvg(steps=20), {"fast": 0.1, "slow": 0.4}, learning=with_data, until=100))
+
+A client trains when its result arrives, so work that is lost is never done. The numbers are those
+of a real run: same trainer, same batches, same bytes, same merge.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from atoll.aggregation.aggregator import Aggregator, aggregator
+from atoll.aggregation.outer import Outer, outer
+from atoll.client.data import Data, load_data, size
+from atoll.client.local import LocalConfig, make_trainer
+from atoll.client.partition import shard_of
+from atoll.client.trainer import Task, Trainer
+from atoll.protocols import tensors
+from atoll.protocols.codecs import Codec, Fp32
+from atoll.protocols.events import Merged
+from atoll.protocols.manifest import TRAVELLING, Group, Manifest
+from atoll.protocols.tensors import Payload
+from atoll.server.learning import Worked
+from atoll.server.merge import MEAN, PLAIN, Buffers, Merger, UpdateBytes
+from atoll.server.run import FORMER, Merge, Order
+from atoll.server.versions import VersionStore
+
+Factory = Callable[[str], Trainer]  # of a client's name
+
+
+class Training:
+    """A `Learning` with one trainer per client, made when it is first needed.
+
+    `judge` evaluates versions; None: no evaluation. An order whose client was asked for a snapshot
+    is trained again from its start when it is finished, so a trainer that keeps its optimizer's
+    state between orders must not be asked for one.
+    """
+
+    def __init__(
+        self,
+        factory: Factory,
+        manifest: Manifest,
+        initial: Mapping[str, Tensor],
+        *,
+        judge: Trainer | None = None,
+        examples: Mapping[str, int] | None = None,
+        aggregator: Aggregator = MEAN,
+        outer: Outer = PLAIN,
+        buffers: Buffers = "weighted_mean",
+        codec: Codec | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self._factory, self._judge = factory, judge
+        self._examples = examples or {}
+        self._trainers: dict[str, Trainer] = {}
+        self._codec = codec or Fp32()
+        self._merger = Merger(manifest, aggregator, outer, buffers, threads=1)
+        with tempfile.TemporaryDirectory() as folder:  # never used: every version is a small one
+            self._versions = VersionStore(Path(folder), manifest, memory_limit=1 << 62)
+        self._newest = self._versions.initial(initial)
+        self._done: dict[str, int] = {}  # client -> local steps in its life
+        self._orders: dict[str, dict[str, int]] = {}  # client -> order -> version, may be trained
+        self._held: dict[str, UpdateBytes] = {}
+
+    @classmethod
+    def of(
+        cls,
+        clients: Sequence[str],
+        *,
+        model: str = "mlp",
+        data: str | Data = "digits",
+        partition: str = "iid",
+        seed: int = 0,
+        local: LocalConfig = LocalConfig(),  # noqa: B008  frozen
+        algorithm: str = "plain",
+        aggregation: str = "mean",
+        step: str = "sgd",
+    ) -> Self:
+        """From the specs of a command line; each client has the shard of its place in the list."""
+        loaded = load_data(data) if isinstance(data, str) else data
+        many = len(clients)
+        place = {name: i for i, name in enumerate(clients)}
+
+        def make(name: str) -> Trainer:
+            shard = (place[name], many)
+            return make_trainer(model, loaded, partition, shard, seed, local, algorithm, name)
+
+        judge = make_trainer(model, loaded, seed=seed, local=local, client="server")
+        shards = {
+            n: loaded.shard(shard_of(loaded, partition, (place[n], many), seed)) for n in place
+        }
+        return cls(
+            make, judge.manifest, judge.export(), judge=judge if loaded.test is not None else None,
+            examples={name: size(shard) for name, shard in shards.items()},
+            aggregator=aggregator(aggregation), outer=outer(step),
+        )  # fmt: skip
+
+    # ---- as the simulator asks -----------------------------------------------------------------
+
+    def examples(self, client: str) -> int | None:
+        return self._examples.get(client)
+
+    def given(self, order: Order) -> None:
+        orders = self._orders.setdefault(order.client, {})
+        orders[order.id] = order.version
+        while len(orders) > FORMER + 1:  # the run has forgotten older ones
+            del orders[next(iter(orders))]
+
+    def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:
+        if client not in self._trainers:
+            self._trainers[client] = self._factory(client)
+        trainer, done = self._trainers[client], self._done.get(client, 0)
+        base = self._versions.open(order.version)
+        trainer.load(base.tensors())
+        trained = trainer.train(Task(steps, done, order.extra))
+        if final:
+            self._done[client] = done + trained.steps
+            del self._orders[client][order.id]
+        groups: dict[Group, Tensor] = {
+            group: tensors.flatten(self.manifest, trained.tensors, group)
+            for group in TRAVELLING[1:]
+            if self.manifest.counts[group]
+        }
+        start = base.flat("trainable")
+        groups["trainable"] = tensors.delta(self.manifest, start, trained.tensors)
+        sections, view = tensors.pack(self.manifest, groups, self._codec)
+        self._held[update] = UpdateBytes(update, Payload(sections, view, self._codec))
+        return Worked(trained.examples, dict(trained.metrics))
+
+    def merge(self, merge: Merge) -> Merged:
+        base = self._newest
+        items = [(self._held[update], weight) for update, weight in merge.items]
+        draft = self._versions.draft(merge.version, base.number, self._merger.vectors)
+        made = self._merger.merge(base, draft, items, merge.outer)
+        self._newest = draft.seal(merge.items)
+        wanted = {v for orders in self._orders.values() for v in orders.values()}
+        self._versions.prune({merge.version, *wanted})
+        return Merged(merge.version, made.used, made.dropped, made.stats)
+
+    def evaluate(self, version: int) -> Mapping[str, float]:
+        if self._judge is None:
+            return {}
+        self._judge.load(self._versions.open(version).tensors())
+        return dict(self._judge.evaluate())
+
+    def forget(self, update: str) -> None:
+        self._held.pop(update, None)
+
+    def model(self) -> dict[str, Tensor]:
+        """The newest version's tensors, by name; they alias it."""
+        return self._newest.tensors()
