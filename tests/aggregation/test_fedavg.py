@@ -145,10 +145,11 @@ def test_the_draw_is_a_function_of_seed_and_round() -> None:
         (FedAvg(min_clients=10, cohort=4, over_select=1.3), 6),
         (FedAvg(min_clients=10, cohort=5, over_select=1.2), 6),
         (FedAvg(min_clients=10, cohort=9, over_select=1.3), 10),
+        (FedAvg(min_clients=30, cohort=25, over_select=1.12), 28),  # 28.000000000000004 in floats
     ],
 )
 def test_so_many_are_asked(strategy: FedAvg, asked: int) -> None:
-    assert len(joined(strategy, **{f"c{i}": 1 for i in range(10)})) == asked
+    assert len(joined(strategy, **{f"c{i}": 1 for i in range(strategy.min_clients)})) == asked
 
 
 def test_with_over_selection_the_first_results_make_the_version_and_the_rest_drop_theirs() -> None:
@@ -208,6 +209,15 @@ def test_a_slow_merge_does_not_eat_the_next_rounds_deadline() -> None:
     assert strategy.handle(Merged(1, ("a@0",)), 8.0) == [SetTimer("round-2", 18.0)]
     assert strategy.handle(TimerFired("round-2"), 11.0) == []
     assert FedAvg().handle(Merged(1, ()), 8.0) == []
+
+
+def test_a_round_that_was_extended_while_it_waited_for_its_version_may_be_extended_again() -> None:
+    strategy = FedAvg(steps=5, deadline=10.0)
+    joined(strategy, a=1)
+    strategy.handle(result("a"), 1.0)
+    assert strategy.handle(TimerFired("round-2"), 11.0) == [SetTimer("round-2", 21.0)]
+    strategy.handle(Merged(1, ("a@0",)), 12.0)
+    assert strategy.handle(TimerFired("round-2"), 22.0) == [SetTimer("round-2", 32.0)]
 
 
 @pytest.mark.parametrize("deadline", [None, 10.0])

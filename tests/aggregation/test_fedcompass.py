@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from atoll.aggregation import FedCompass
+from atoll.aggregation.compass_groups import turn
 from atoll.aggregation.testing import check_strategy, restart
 from atoll.aggregation.virtual import Virtual
 
@@ -274,11 +275,17 @@ def test_t12_who_is_in_time_waits_no_longer_than_the_latest_arrival() -> None:
         paces = {f"c{i}": rng.uniform(0.05, 1.0) for i in range(6)}
         noise = {c: {n: p * rng.uniform(0.5, 2.0) for n in range(200)} for c, p in paces.items()}
         noisy = run(strategy, paces, **noise)
+        for i in range(6):
+            noisy.leave(30.0 * i + 40.0, f"c{i}")
+            noisy.join(30.0 * i + 55.0, f"c{i}")
         for _ in range(200):
             noisy.run(events=1)
             for group in strategy.open.values():
                 assert group.pending, f"seed {seed}: an open group without pending members"
                 assert noisy.now <= group.latest, f"seed {seed}: a deadline was missed"
+                known = [strategy.members[c] for c in (*group.pending, *group.arrived)]
+                fastest = min(turn(member, 100) for member in known)
+                assert group.turn in (0.0, fastest), f"seed {seed}: not the fastest member's turn"
             assert all(g.pending for g in strategy.closed.values()), f"seed {seed}"
             timers = {t.removesuffix(" silent") for t in noisy.timers}
             assert timers == {*strategy.open, *strategy.closed}, f"seed {seed}: a timer is left"
