@@ -1,18 +1,14 @@
 """Uploads: the receiving half of the update store. Bytes as they came, on disk until merged.
 
-open -> put, put, ... -> commit -> (merge reads the bytes) -> free. Every step may be repeated. A
-large update lies in `<id>.part` while it comes and in `<id>` once its SHA-256 was right; a part
-file outlives the process and the upload goes on from its last whole chunk. Small updates stay in
-memory. New files are written: overwriting old ones saves 13 ms per 100 MB alone, but no time of a
-round could be shown, and the length of a part file could not say how far it is.
-
-All methods may be called from worker threads; a method that waits for a disk says so.
+open -> put, put, ... -> commit -> (the merge reads) -> free. Every step may be repeated. Small
+updates stay in memory; a large one lies in a spill file that outlives the process, so that an
+upload goes on from its last whole chunk. A full disk costs the client that sends its patience and
+nobody anything else. All methods may be called from worker threads.
 """
 
 import errno
 import hashlib
 import logging
-import mmap
 import os
 import re
 import threading
@@ -23,34 +19,15 @@ from pathlib import Path
 from atoll.protocols.blobs import CHUNK, INLINE
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.frames import Chunk
+from atoll.server.spill import PART, SPARE, Spares, SpillFile, StoredUpdate
+
+__all__ = ["StoredUpdate", "Uploads", "disk_free"]
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[a-z0-9][a-z0-9.]{0,62}")  # update ids; the only names that become paths
-PART = ".part"
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?<!\.part)")  # the only names that become paths
 RETRY = 5.0  # seconds a client waits when there is no room
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredUpdate:
-    """A committed update's bytes."""
-
-    id: str
-    size: int
-    sha256: bytes
-    path: Path | None  # None: in memory
-    data: bytes = b""
-
-    def view(self) -> memoryview:
-        """The bytes, read only; mapped anew at each call, unmapped when the last view is gone."""
-        if self.path is None or self.size == 0:
-            return memoryview(self.data)
-        fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            return memoryview(mmap.mmap(fd, self.size, prot=mmap.PROT_READ))
-        finally:
-            os.close(fd)
 
 
 @dataclass(slots=True)
@@ -59,19 +36,13 @@ class _Upload:
 
     id: str
     size: int
-    path: Path | None  # of the part file; None: in memory
+    file: SpillFile | None  # None: in memory
     held: int = 0
-    fd: int = -1  # open only while chunks come
     memory: bytearray = field(default_factory=bytearray)
     sha: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     stored: StoredUpdate | None = None
     gone: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 def disk_free(folder: Path) -> int:
@@ -84,7 +55,8 @@ class Uploads:
     """All updates that are coming in or wait for their merge, in one folder of their own.
 
     `capacity` bounds the bytes announced and not yet freed, `min_free` is what must stay free on
-    the disk, `durable` syncs a file before its commit is answered.
+    the disk, `spare` bounds the bytes of files kept to be overwritten, `durable` syncs a file
+    before its commit is answered. Call `sweep` once before anything else.
     """
 
     def __init__(
@@ -94,6 +66,7 @@ class Uploads:
         capacity: int | None = None,
         min_free: int = 256 << 20,
         memory_limit: int = INLINE,
+        spare: int = 1 << 30,
         durable: bool = False,
         free: Callable[[Path], int] = disk_free,
     ) -> None:
@@ -104,42 +77,50 @@ class Uploads:
         self.durable = durable
         self._free = free
         self._uploads: dict[str, _Upload] = {}
-        self._lock = threading.Lock()  # of the dict; never held while a disk is waited for
+        self._spares = Spares(folder, spare)
+        self._lock = threading.Lock()  # of the two above; held for moments only
+
+    def sweep(self, known: Container[str]) -> list[str]:
+        """At start: make the folder, remove the files of updates not in `known`, name these."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        gone = []
+        for path in sorted(self.folder.iterdir()):
+            update = path.name.removesuffix(PART)
+            if path.name.startswith(SPARE):
+                path.unlink()
+            elif NAME.fullmatch(update) and update not in known:
+                path.unlink()
+                gone.append(update)
+        return gone
 
     # ---- coming in ---------------------------------------------------------------------------
 
     def open(self, update: str, size: int) -> int:
         """Announce `size` bytes, or ask how many are held; the answer is where to go on.
 
-        Waits for the disk where a part file of a former process is taken up again. Raises
-        RemoteError FL-W109 (no room now), FL-W111 (announced before with another size).
+        Reads and hashes what a former process left of it. Raises RemoteError FL-W109 (no room
+        now), FL-W111 (announced before with another size).
         """
-        upload = self._announce(update, size)
-        with upload.lock:
-            if upload.path is not None and upload.fd < 0 and upload.held == 0:
-                self._take_up(upload)
-            return upload.held
+        return self._begin(update, size).held
 
     def put(self, update: str, chunk: Chunk) -> int:
         """Verify one chunk and keep it; the answer is how many bytes are held in order.
 
-        Waits for the disk. Raises RemoteError FL-W105 (CRC), FL-W111 (not the next bytes),
-        FL-W109 (disk full), FL-W107 (not open). After an error the upload stands as before.
+        Raises RemoteError FL-W105 (CRC), FL-W111 (not the next bytes), FL-W109 (disk full),
+        FL-W107 (not open). After an error the upload stands as before.
         """
         upload = self._find(update)
         with upload.lock:
-            if upload.gone:
-                raise _unknown(update)
+            self._check_alive(upload)
             end = chunk.offset + len(chunk.data)
-            if upload.stored or chunk.offset != upload.held or end > upload.size:
-                raise _out_of_place(update, chunk.offset, end, upload)
-            if end < upload.size and len(chunk.data) != CHUNK:
-                raise _out_of_place(update, chunk.offset, end, upload)
+            whole = len(chunk.data) == CHUNK or end == upload.size
+            if upload.stored or chunk.offset != upload.held or end > upload.size or not whole:
+                raise _out_of_place(upload, f"bytes {chunk.offset}-{end}")
             chunk.verify()
-            if upload.path is None:
+            if upload.file is None:
                 upload.memory += chunk.data
             else:
-                self._write(upload, chunk.data)
+                self._write(upload, upload.file, chunk.data)
             upload.sha.update(chunk.data)
             upload.held = end
             return end
@@ -148,46 +129,54 @@ class Uploads:
         """The stream of chunks ended, whatever the reason: close the file, keep what is held."""
         with self._lock:
             upload = self._uploads.get(update)
-        if upload is not None:
+        if upload is not None and upload.file is not None:
             with upload.lock:
-                upload.close()
+                upload.file.close()
 
     def commit(self, update: str, sha256: bytes) -> StoredUpdate:
-        """Finish. Waits for the disk. Raises RemoteError FL-W111 where bytes are missing, FL-W105
-        where the SHA-256 is another one: then all is dropped and the upload starts from 0."""
+        """Finish. Raises RemoteError FL-W111 where bytes are missing, FL-W105 where the SHA-256 is
+        another one: then nothing is held any more and the upload starts from 0."""
         upload = self._find(update)
         with upload.lock:
-            if upload.gone:
-                raise _unknown(update)
+            self._check_alive(upload)
             if upload.held != upload.size:
-                raise _out_of_place(update, upload.held, upload.held, upload)
+                raise _out_of_place(upload, "commit")
             found = upload.sha.digest()
-            if found != sha256:
+            try:
+                if found != sha256:
+                    self._forget_bytes(upload)
+                    raise _corrupt(update, found, sha256)
                 if upload.stored is None:
-                    self._reset(upload)
-                raise _corrupt(update, found, sha256)
-            if upload.stored is None:
-                upload.stored = self._seal(upload, found)
+                    upload.stored = self._seal(upload, found)
+            except OSError as error:
+                raise _disk(update, error) from error
             return upload.stored
 
     def keep(self, update: str, data: bytes) -> StoredUpdate:
-        """Store a payload that came inline, in one step; idempotent for the same bytes."""
+        """Store a payload that came inline, in one step; may be repeated with the same bytes."""
         if len(data) > self.memory_limit:
-            raise RemoteError(
-                "FL-W103",
-                f"{len(data)} bytes inline, the limit is {self.memory_limit}",
-                "send a blob",
-            )
-        upload = self._announce(update, len(data))
+            what = f"{len(data)} bytes inline, the limit is {self.memory_limit}"
+            raise RemoteError("FL-W103", what, "send a blob")
+        upload = self._begin(update, len(data))
         sha256 = hashlib.sha256(data).digest()
         with upload.lock:
             if upload.stored is None:
-                upload.stored = StoredUpdate(update, len(data), sha256, None, bytes(data))
-                upload.held = len(data)
-                upload.memory = bytearray()
+                upload.stored = StoredUpdate(update, len(data), sha256, None, data)
+                upload.held, upload.memory = len(data), bytearray()
             elif upload.stored.sha256 != sha256:
                 raise _corrupt(update, sha256, upload.stored.sha256)
             return upload.stored
+
+    def restore(self, update: str, size: int, sha256: bytes) -> StoredUpdate | None:
+        """At start: the update that was committed before, None where its bytes are not here."""
+        upload = self._begin(update, size, admit=True)
+        if upload.held == size:
+            try:
+                return self.commit(update, sha256)
+            except RemoteError as error:
+                logger.warning("update=%s cannot be restored: %s", update, error)
+        self.free(update)
+        return None
 
     # ---- going out ---------------------------------------------------------------------------
 
@@ -205,7 +194,7 @@ class Uploads:
     def free(self, update: str) -> None:
         """Forget `update` and its file, finished or not; no-op where it is not known.
 
-        Views that a merge still holds stay readable. Waits for a chunk that is being written.
+        Views that someone still holds stay as they are. Waits for a chunk that is being written.
         """
         with self._lock:
             upload = self._uploads.pop(update, None)
@@ -213,21 +202,14 @@ class Uploads:
             return
         with upload.lock:
             upload.gone = True
-            upload.close()
-            for path in _paths(self.folder, update):
-                path.unlink(missing_ok=True)
-
-    abandon = free  # the client is gone for good, or its order closed: the same, said before commit
-
-    def sweep(self, known: Container[str]) -> list[str]:
-        """At start: remove the files of updates that are not in `known`; their ids are returned."""
-        gone = []
-        for path in sorted(self.folder.iterdir()):
-            update = path.name.removesuffix(PART)
-            if NAME.fullmatch(update) and update not in known:
-                path.unlink()
-                gone.append(update)
-        return gone
+            if upload.file is None:
+                return
+            upload.file.close()
+            if upload.stored is not None and not upload.stored.in_use:
+                with self._lock:
+                    if self._spares.give(upload.file.whole, upload.size):
+                        return
+            upload.file.remove()
 
     @property
     def reserved(self) -> int:
@@ -244,150 +226,115 @@ class Uploads:
             raise _unknown(update)
         return upload
 
-    def _announce(self, update: str, size: int) -> _Upload:
+    def _check_alive(self, upload: _Upload) -> None:
+        if upload.gone:
+            raise _unknown(upload.id)
+
+    def _begin(self, update: str, size: int, admit: bool = False) -> _Upload:
         if not NAME.fullmatch(update):
             raise RemoteError("FL-W101", f"update id {update[:80]!r}", "send the order's id")
-        free = self._free(self.folder) if size > self.memory_limit else 0
         with self._lock:
             upload = self._uploads.get(update)
-            if upload is None:
-                self._refuse_without_room(size, free)
+            if new := upload is None:
+                if not admit:
+                    self._refuse_without_room(size)
                 small = size <= self.memory_limit
-                path = None if small else self.folder / (update + PART)
-                upload = self._uploads[update] = _Upload(update, size, path)
+                file = None if small else SpillFile(self.folder, update, size)
+                upload = self._uploads[update] = _Upload(update, size, file)
+                upload.lock.acquire()  # nobody else may see it before its file was looked at
+        assert upload is not None
+        if new:
+            try:
+                self._take_up(upload)
+            finally:
+                upload.lock.release()
         if upload.size != size:
-            raise RemoteError(
-                "FL-W111",
-                f"update {update} was announced with {upload.size} bytes, now with {size}",
-                "an attempt's bytes do not change: send the same payload again",
-            )
-        return upload
+            what = f"update {update} was announced with {upload.size} bytes, now with {size}"
+            raise RemoteError("FL-W111", what, "an attempt's bytes do not change")
+        with upload.lock:
+            return upload
 
-    def _refuse_without_room(self, size: int, free: int) -> None:
+    def _refuse_without_room(self, size: int) -> None:
         announced = sum(u.size for u in self._uploads.values())
         if self.capacity is not None and announced + size > self.capacity:
             raise _no_room(f"{announced} of {self.capacity} bytes are taken, {size} more asked for")
-        coming = sum(u.size - u.held for u in self._uploads.values() if u.path is not None)
-        if size > self.memory_limit and free - coming - size < self.min_free:
-            raise _no_room(
-                f"{free - coming} bytes are free, {size} asked for, {self.min_free} must stay free"
-            )
+        if size <= self.memory_limit:
+            return
+        coming = sum(u.size - u.held for u in self._uploads.values() if u.file is not None)
+        needed = coming + size + self.min_free
+        if self._free(self.folder) < needed:
+            self._spares.clear()
+            if (free := self._free(self.folder)) < needed:
+                raise _no_room(f"{free} bytes are free, {needed} would have to be")
 
     def _take_up(self, upload: _Upload) -> None:
-        """Go on with the file of a former process: what it holds, in whole chunks, hashed anew."""
-        assert upload.path is not None
-        whole = self.folder / upload.id
-        upload.sha = hashlib.sha256()
-        try:
-            if whole.exists():  # committed there, but its news may have been lost: take it back
-                os.replace(whole, upload.path)
-            with open(upload.path, "rb+", opener=_no_follow) as file:
-                size = os.fstat(file.fileno()).st_size
-                held = upload.size if size == upload.size else size // CHUNK * CHUNK
-                held = 0 if size > upload.size else held
-                file.truncate(held)
-                while piece := file.read(CHUNK):
-                    upload.sha.update(piece)
-            upload.held = held
-        except FileNotFoundError:
+        """Go on with the file of a former process, else overwrite a spare one."""
+        if upload.file is None:
             return
+        try:
+            upload.held, upload.sha = upload.file.take_up()
+            if not upload.file.opened:
+                with self._lock:
+                    spare = self._spares.take()
+                if spare is not None:
+                    upload.file.adopt(spare)
+            upload.file.close()
         except OSError as error:
+            with self._lock:
+                self._uploads.pop(upload.id, None)
+            upload.gone = True
+            upload.file.close()
             raise _disk(upload.id, error) from error
 
-    def _write(self, upload: _Upload, data: memoryview) -> None:
-        assert upload.path is not None
+    def _write(self, upload: _Upload, file: SpillFile, data: memoryview) -> None:
         try:
-            if upload.fd < 0:
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                upload.fd = os.open(upload.path, flags, 0o600)
-            at = 0
-            while at < len(data):  # a nearly full disk writes short
-                at += os.pwrite(upload.fd, data[at:], upload.held + at)
+            file.write(data, upload.held)
         except OSError as error:
+            with self._lock:
+                self._spares.clear()  # the next attempt may find room
             raise _disk(upload.id, error) from error
 
     def _seal(self, upload: _Upload, sha256: bytes) -> StoredUpdate:
-        if upload.path is None:
+        if upload.file is None:
             data, upload.memory = bytes(upload.memory), bytearray()
             return StoredUpdate(upload.id, upload.size, sha256, None, data)
-        whole = self.folder / upload.id
-        try:
-            if self.durable:
-                self._sync(upload)
-            upload.close()
-            os.replace(upload.path, whole)
-            if self.durable:
-                _sync_folder(self.folder)
-        except OSError as error:
-            raise _disk(upload.id, error) from error
-        return StoredUpdate(upload.id, upload.size, sha256, whole)
+        path = upload.file.seal(self.durable)
+        return StoredUpdate(upload.id, upload.size, sha256, path)
 
-    def _sync(self, upload: _Upload) -> None:
-        assert upload.path is not None
-        if upload.fd < 0:
-            upload.fd = os.open(upload.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        os.fdatasync(upload.fd)
-
-    def _reset(self, upload: _Upload) -> None:
-        upload.close()
-        if upload.path is not None:
-            upload.path.unlink(missing_ok=True)
+    def _forget_bytes(self, upload: _Upload) -> None:
+        if upload.stored is not None:  # they were right once: it is the new claim that is wrong
+            return
         upload.memory, upload.sha, upload.held = bytearray(), hashlib.sha256(), 0
-
-
-def _paths(folder: Path, update: str) -> tuple[Path, Path]:
-    return folder / (update + PART), folder / update
-
-
-def _no_follow(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        if upload.file is not None:
+            upload.file.reset()
+            upload.file.close()
 
 
 def _unknown(update: str) -> RemoteError:
-    return RemoteError(
-        "FL-W107", f"upload {update} is not open", "open it first", retry_seconds=0.0
-    )
+    return RemoteError("FL-W107", f"upload {update} is not open", "open it", retry_seconds=0.0)
 
 
-def _out_of_place(update: str, start: int, end: int, upload: _Upload) -> RemoteError:
+def _out_of_place(upload: _Upload, what: str) -> RemoteError:
     return RemoteError(
         "FL-W111",
-        f"bytes {start}-{end} of update {update}: {upload.held} of {upload.size} are held",
+        f"{what} of update {upload.id}: {upload.held} of {upload.size} bytes are held",
         f"go on at {upload.held} in whole chunks",
         retry_seconds=0.0,
     )
 
 
 def _corrupt(update: str, found: bytes, told: bytes) -> RemoteError:
-    return RemoteError(
-        "FL-W105",
-        f"update {update} has SHA-256 {found.hex()[:16]}, not {told.hex()[:16]}",
-        "send the payload again from the start",
-        retry_seconds=0.0,
-    )
+    what = f"update {update} has SHA-256 {found.hex()[:16]}, not {told.hex()[:16]}"
+    return RemoteError("FL-W105", what, "send the payload from the start", retry_seconds=0.0)
 
 
 def _no_room(what: str) -> RemoteError:
-    return RemoteError(
-        "FL-W109", f"no room for an upload: {what}", "try again later", retry_seconds=RETRY
-    )
+    return RemoteError("FL-W109", f"no room: {what}", "wait for room", retry_seconds=RETRY)
 
 
 def _disk(update: str, error: OSError) -> RemoteError:
-    if error.errno not in FULL:
+    full = error.errno in FULL
+    if not full:
         logger.warning("update=%s the disk fails: %s", update, error)
-    what = "the disk is full" if error.errno in FULL else "the disk fails"
-    return RemoteError(
-        "FL-W109",
-        f"update {update}: {what}: {error.strerror}",
-        "try again later",
-        retry_seconds=RETRY,
-    )
+    what = f"update {update}: the disk {'is full' if full else 'fails'}: {error.strerror}"
+    return RemoteError("FL-W109", what, "wait for room", retry_seconds=RETRY)
