@@ -5,7 +5,23 @@ from typing import TYPE_CHECKING
 from atoll.protocols.lazy import exports
 
 if TYPE_CHECKING:
+    from atoll.client.algorithm import LocalAlgorithm as LocalAlgorithm
     from atoll.client.client import Client as Client
+    from atoll.client.data import Data as Data
+    from atoll.client.local import LocalConfig as LocalConfig
+    from atoll.client.local import TorchTrainer as TorchTrainer
+    from atoll.client.local import make_trainer as make_trainer
     from atoll.client.trainer import Trainer as Trainer
 
-__getattr__ = exports(__name__, {"Client": "client", "Trainer": "trainer"})
+__getattr__ = exports(
+    __name__,
+    {
+        "Client": "client",
+        "Data": "data",
+        "LocalAlgorithm": "algorithm",
+        "LocalConfig": "local",
+        "TorchTrainer": "local",
+        "Trainer": "trainer",
+        "make_trainer": "local",
+    },
+)
