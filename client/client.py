@@ -27,26 +27,14 @@ from atoll.protocols.codecs import BUILTIN, codec
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.manifest import Manifest
+from atoll.protocols.runinfo import RunInfo
 
-Maker = Callable[["RunInfo"], Trainer]
+Maker = Callable[[RunInfo], Trainer]
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
 UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What the server tells of its run before a client says hello."""
-
-    id: str
-    model: str
-    data: str
-    algorithm: str
-    local: dict[str, bool | int | float | str]
-    seed: int
-    manifest: Manifest
 
 
 @dataclass
@@ -260,23 +248,14 @@ class Client:
             response_deserializer=wire_pb2.InspectReply.FromString,
         )
         reply = await call(wire_pb2.InspectRequest(what="run"), timeout=30.0)
-        told = json.loads(reply.data)
-        info = RunInfo(
-            told["id"],
-            told["model"],
-            told["data"],
-            told["algorithm"],
-            told["local"],
-            told["seed"],
-            Manifest.from_json(told["manifest"]),
-        )
+        info = RunInfo.of(json.loads(reply.data))
         self._outbox.enter(info.id)
         loop = asyncio.get_running_loop()
-        self._bench = await loop.run_in_executor(self._training, self._make, info, told)
+        self._bench = await loop.run_in_executor(self._training, self._make, info)
 
-    def _make(self, info: RunInfo, told: dict[str, Any]) -> Workbench:
+    def _make(self, info: RunInfo) -> Workbench:
         made = self._trainer
-        trainer = cast("Trainer", made if hasattr(made, "train") else cast("Maker", made)(info))
+        trainer = cast("Trainer", made) if hasattr(made, "train") else made(info)
         mine = getattr(trainer, "manifest", None)
         if isinstance(mine, Manifest) and (differs := info.manifest.difference(mine)):
             raise ClientError(
@@ -289,7 +268,7 @@ class Client:
             examples = int(getattr(trainer, "examples", 0)) or 1
         pace = self._pace(trainer) if callable(self._pace) else self._pace
         self._info = ClientInfo(examples, pace, tuple(sorted(BUILTIN)))
-        up, down = codec(_known(told["codec_up"])), codec(_known(told["codec_down"]))
+        up, down = codec(_known(info.codec_up)), codec(_known(info.codec_down))
         return Workbench(trainer, info.manifest, up, down, self._outbox)
 
     def _hello(self, holding: tuple[str, ...]) -> wire_pb2.Hello:

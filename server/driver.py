@@ -67,7 +67,7 @@ class World(Protocol):
 
     def tell(self, client: str, outcome: Outcome) -> None: ...
 
-    def heard(self, now: float, event: Event, actions: list[Action]) -> None:
+    def heard(self, now: float, event: Event, actions: list[Action], effects: list[Effect]) -> None:
         """For the history and the log: what came and what was decided."""
 
     def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
@@ -116,7 +116,7 @@ class Driver:
         self.snapshot_every = 2000  # inputs
         self._since_snapshot = 0
         self._last = clock.now()
-        self._queue: asyncio.Queue[_Input] = asyncio.Queue()
+        self._queue: asyncio.Queue[_Input | None] = asyncio.Queue()  # None: look at `error`
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -155,6 +155,8 @@ class Driver:
         try:
             while not self._over():
                 await self._handle(await self._batch())
+                if self.error is not None:
+                    raise self.error
         finally:
             for handle in self._timers.values():
                 handle.cancel()
@@ -180,15 +182,18 @@ class Driver:
         batch = [await self._queue.get()]
         while not self._queue.empty():
             batch.append(self._queue.get_nowait())
-        batch.sort(key=lambda i: (i.now, RANK[type(i.event)]))
-        return batch
+        inputs = [one for one in batch if one is not None]
+        inputs.sort(key=lambda i: (i.now, RANK[type(i.event)]))
+        return inputs
 
     async def _handle(self, batch: list[_Input]) -> None:
         assert self._loop is not None
+        if not batch:
+            return
         try:
             first = await self._loop.run_in_executor(self._disk, self._write, batch)
         except ServerError as error:
-            self._fail(error)
+            self.fail(error)
             return
         for i, one in enumerate(batch):
             if not self._one(first + i, one):
@@ -209,7 +214,7 @@ class Driver:
             heard, actions, effects = self.run.handle(one.event, one.now)
         except Exception as error:  # a strategy may raise anything; the run ends with it
             logger.exception("run=%s the strategy failed", self.journal.run)
-            self._fail(
+            self.fail(
                 ServerError(
                     "FL-S204",
                     f"the strategy failed on {type(one.event).__name__}: {error!r}",
@@ -218,7 +223,9 @@ class Driver:
             )
             return False
         self.journal.decide(seq, actions)
-        self.world.heard(one.now, heard, actions)
+        if isinstance(one.event, Evaluated):
+            self.rules.evaluated(one.event.version, one.event.metrics, one.now)
+        self.world.heard(one.now, heard, actions, effects)
         for effect in effects:
             self._perform(effect)
         if one.then is not None:
@@ -227,10 +234,8 @@ class Driver:
         return True
 
     def _check_rules(self, one: _Input) -> None:
-        run, event = self.run, one.event
-        if isinstance(event, Evaluated):
-            self.rules.evaluated(event.version, event.metrics, one.now)
-        elif not isinstance(event, Merged | TimerFired):
+        run = self.run
+        if not isinstance(one.event, Merged | Evaluated | TimerFired):
             return
         reason = self.rules.reason(run.published, run.updates_used, run.steps_used, one.now)
         if reason is not None:
@@ -272,5 +277,7 @@ class Driver:
             reason = f"{self.rules.seconds:g} seconds done"
             self._loop.call_later(self.clock.wall(self.rules.seconds), self.stop, reason)
 
-    def _fail(self, error: AtollError) -> None:
-        self.error = error
+    def fail(self, error: AtollError) -> None:
+        """The run cannot go on: `serve` returns, and what is durable stays."""
+        self.error = self.error or error
+        self._queue.put_nowait(None)

@@ -199,7 +199,10 @@ class Run:
 
     def _receive(self, update: Update, effects: list[Effect]) -> UpdateReceived | None:
         order = self.order(update.client, update.order)
-        assert order is not None, f"update {update.id} for an order nobody knows"
+        if order is None:  # it was known when the update came in, and has been forgotten since
+            held = Held(update.order, update.client, update.steps)
+            self._decide(update.id, held, "discarded", 0, "its order is too old", effects)
+            return None
         current = self.open.get(update.client) is order
         if update.final:
             if current:

@@ -44,7 +44,17 @@ class RunSpec:
 
     def for_clients(self) -> str:
         """What a client is told of the run, as JSON."""
-        told = ("id", "name", "model", "data", "algorithm", "local", "seed", "codec_up")
+        told = (
+            "id",
+            "name",
+            "model",
+            "data",
+            "algorithm",
+            "local",
+            "seed",
+            "codec_up",
+            "codec_down",
+        )
         whole = asdict(self)
         return json.dumps({key: whole[key] for key in told})
 

@@ -1,0 +1,201 @@
+"""fl-client: take part in a run, measure this machine, try a trainer before it takes part."""
+
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from atoll.protocols import console
+from atoll.protocols.errors import ClientError, UsageError
+
+
+@click.group(name="fl-client")
+def cli() -> None:
+    """Train a shared model on this machine's data."""
+
+
+def main() -> NoReturn:
+    sys.exit(console.run(cli))
+
+
+def _shard(context: click.Context, option: click.Parameter, value: str) -> tuple[int, int]:
+    index, slash, count = value.partition("/")
+    if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
+        return int(index), int(count)
+    raise click.BadParameter(f"{value!r} is not I/N with I < N, e.g. 0/4")
+
+
+_MODEL = click.option("--model", default="", help="Built-in name or MODULE:OBJECT.")
+_DATA = click.option(
+    "--data", default="", help="digits, mnist:DIR, csv:FILE, ... or MODULE:OBJECT."
+)
+_TRAINER = click.option("--trainer", default="", help="Your own Trainer as MODULE:OBJECT.")
+_DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda:0, mps."
+)
+
+
+@cli.command()
+@click.argument("address")
+@click.option("--name", default="", help="Unique in the run. Default: this machine's name.")
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Keeps finished work over restarts. Default: atoll-client-NAME.",
+)
+@_MODEL
+@_DATA
+@_TRAINER
+@click.option(
+    "--partition",
+    default="iid",
+    show_default=True,
+    help="How DATA is split: iid, dirichlet:0.5, classes:2, quantity:0.5, column:NAME.",
+)
+@click.option(
+    "--shard",
+    default="0/1",
+    show_default=True,
+    callback=_shard,
+    metavar="I/N",
+    help="Which part of the split is this client's.",
+)
+@_DEVICE
+@click.option("--bench", is_flag=True, help="Measure the speed first, for FedCompass.")
+@click.option(
+    "--patience",
+    type=float,
+    default=float("inf"),
+    metavar="SECONDS",
+    help="Give up after so long without a server. Default: never.",
+)
+@click.option("--sleep-per-step", type=float, default=0.0, hidden=True)
+@console.json_option
+def start(
+    address: str, name: str, folder: Path | None, model: str, data: str, trainer: str,
+    partition: str, shard: tuple[int, int], device: str, bench: bool, patience: float,
+    sleep_per_step: float, as_json: bool,
+) -> None:  # fmt: skip
+    """Take part in the run at ADDRESS until it is over.
+
+    Reconnects by itself; killed and started again it goes on, and delivers what it had finished.
+    """
+    import logging
+
+    _check_address(address)
+    level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
+    logging.basicConfig(level=level if console.verbosity() else logging.WARNING, stream=sys.stderr)
+    name = name or _own_name()
+    console.say(f"{name}: joining {address} (Ctrl-C leaves)")
+
+    import torch
+
+    from atoll.client.bench import bench as measure
+    from atoll.client.client import Client
+    from atoll.client.options import Options, maker
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    options = Options(name, model, data, trainer, partition, shard, device, sleep_per_step)
+    client = Client(
+        address,
+        maker(options),
+        name=name,
+        folder=folder or Path(f"atoll-client-{name}"),
+        seconds_per_step=(lambda made: measure(made).seconds_per_step) if bench else None,
+        patience_seconds=patience,
+    )
+    report = client.run()
+    told = {"name": name, **vars(report)}
+    console.emit(
+        told,
+        as_json,
+        f"{report.reason}: {report.orders} orders, {report.steps} local steps, "
+        f"{report.used} updates used, {report.discarded} discarded",
+    )
+
+
+@cli.command()
+@_MODEL
+@_DATA
+@_TRAINER
+@_DEVICE
+@click.option("--seconds", default=2.0, show_default=True, help="How long to measure.")
+@console.json_option
+def bench(model: str, data: str, trainer: str, device: str, seconds: float, as_json: bool) -> None:
+    """Measure this machine: steps per second, and how fast a model is packed."""
+    from atoll.client.bench import bench as measure
+
+    found = measure(_offline(model, data, trainer, device), seconds)
+    console.emit(
+        found,
+        as_json,
+        f"{1 / found.seconds_per_step:.0f} steps/s, {found.examples_per_second:.0f} examples/s on "
+        f"{found.device}; packs {found.encode_mb_s:.0f} MB/s",
+    )
+
+
+@cli.command()
+@_MODEL
+@_DATA
+@_TRAINER
+@_DEVICE
+@click.option(
+    "--run", "address", default="", metavar="ADDRESS", help="Compare with this server's run."
+)
+@console.json_option
+def test(model: str, data: str, trainer: str, device: str, address: str, as_json: bool) -> None:
+    """Try a model, data or trainer before it takes part: two steps, then an evaluation."""
+    from atoll.client.bench import check
+
+    manifest = None
+    if address:
+        _check_address(address)
+        from atoll.client.inspect import run_info
+
+        info = run_info(address)
+        manifest, model, data = info.manifest, model or info.model, data or info.data
+    found = check(_offline(model, data, trainer, device), manifest)
+    console.emit(
+        found,
+        as_json,
+        f"works: {found.tensors} tensors, {found.parameters} parameters, loss "
+        f"{found.loss if found.loss is None else round(found.loss, 4)} after {found.steps} steps",
+    )
+
+
+@cli.command()
+@click.argument("invite", required=False)
+@console.json_option
+def join(invite: str | None, as_json: bool) -> None:
+    """Enrol this machine with an invite (comes with enrolment, later)."""
+    raise ClientError(
+        "FL-C106",
+        "not built yet: `join` will enrol this machine with a certificate of its own",
+        "until then: fl-client start ADDRESS",
+    )
+
+
+def _offline(model: str, data: str, trainer: str, device: str):  # type: ignore[no-untyped-def]
+    from atoll.client.local import LocalConfig
+    from atoll.client.options import Options, own_trainer, torch_trainer
+
+    if trainer:
+        return own_trainer(trainer)
+    options = Options("local", device=device)
+    return torch_trainer(options, model or "mlp", data or "digits", LocalConfig(device=device))
+
+
+def _check_address(address: str) -> None:
+    host, colon, port = address.rpartition(":")
+    if not host or not colon or not port.isdecimal():
+        raise UsageError("FL-S108", f"address {address!r}", "give HOST:PORT, e.g. 127.0.0.1:7447")
+
+
+def _own_name() -> str:
+    import re
+    import socket
+
+    return re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower())[:63].lstrip("._-") or "client"

@@ -1,0 +1,105 @@
+"""From a client's command line to its trainer. Imports torch, so only when a command runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from atoll.client.data import Data, load_data
+from atoll.client.local import LocalConfig, TorchTrainer, make_trainer
+from atoll.client.models import BUILTIN
+from atoll.client.trainer import Trainer
+from atoll.protocols import slots
+from atoll.protocols.errors import ClientError, DataError, UsageError
+from atoll.protocols.runinfo import RunInfo
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user gave; empty: take the run's."""
+
+    name: str
+    model: str = ""
+    data: str = ""
+    trainer: str = ""
+    partition: str = "iid"
+    shard: tuple[int, int] = (0, 1)
+    device: str = "auto"
+    slowdown: float = 0.0  # seconds slept after each step
+
+
+def local_config(given: dict[str, bool | int | float | str], device: str) -> LocalConfig:
+    """The run's local configuration on this client's device. UsageError FL-S102."""
+    try:
+        return replace(LocalConfig(**given), device=device)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UsageError("FL-S102", f"local configuration {given}: {error}", "see docs") from error
+
+
+def maker(options: Options) -> Callable[[RunInfo], Trainer]:
+    """Makes the trainer once the run is known: the client's own choices go before the run's."""
+
+    def make(run: RunInfo) -> Trainer:
+        if options.trainer:
+            return own_trainer(options.trainer)
+        return torch_trainer(
+            options,
+            model=options.model or _installed(run.model),
+            data=options.data or _bundled(run.data),
+            local=local_config(run.local, options.device),
+            algorithm=run.algorithm,
+            seed=run.seed,
+        )
+
+    return make
+
+
+def torch_trainer(
+    options: Options,
+    model: str,
+    data: str,
+    local: LocalConfig,
+    algorithm: str = "plain",
+    seed: int = 0,
+) -> TorchTrainer:
+    loaded: Data = load_data(data)
+    return make_trainer(
+        model, loaded, options.partition, options.shard, seed, local, algorithm, options.name,
+        options.slowdown,
+    )  # fmt: skip
+
+
+def own_trainer(spec: str) -> Trainer:
+    """A user's `module:object`: a Trainer, or something that makes one."""
+    found = slots.find("trainer", spec, {})
+    made = found
+    if isinstance(found, type) or not hasattr(found, "train"):
+        if not callable(found):
+            raise UsageError("FL-S102", f"trainer {spec!r} is no Trainer", "see docs/trainers.md")
+        made = slots.call("trainer", spec, found, slots.split(spec)[2])
+    missing = [name for name in ("load", "train", "evaluate") if not hasattr(made, name)]
+    if missing:
+        raise UsageError(
+            "FL-S102",
+            f"trainer {spec!r} has no {missing[0]}()",
+            "a Trainer has load, train and evaluate: see atoll.client.Trainer",
+        )
+    return made  # type: ignore[return-value]
+
+
+def _installed(model: str) -> str:
+    """The run's model, where it is built in: a server's word never imports code here."""
+    if slots.split(model)[1] or slots.split(model)[0] not in BUILTIN:
+        raise ClientError(
+            "FL-C107",
+            f"the run's model is {model!r}, which is not built in",
+            "give this client the same code: --model MODULE:OBJECT",
+        )
+    return model
+
+
+def _bundled(data: str) -> str:
+    """The run's data, where everybody has it: a client trains on its own otherwise."""
+    if data.split(":")[0] in ("digits", "synthetic"):
+        return data
+    raise DataError(
+        "FL-D103", "this client was given no data of its own", "add --data, e.g. --data csv:FILE"
+    )

@@ -1,0 +1,44 @@
+"""What a server tells of its run before a client says hello."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from atoll.protocols.errors import RemoteError
+from atoll.protocols.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    id: str
+    name: str
+    model: str  # a built-in name, or module:object that the client must have itself
+    data: str
+    algorithm: str  # local algorithm
+    local: dict[str, bool | int | float | str]  # of the trainer's configuration
+    seed: int
+    codec_up: str
+    codec_down: str
+    manifest: Manifest
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "RunInfo":
+        """Read strictly; RemoteError FL-W101."""
+        try:
+            texts = {k: told[k] for k in ("id", "name", "model", "data", "algorithm")}
+            texts |= {k: told[k] for k in ("codec_up", "codec_down")}
+            local, seed = told["local"], told["seed"]
+        except (KeyError, TypeError) as error:
+            raise _malformed(f"{error} is missing") from error
+        for key, value in texts.items():
+            if not isinstance(value, str) or len(value) > 1000:
+                raise _malformed(f"{key}={value!r}")
+        if not isinstance(seed, int) or not isinstance(local, dict):
+            raise _malformed("seed or local configuration")
+        if any(not isinstance(v, bool | int | float | str) for v in local.values()):
+            raise _malformed(f"local={local!r}")
+        return cls(**texts, local=local, seed=seed, manifest=Manifest.from_json(told["manifest"]))
+
+
+def _malformed(what: str) -> RemoteError:
+    return RemoteError("FL-W101", f"malformed run: {what}"[:300], "install the server's version")

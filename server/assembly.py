@@ -1,0 +1,256 @@
+"""Assembly: all parts of one run put together, fresh or as they were left."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO, cast
+
+import torch
+
+from atoll.aggregation.aggregator import aggregator
+from atoll.aggregation.outer import outer
+from atoll.aggregation.strategy import Strategy
+from atoll.client.models import manifest_of
+from atoll.protocols import slots as slot
+from atoll.protocols.codecs import codec
+from atoll.protocols.errors import ServerError, UsageError
+from atoll.protocols.events import Evaluated
+from atoll.protocols.manifest import Manifest
+from atoll.protocols.membership import Membership
+from atoll.server.driver import Clock, Driver
+from atoll.server.evaluate import Evaluator, Judge
+from atoll.server.history import History, line
+from atoll.server.host import Host
+from atoll.server.journal import Journal
+from atoll.server.merge import Buffers, Merger
+from atoll.server.recover import Recovered, recover
+from atoll.server.rules import Rules
+from atoll.server.run import Run
+from atoll.server.server import Summary
+from atoll.server.spec import STRATEGIES, RunSpec
+from atoll.server.uploads import Uploads
+from atoll.server.versions import VersionStore
+from atoll.server.workshop import Stock, Workshop
+
+
+class Assembly:
+    """Built in a worker thread; `begin`, `end` in the loop's; `close` in a worker thread again."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        folder: Path,
+        rules: Rules,
+        uploads: Uploads,
+        slots: Mapping[str, object],
+        init: Path | None,
+        on_row: Callable[[dict[str, object]], None] | None,
+    ) -> None:
+        torch.set_num_threads(1)  # the merge brings its own threads
+        self.spec, self.folder, self.slots = spec, folder, slots
+        strategy = self._strategy()
+        module, judge = self._model_and_judge()
+        self.manifest: Manifest = manifest_of(module)
+        self.store = VersionStore(folder / "versions", self.manifest)
+        merger = Merger(
+            self.manifest,
+            aggregator(spec.aggregator),
+            outer(spec.outer),
+            cast("Buffers", spec.buffers),
+        )
+        self.workshop = Workshop(self.store, merger, uploads, codec(spec.codec_up), spec.keep)
+        self.journal = Journal(folder / "journal.sqlite", spec.id)
+        fresh = self.journal.seq == 0 and not self.store.numbers()
+        if fresh:
+            self._first_version(module, init)
+        membership = Membership(lease=spec.lease)
+        found = recover(self.journal, strategy, rules, membership)
+        self._restore(found, uploads)
+        self.resumed = not fresh
+        self.history_file = self._open_history(folder / "history.jsonl")
+        self._on_row = on_row
+        self.evaluator = self._evaluator(judge)
+        self.host = Host(
+            spec, found.run, membership, self.workshop, self.history, self.evaluator, self._row
+        )
+        self.clock = Clock(found.now)
+        self.driver = Driver(found.run, self.journal, self.host, found.rules, self.clock)
+        self.driver.snapshot = self.host.snapshot
+        self.host.driver = self.driver
+
+    # ---- parts ---------------------------------------------------------------------------------
+
+    def _strategy(self) -> Strategy:
+        made = self.slots.get("strategy")
+        made = slot.resolve("strategy", self.spec.strategy, STRATEGIES) if made is None else made
+        if not isinstance(made, Strategy):
+            raise UsageError(
+                "FL-S102",
+                f"strategy {self.spec.strategy!r} is a {type(made).__name__}",
+                "derive it from atoll.aggregation.Strategy",
+            )
+        return made
+
+    def _model_and_judge(self) -> tuple[torch.nn.Module, Judge | None]:
+        from atoll.server.judge import build
+
+        return build(self.spec, self.slots)
+
+    def _first_version(self, module: torch.nn.Module, init: Path | None) -> None:
+        if init is not None:
+            first = self.store.initial_from(init)
+        else:
+            first = self.store.initial(module.state_dict())
+        self.store.save(first)
+
+    def _restore(self, found: Recovered, uploads: Uploads) -> None:
+        """Take up kept updates, make unsaved versions again; the rest is forgotten."""
+        run: Run = found.run
+        newest = max(self.store.saved(), default=0)
+        keep = set(run.held)
+        for merge in found.stock.merges:
+            if merge.version > newest or merge.version > run.published:
+                keep.update(update for update, _ in merge.items)
+        gone = []
+        for payload in self.journal.payloads():
+            if payload.id not in keep:
+                gone.append(payload.id)
+                continue
+            self.workshop.infos[payload.id] = payload.info
+            if payload.data is not None:
+                uploads.keep(payload.id, payload.data)
+            else:
+                uploads.restore(payload.id, payload.info.size, payload.info.sha256)
+        uploads.sweep(keep)
+        self.journal.append([], forget=gone)
+        merges = [m for m in found.stock.merges if m.version > newest]
+        self.workshop.stock = Stock([m for m in merges if m.version <= run.published])
+        self._redo = [m for m in merges if m.version > run.published]
+        self.workshop.rebuild(self.workshop.stock.merges)
+        self.workshop.best = found.rules.best_version
+        if self.store.latest() is None:
+            raise ServerError(
+                "FL-S206", f"no whole version in {self.folder}", "restore it from a backup"
+            )
+
+    def _evaluator(self, judge: Judge | None) -> Evaluator | None:
+        if judge is None:
+            return None
+
+        def report(version: int, metrics: Mapping[str, float]) -> None:
+            self.driver.post_threadsafe(Evaluated(version, metrics))
+
+        def read(version: int) -> Mapping[str, torch.Tensor]:
+            return self.workshop.pin(version).tensors()
+
+        return Evaluator(judge, read, report)
+
+    # ---- history -------------------------------------------------------------------------------
+
+    def _open_history(self, path: Path) -> TextIO:
+        self.history = History()
+        if path.exists():
+            text = path.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]  # a killed process leaves half a line
+            if len(whole) != len(text):
+                path.write_bytes(whole)
+            self.history = History.read(path)
+        return path.open("a", buffering=1)
+
+    def _row(self, row: dict[str, object]) -> None:
+        self.history_file.write(line(row) + "\n")
+        if self._on_row is not None:
+            self._on_row(row)
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        self.clock.start()
+        if self.resumed:
+            self._row(
+                {"t": self.clock.now(), "kind": "resumed", "version": self.host.run.published}
+            )
+        if self.evaluator is not None and not self.resumed:
+            self.evaluator.offer(0)
+        for merge in self._redo:
+            self.host.merge(merge)
+        self.host.begin()
+
+    async def end(self, over: bool) -> None:
+        """Goodbye to the clients; `over`: for good."""
+        if self.evaluator is not None and over:
+            self.evaluator.offer(self.host.run.published)
+        reason = self.host.run.finished if over else "the server stops for now"
+        self.host.farewell(reason or "", over, retry_seconds=1.0)
+        await self.host.close()
+
+    def close(self) -> None:
+        self.journal.close()
+        self.history_file.close()
+
+    def export(self, path: Path) -> Path:
+        """The best version, or the newest where none was evaluated, as a safetensors file."""
+        number = self.driver.rules.best_version
+        kept = self.store.numbers()
+        version = self.store.open(number if number is not None and number in kept else kept[-1])
+        self.store.export(version, path)
+        return path
+
+    def summary(self) -> Summary:
+        run, rules = self.host.run, self.driver.rules
+        best = rules.best_version
+        metrics: Mapping[str, float] = next(
+            (
+                row["metrics"]
+                for row in reversed(self.history.rows)
+                if row["kind"] == "evaluated" and row["version"] == best
+            ),
+            {},
+        )
+        return Summary(
+            self.spec.id, run.finished or "", run.published, run.updates_used, run.steps_used,
+            self.clock.now(), metrics, best, rules.reached_at,
+        )  # fmt: skip
+
+    def status(self, arguments: Mapping[str, object]) -> object:
+        """What `fl-server status` and `run show` print."""
+        run, rules = self.host.run, self.driver.rules
+        now = self.clock.now()
+        members = [
+            {
+                "name": m.name,
+                "state": m.standing,
+                "reason": m.reason,
+                "since_s": round(now - m.since, 3),
+                "heard_s": round(now - m.heard, 3),
+                "seconds_per_step": m.seconds_per_step,
+                "order": run.open[m.name].id if m.name in run.open else None,
+                "steps": run.open[m.name].steps if m.name in run.open else None,
+                "step": self.host.sessions.of[m.name].step
+                if m.name in self.host.sessions.of
+                else None,
+                "bytes_up": self.host.traffic[m.name].up if m.name in self.host.traffic else 0,
+                "bytes_down": self.host.traffic[m.name].down if m.name in self.host.traffic else 0,
+            }
+            for m in self.host.membership.members.values()
+        ]
+        groups = getattr(run.strategy, "groups", None)
+        return {
+            "run": self.spec.id,
+            "name": self.spec.name,
+            "strategy": self.spec.strategy,
+            "state": "finished" if run.finished else "running",
+            "reason": run.finished or "",
+            "version": run.published,
+            "updates": run.updates_used,
+            "steps": run.steps_used,
+            "elapsed_s": round(now, 3),
+            "metric": rules.metric,
+            "latest": rules.latest,
+            "best": rules.best,
+            "best_version": rules.best_version,
+            "clients": members,
+            "groups": [list(g) if isinstance(g, tuple) else asdict(g) for g in groups(now)]
+            if groups
+            else [],
+        }

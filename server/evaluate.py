@@ -1,0 +1,68 @@
+"""Evaluate: metrics of versions on the server's own test data, newest first, never in the way.
+
+One thread. A version offered while another is being evaluated replaces one that still waits, so a
+slow evaluation skips versions and never makes a `Train` wait.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Judge(Protocol):
+    """Something that knows test data: a `Trainer` is one."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+    def evaluate(self) -> Mapping[str, float]: ...
+
+
+class Evaluator:
+    """`read` gives a version's tensors; `report` is called, in this thread, with its metrics."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        read: Callable[[int], Mapping[str, Tensor]],
+        report: Callable[[int, Mapping[str, float]], None],
+    ) -> None:
+        self._judge = judge
+        self._read = read
+        self._report = report
+        self._waiting: int | None = None
+        self._closed = False
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="evaluate", daemon=True)
+        self._thread.start()
+
+    def offer(self, version: int) -> None:
+        """Evaluate this version next, unless a newer one comes first."""
+        with self._news:
+            self._waiting = version
+            self._news.notify()
+
+    def close(self, seconds: float = 60.0) -> None:
+        """End once what waits has been evaluated."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join(seconds)
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                while self._waiting is None and not self._closed:
+                    self._news.wait()
+                version, self._waiting = self._waiting, None
+            if version is None:
+                return
+            try:
+                self._judge.load(self._read(version))
+                self._report(version, dict(self._judge.evaluate()))
+            except Exception:  # a user's model may raise anything; training goes on
+                logger.exception("version=%d could not be evaluated", version)

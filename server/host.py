@@ -1,0 +1,506 @@
+"""Host: one run's world. Clients come and go, orders go out, results come in, versions are made.
+
+Carries out what the driver's machines decide. Everything here runs in the event loop's thread;
+merging, saving and evaluating are handed to worker threads and come back as inputs.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from atoll.protocols import messages, state, tensors, wire_pb2
+from atoll.protocols.blobs import CHUNK, INLINE, Blob
+from atoll.protocols.codecs import codec
+from atoll.protocols.errors import AtollError, RemoteError, ServerError
+from atoll.protocols.events import (
+    Action,
+    ClientJoined,
+    ClientLeft,
+    Evaluated,
+    Event,
+    Merged,
+    Then,
+    Update,
+    UpdateReceived,
+)
+from atoll.protocols.membership import Back, Joined, Left, Membership
+from atoll.protocols.messages import Result
+from atoll.server.driver import Driver
+from atoll.server.evaluate import Evaluator
+from atoll.server.history import History
+from atoll.server.journal import Payload
+from atoll.server.rows import Recorder
+from atoll.server.run import Effect, Merge, Order, Outcome, Run
+from atoll.server.sessions import Session, Sessions
+from atoll.server.spec import RunSpec
+from atoll.server.uploads import StoredUpdate
+from atoll.server.workshop import Workshop
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = 1
+
+
+@dataclass
+class Traffic:
+    up: int = 0
+    down: int = 0
+
+
+class Host:
+    """Give it to a `Driver` as its world, then set `driver`."""
+
+    driver: Driver
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        run: Run,
+        membership: Membership,
+        workshop: Workshop,
+        history: History,
+        evaluator: Evaluator | None,
+        on_row: Callable[[dict[str, object]], None],
+    ) -> None:
+        self.spec = spec
+        self.run = run
+        self.membership = membership
+        self.workshop = workshop
+        self.history = history
+        self.evaluator = evaluator
+        self.sessions = Sessions()
+        self.traffic: dict[str, Traffic] = {}
+        self.paces: dict[str, float] = {}
+        self._on_row = on_row
+        self._recorder = Recorder()
+        self._down = codec(spec.codec_down)
+        self._spent: list[str] = []
+        self._meta: list[tuple[str, str]] = []
+        self._merging = ThreadPoolExecutor(1, thread_name_prefix="merge")
+        self._saving = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._save_task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lease: asyncio.TimerHandle | None = None
+        self._asked_clients = -1  # newest version that clients were asked to evaluate
+
+    # ---- the driver's world --------------------------------------------------------------------
+
+    def deliver(self, order: Order) -> None:
+        session = self.sessions.of.get(order.client)
+        if session is not None:
+            self._send_order(session, order)
+
+    def interrupt(self, order: Order, then: Then) -> None:
+        session = self.sessions.of.get(order.client)
+        if session is not None:
+            session.send(wire_pb2.ServerMessage(ask=messages.ask_to_wire(order.id, then)))
+
+    def merge(self, merge: Merge) -> None:
+        self.workshop.stock.merges.append(merge)
+        self._spawn(self._merge(merge))
+
+    def tell(self, client: str, outcome: Outcome) -> None:
+        if outcome.fate != "used":
+            self.workshop.forget([outcome.update])
+            self._spent.append(outcome.update)
+        session = self.sessions.of.get(client)
+        if session is not None:
+            self._send_outcome(session, outcome)
+
+    def heard(self, now: float, event: Event, actions: list[Action], effects: list[Effect]) -> None:
+        sizes = (0, 0)
+        if isinstance(event, UpdateReceived):
+            info = self.workshop.infos.get(event.update.id)
+            sizes = (info.size if info else 0, 0)
+            self._learn_pace(event.update)
+        for row in self._recorder.rows(self.run, now, event, actions, effects, sizes):
+            self.history.append(row)
+            self._on_row(dict(row))
+        if isinstance(event, Merged):
+            self._published(event.version)
+        elif isinstance(event, Evaluated):
+            self.workshop.unpin(event.version, self.driver.rules.best_version)
+
+    def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
+        spent, self._spent = self._spent, []
+        meta, self._meta = self._meta, []
+        return spent, meta
+
+    def snapshot(self) -> str:
+        """Everything that recovery needs besides the journal's later inputs."""
+        return json.dumps(
+            {
+                "run": state.dump(self.run),
+                "strategy": state.dump(self.run.strategy),
+                "membership": state.dump(self.membership),
+                "rules": state.dump(self.driver.rules),
+                "stock": state.dump(self.workshop.stock),
+            }
+        )
+
+    def begin(self) -> None:
+        """The run starts, or goes on: leases run, and what came before is written."""
+        self._arm_lease()
+
+    # ---- clients -------------------------------------------------------------------------------
+
+    def hello(self, hello: messages.Hello) -> Session:
+        """Take a client in. RemoteError where it cannot take part."""
+        self._check_hello(hello)
+        now = self.driver.clock.now()
+        decision = self.membership.hello(hello.client, hello.node, now)
+        self._note_membership()
+        session = self.sessions.open(hello.client, decision.fence)
+        session.down_codec = self.spec.codec_down
+        session.send(wire_pb2.ServerMessage(welcome=self._welcome(session)))
+        match decision:
+            case Joined(client, _, again, pace):
+                known = hello.info.seconds_per_step or pace
+                info = type(hello.info)(hello.info.examples, known, hello.info.capabilities)
+                logger.info("client=%s joined%s", client, " again" if again else "")
+                self.driver.post(ClientJoined(client, info))
+            case Back(client, _, silent):
+                logger.info("client=%s is back after %.1f s", client, silent)
+                self._on_row(
+                    {"t": now, "kind": "back", "client": client, "silent": round(silent, 3)}
+                )
+        for outcome in list(self.run.untold.get(hello.client, {}).values()):
+            self._send_outcome(session, outcome)
+        order = self.run.open.get(hello.client)
+        waits = isinstance(decision, Back) and order is not None and order.started is not None
+        if order is not None and waits and order.id not in hello.holding:
+            self._send_order(session, order)
+        self._arm_lease()
+        return session
+
+    def gone(self, session: Session, reason: str) -> None:
+        """A control stream ended. Within its lease the client may come back."""
+        self.sessions.drop(session)
+        self.membership.broken(session.client, session.fence, self.driver.clock.now(), reason)
+        self._arm_lease()
+
+    def message(self, session: Session, message: wire_pb2.ClientMessage) -> None:
+        """One message of a client's control stream. RemoteError ends the session."""
+        self.membership.heard(session.client, session.fence, self.driver.clock.now())
+        match message.WhichOneof("kind"):
+            case "result":
+                self._inline(session, messages.result_from_wire(message.result))
+            case "heartbeat":
+                session.step = message.heartbeat.step
+            case "ack":
+                for update in message.ack.updates[:64]:
+                    self.run.acknowledge(session.client, update)
+            case "failure":
+                told = message.failure
+                why = f"{messages.text(told.code, 16)}: {messages.text(told.message)}"
+                logger.warning("client=%s order=%s failed: %s", session.client, told.order, why)
+                self._expel(session.client, f"it could not train: {why}")
+                raise RemoteError(
+                    "FL-C104", f"order {messages.text(told.order, 24)} was given up: {why}",
+                    "mend the trainer and start this client again",
+                )  # fmt: skip
+            case "evaluation":
+                found = messages.metrics_from_wire(message.evaluation.metrics)
+                self._evaluation(message.evaluation.version, found, message.evaluation.examples)
+            case "goodbye":
+                reason = messages.text(message.goodbye.reason, 200)
+                now = self.driver.clock.now()
+                left = self.membership.goodbye(session.client, session.fence, now, reason)
+                if left is not None:
+                    self._left(left)
+                session.close()
+
+    def _check_hello(self, hello: messages.Hello) -> None:
+        if hello.protocol != PROTOCOL:
+            raise RemoteError(
+                "FL-C102",
+                f"client speaks protocol {hello.protocol}, this server {PROTOCOL}",
+                "install the same version of atoll on both sides",
+            )
+        if hello.run and hello.run != self.spec.id:
+            raise RemoteError(
+                "FL-S107", f"no run {hello.run!r} here", f"this server runs {self.spec.id}"
+            )
+        schema = self.workshop.store.manifest.schema
+        if hello.schema and hello.schema != schema:
+            raise RemoteError(
+                "FL-W104",
+                f"the client's model has schema {hello.schema[:12]}, the run's {schema[:12]}",
+                "give the client the run's model: see `fl-client test`",
+            )
+        for wanted in (self.spec.codec_up, self.spec.codec_down):
+            if wanted not in hello.info.capabilities:
+                raise RemoteError(
+                    "FL-W108",
+                    f"the run uses codec {wanted!r}, the client offers "
+                    f"{', '.join(hello.info.capabilities) or 'none'}",
+                    "install a newer client, or run with --codec fp32",
+                )
+        if self.run.finished is not None:
+            raise RemoteError("FL-S107", f"the run is over: {self.run.finished}", "start a new one")
+
+    def _welcome(self, session: Session) -> wire_pb2.Welcome:
+        return wire_pb2.Welcome(
+            run=self.spec.id,
+            session=session.token,
+            chunk_bytes=CHUNK,
+            inline_limit=INLINE,
+            lease_seconds=self.spec.lease,
+            heartbeat_seconds=self.spec.lease / 3,
+            up_codec=self.spec.codec_up,
+            down_codec=self.spec.codec_down,
+        )
+
+    def _left(self, left: Left) -> None:
+        logger.info("client=%s left: %s", left.name, left.reason)
+        self._note_membership()
+        self.driver.post(ClientLeft(left.name, left.reason))
+
+    def _expel(self, client: str, reason: str) -> None:
+        left = self.membership.expel(client, self.driver.clock.now(), reason)
+        if left is not None:
+            self._left(left)
+
+    def _note_membership(self) -> None:
+        self._meta.append(("membership", state.dumps(self.membership)))
+
+    def _arm_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.cancel()
+        due = self.membership.due()
+        if due is not None:
+            loop = asyncio.get_running_loop()
+            self._lease = loop.call_later(self.driver.clock.wall(due) + 0.01, self._tick)
+
+    def _tick(self) -> None:
+        for decision in self.membership.tick(self.driver.clock.now()):
+            if isinstance(decision, Left):
+                self._left(decision)
+                session = self.sessions.of.get(decision.name)
+                if session is not None:
+                    self.sessions.drop(session)
+                    session.close()
+        self._arm_lease()
+
+    def _send_order(self, session: Session, order: Order) -> None:
+        blob = self._blob(order.version)
+        small = blob.info.size <= INLINE
+        wire = messages.Order(
+            order.id, 0, order.version, order.steps, blob.info,
+            bytes(blob.view) if small else b"", order.extra,
+        )  # fmt: skip
+        self._traffic(session.client).down += blob.info.size
+        session.send(wire_pb2.ServerMessage(order=messages.order_to_wire(wire)))
+
+    def _send_outcome(self, session: Session, outcome: Outcome) -> None:
+        told = messages.Outcome(
+            outcome.order, outcome.update, outcome.fate, outcome.version, outcome.reason
+        )
+        session.send(wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told)))
+
+    def _blob(self, version: int) -> Blob:
+        return self.workshop.store.blob(self.workshop.store.open(version), self._down)
+
+    def _traffic(self, client: str) -> Traffic:
+        return self.traffic.setdefault(client, Traffic())
+
+    def _learn_pace(self, update: Update) -> None:
+        if update.steps > 0 and update.train_seconds > 0:
+            self.paces[update.client] = update.train_seconds / update.steps
+            if update.client in self.membership.members:
+                self.membership.learned(update.client, update.train_seconds / update.steps)
+
+    # ---- bulk calls (server/bulk.py) -----------------------------------------------------------
+
+    def authorize(self, metadata: object) -> str:
+        token = dict(metadata).get(messages.SESSION_KEY, "")  # type: ignore[call-overload]
+        session = self.sessions.find(str(token))
+        self.membership.heard(session.client, session.fence, self.driver.clock.now())
+        return session.client
+
+    def find_blob(self, blob: str) -> Blob:
+        for version in reversed(self.workshop.store.numbers()):
+            if blob == f"v{version}/{self._down.name}":
+                return self._blob(version)
+        raise RemoteError("FL-W107", f"no blob {blob!r}", "fetch the model of your newest order")
+
+    def may_upload(self, client: str, result: Result) -> str | None:
+        """The id to store a result under; None where it is here already."""
+        expected = self.run.expects(client, result.order, result.update)
+        if expected == "have":
+            return None
+        if expected == "unknown":
+            raise RemoteError(
+                "FL-W102",
+                f"order {result.order} is not one of {client}'s, or was closed",
+                "drop this result and wait for the next order",
+            )
+        info = result.payload
+        manifest = self.workshop.store.manifest
+        try:
+            tensors.check(manifest, info.sections, info.size, self.workshop.up, "update")
+        except RemoteError as error:
+            self._refuse_update(client, error)
+            raise
+        return result.update
+
+    async def accepted(self, client: str, result: Result, stored: StoredUpdate) -> None:
+        """All bytes of a result are here: check them, write them down, tell the strategy."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(None, self._check, result, stored)
+        except RemoteError as error:
+            self._refuse_update(client, error)
+            raise
+        done = asyncio.Event()
+        self._take(client, result, stored, done.set)
+        await done.wait()
+
+    def _inline(self, session: Session, result: Result) -> None:
+        update = None
+        try:
+            update = self.may_upload(session.client, result)
+        except RemoteError as error:
+            if error.code != "FL-W102":
+                raise
+            refusal = messages.error_to_wire(error, result.order)
+            session.send(wire_pb2.ServerMessage(refusal=refusal))
+            return
+        if update is None:
+            self._receipt(session.client, result)
+            return
+        stored = self.workshop.uploads.keep(update, result.inline)
+        try:
+            self._check(result, stored)
+        except RemoteError as error:
+            self.workshop.uploads.free(update)
+            self._refuse_update(session.client, error)
+            raise
+        self._take(session.client, result, stored, lambda: self._receipt(session.client, result))
+
+    def _check(self, result: Result, stored: StoredUpdate) -> None:
+        manifest = self.workshop.store.manifest
+        sections = result.payload.sections
+        payload = tensors.parse(manifest, sections, stored.view(), self.workshop.up, "update")
+        tensors.finite(manifest, payload)
+
+    def _take(
+        self, client: str, result: Result, stored: StoredUpdate, then: Callable[[], None]
+    ) -> None:
+        if result.update in self.workshop.infos:
+            then()  # it came twice at once
+            return
+        self.workshop.infos[result.update] = result.payload
+        self._traffic(client).up += result.payload.size
+        update = Update(  # the run's book knows base and start
+            result.update, result.order, client, 0, result.steps, result.examples,
+            0.0, result.train_seconds, result.metrics, final=result.final,
+        )  # fmt: skip
+        data = stored.data if stored.path is None else None
+        self.driver.post(UpdateReceived(update), Payload(result.update, result.payload, data), then)
+
+    def _receipt(self, client: str, result: Result) -> None:
+        session = self.sessions.of.get(client)
+        if session is not None:
+            receipt = wire_pb2.Receipt(order=result.order, update=result.update, final=result.final)
+            session.send(wire_pb2.ServerMessage(receipt=receipt))
+
+    def _refuse_update(self, client: str, error: RemoteError) -> None:
+        """What it sent can never be used: the run goes on without this client."""
+        logger.warning("client=%s update refused: %s", client, error)
+        self._expel(client, f"its update was refused: {error.code} {error.message}")
+
+    # ---- versions ------------------------------------------------------------------------------
+
+    async def _merge(self, merge: Merge) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            merged = await loop.run_in_executor(self._merging, self.workshop.make, merge)
+        except AtollError as error:
+            self.driver.fail(error)
+        except Exception as error:
+            logger.exception("run=%s version=%d could not be merged", self.spec.id, merge.version)
+            self.driver.fail(ServerError("FL-S100", f"merging failed: {error!r}", "report it"))
+        else:
+            self.driver.post(merged)
+
+    def _published(self, version: int) -> None:
+        if self._save_task is None and version % self.spec.save_every == 0:
+            self._save_task = self._spawn(self._save())
+        if self.evaluator is not None:
+            self.evaluator.offer(version)
+        elif self.driver.run.finished is None and version > self._asked_clients:
+            self._ask_clients(version)
+
+    async def _save(self) -> None:
+        """Save the newest version; those that came meanwhile are saved as one, the newest again."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                newest = self.run.published
+                await loop.run_in_executor(self._saving, self.workshop.save, newest)
+                spent = self.workshop.settle()
+                self.workshop.forget(spent)
+                self._spent.extend(spent)
+                await self._save_best()
+                await loop.run_in_executor(self._saving, self.workshop.prune)
+                if self.run.published == newest or self.run.published % self.spec.save_every:
+                    return
+        except AtollError as error:
+            self.driver.fail(error)
+        finally:
+            self._save_task = None
+
+    async def _save_best(self) -> None:
+        best = self.driver.rules.best_version
+        if (
+            best is not None
+            and best != self.workshop.best
+            and best in self.workshop.store.numbers()
+        ):
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._saving, self.workshop.save, best)
+            self.workshop.best = best
+
+    async def close(self) -> None:
+        """Save the newest version, say goodbye, end the workers."""
+        if self._lease is not None:
+            self._lease.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.driver.error is None:
+            await self._save()
+        if self.evaluator is not None:
+            self.evaluator.close()
+        self._merging.shutdown()
+        self._saving.shutdown()
+        self.workshop.merger.close()
+
+    def farewell(self, reason: str, done: bool, retry_seconds: float = 1.0) -> None:
+        bye = wire_pb2.Goodbye(reason=reason, done=done, retry_seconds=retry_seconds)
+        for session in list(self.sessions.of.values()):
+            session.send(wire_pb2.ServerMessage(goodbye=bye))
+            session.close()
+
+    # ---- evaluation by clients -----------------------------------------------------------------
+
+    def _ask_clients(self, version: int) -> None:
+        self._asked_clients = version
+        blob = self._blob(version)
+        small = blob.info.size <= INLINE
+        model = messages.blob_to_wire(blob.info, bytes(blob.view) if small else b"")
+        asked = wire_pb2.Evaluate(version=version, model=model)
+        for session in self.sessions.of.values():
+            session.send(wire_pb2.ServerMessage(evaluate=asked))
+
+    def _evaluation(self, version: int, metrics: dict[str, float], examples: int) -> None:
+        if metrics and examples and version <= self.run.published:
+            self.driver.post(Evaluated(version, {**metrics, "examples": float(examples)}))
+
+    def _spawn(self, work: object) -> "asyncio.Task[None]":
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,27 @@
+"""Judge: the run's model with the server's test data, or the model alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from atoll.client.data import load_data
+from atoll.client.local import LocalConfig, TorchTrainer
+from atoll.client.models import build as build_model
+from atoll.server.spec import RunSpec
+
+
+def build(spec: RunSpec, slots: Mapping[str, object]) -> tuple[nn.Module, TorchTrainer | None]:
+    """The model as it starts, and what evaluates it; None where the server has no test data."""
+    data: Any = slots.get("data")
+    if data is None and spec.data:
+        data = load_data(spec.data)
+    module = slots.get("model")
+    if not isinstance(module, nn.Module):
+        info: Any = getattr(data, "info", None)
+        module = build_model(spec.model, info, spec.seed)
+    test = getattr(data, "test", None)
+    if test is None:
+        return module, None
+    local = LocalConfig(device="cpu")
+    return module, TorchTrainer(module, test, test, local, kind=data.info.kind)

@@ -1,0 +1,83 @@
+"""Recover: a run as it stood, from its journal: its inputs are handled again, nothing done twice.
+
+From the last snapshot on, every journaled input goes through the same machines. What they decide is
+compared with what was decided then, where that was written down: a strategy whose code has changed
+is found out before it does harm.
+"""
+
+import json
+from dataclasses import dataclass
+
+from atoll.aggregation.strategy import Strategy
+from atoll.protocols import state
+from atoll.protocols.errors import ServerError
+from atoll.protocols.events import Evaluated
+from atoll.protocols.membership import Membership
+from atoll.server.journal import Journal, Row, dump_actions
+from atoll.server.rules import Rules
+from atoll.server.run import Merge, Run
+from atoll.server.workshop import Stock
+
+
+@dataclass
+class Recovered:
+    run: Run
+    membership: Membership
+    rules: Rules
+    stock: Stock  # merges whose updates are still kept
+    now: float = 0.0  # run clock of the last input
+    inputs: int = 0  # handled again
+
+
+def recover(
+    journal: Journal, strategy: Strategy, rules: Rules, membership: Membership
+) -> Recovered:
+    """Bring fresh machines to where the journal ends. ServerError FL-S206 where they disagree."""
+    found = Recovered(Run(strategy), membership, rules, Stock())
+    snapshot = journal.last_snapshot()
+    after = 0
+    try:
+        if snapshot is not None:
+            after, found.now, text = snapshot
+            _load(found, json.loads(text))
+        for row in journal.rows(after):
+            _again(found, row)
+        told = journal.meta("membership")
+        if told is not None:
+            state.restore(membership, json.loads(told))
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ServerError(
+            "FL-S206",
+            f"the journal cannot be replayed: {error}",
+            "start with the version of the software and of the strategy that wrote it",
+        ) from error
+    membership.restart(found.now)
+    return found
+
+
+def _load(found: Recovered, data: dict[str, state.Json]) -> None:
+    state.restore(found.run, data["run"])
+    state.restore(found.run.strategy, data["strategy"])
+    state.restore(found.membership, data["membership"])
+    limits = {name: getattr(found.rules, name) for name in LIMITS}
+    state.restore(found.rules, data["rules"])
+    for name, value in limits.items():  # what the user asks for now, not then
+        setattr(found.rules, name, value)
+    found.stock = state.load(Stock, data["stock"])
+
+
+LIMITS = ("target", "metric", "versions", "updates", "steps", "seconds", "patience")
+
+
+def _again(found: Recovered, row: Row) -> None:
+    _, actions, effects = found.run.handle(row.event, row.now)
+    if row.actions is not None and dump_actions(actions) != row.actions:
+        raise ValueError(
+            f"input {row.seq} ({type(row.event).__name__} at {row.now:.3f} s) was answered with "
+            f"{row.actions}, now with {dump_actions(actions)}"
+        )
+    if isinstance(row.event, Evaluated):
+        found.rules.evaluated(row.event.version, row.event.metrics, row.now)
+    found.stock.merges.extend(e for e in effects if isinstance(e, Merge))
+    found.now = row.now
+    found.inputs += 1

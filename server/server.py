@@ -1,0 +1,275 @@
+"""Server: one run, from an empty or an existing state directory to its last version.
+
+    state/  lock  server.json (pid, address)  run.json  journal.sqlite  history.jsonl
+            versions/<N>/model.safetensors  updates/
+
+The port accepts before torch is imported; callers wait for the run, not for a connection.
+"""
+
+import asyncio
+import fcntl
+import ipaddress
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from atoll.protocols import messages
+from atoll.protocols.channel import SERVER_OPTIONS, tune_malloc
+from atoll.protocols.errors import RemoteError, ServerError, UsageError
+from atoll.server.bulk import Bulk
+from atoll.server.rules import Rules
+from atoll.server.service import Service
+from atoll.server.spec import RunSpec
+from atoll.server.uploads import Uploads
+
+if TYPE_CHECKING:
+    from atoll.server.assembly import Assembly
+    from atoll.server.host import Host
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended, or stopped for now."""
+
+    run: str
+    reason: str  # empty: stopped for now, start again to go on
+    versions: int
+    updates: int
+    steps: int
+    seconds: float  # run clock
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the model exported
+    best_version: int | None = None
+    reached_at: float | None = None
+
+
+class Server:
+    """Serve one run. `slots` take ready objects in place of the names in the spec:
+    strategy, aggregator, outer, model (an nn.Module or a factory), data (for evaluation)."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        folder: Path,
+        rules: Rules | None = None,
+        *,
+        slots: Mapping[str, object] | None = None,
+        init: Path | None = None,
+        insecure_lan: bool = False,
+        on_row: Callable[[Row], None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.folder = folder
+        self.rules = rules or Rules()
+        self.address = ""  # host:port once serving
+        self._slots = dict(slots or {})
+        self._init = init
+        self._insecure_lan = insecure_lan
+        self._on_row = on_row
+        self._assembly: Assembly | None = None
+        self._stop: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(
+        self, address: str = "127.0.0.1:7447", ready: Callable[[str], None] | None = None
+    ) -> Summary:
+        """Serve until the run is over, or until SIGINT or SIGTERM. Raises AtollError."""
+        return asyncio.run(self.serve(address, ready))
+
+    def stop(self) -> None:
+        """Stop for now, from any thread: what is held is saved, and a new start goes on."""
+        if self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    async def serve(
+        self, address: str = "127.0.0.1:7447", ready: Callable[[str], None] | None = None
+    ) -> Summary:
+        """As `run`, in a running loop. `ready` is called with the address when clients may come."""
+        check_address(address, self._insecure_lan)
+        loop = self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        with _locked(self.folder, address):
+            tune_malloc()
+            host: asyncio.Future[Host] = loop.create_future()
+            server = grpc.aio.server(options=SERVER_OPTIONS)
+            uploads = Uploads(_made(self.folder / "updates"))
+            server.add_generic_rpc_handlers(
+                (self._bulk(uploads, host), Service(host, self._inspect))
+            )
+            self.address = _bind(server, address)
+            await server.start()
+            _note(self.folder, self.address)
+            try:
+                return await self._serve(uploads, host, ready)
+            finally:
+                if not host.done():
+                    host.cancel()
+                await server.stop(0.5)
+
+    async def _serve(
+        self,
+        uploads: Uploads,
+        host: "asyncio.Future[Host]",
+        ready: Callable[[str], None] | None,
+    ) -> Summary:
+        assert self._stop is not None
+        assembly = self._assembly = await asyncio.to_thread(self._assemble, uploads)
+        await assembly.begin()
+        host.set_result(assembly.host)
+        self._signals(True)
+        if ready is not None:
+            ready(self.address)
+        driving = asyncio.create_task(assembly.driver.serve())
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((driving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            over = driving.done() and assembly.driver.error is None
+            await assembly.end(over)
+            if not driving.done():
+                driving.cancel()
+            await asyncio.gather(driving, return_exceptions=True)
+            await asyncio.to_thread(assembly.close)
+            if assembly.driver.error is not None:
+                raise assembly.driver.error
+            return assembly.summary()
+        finally:
+            stopping.cancel()
+            self._signals(False)
+
+    def _assemble(self, uploads: Uploads) -> "Assembly":
+        from atoll.server.assembly import Assembly  # imports torch: only now that the port accepts
+
+        return Assembly(
+            self.spec, self.folder, self.rules, uploads, self._slots, self._init, self._on_row
+        )
+
+    def _signals(self, on: bool) -> None:
+        assert self._loop is not None
+        assert self._stop is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                if on:
+                    self._loop.add_signal_handler(number, self._stop.set)
+                else:
+                    self._loop.remove_signal_handler(number)
+            except (ValueError, RuntimeError, NotImplementedError):
+                return  # not in the main thread: whoever runs us there stops us by `stop`
+
+    def _bulk(self, uploads: Uploads, host: "asyncio.Future[Host]") -> Bulk:
+        def now() -> "Host":
+            if not host.done() or host.cancelled():
+                raise RemoteError("FL-W109", "the server is starting", "wait", retry_seconds=1.0)
+            return host.result()
+
+        async def accepted(client: str, result: messages.Result, stored: Any) -> None:
+            await now().accepted(client, result, stored)
+
+        return Bulk(
+            uploads,
+            authorize=lambda metadata: now().authorize(metadata),
+            find_blob=lambda blob: now().find_blob(blob),
+            may_upload=lambda client, result: now().may_upload(client, result),
+            accepted=accepted,
+            run=self.spec.id,
+        )
+
+    def _inspect(self, what: str, arguments: dict[str, Any]) -> object:
+        assert self._assembly is not None
+        if what == "run":
+            manifest = self._assembly.manifest.to_json()
+            return {**json.loads(self.spec.for_clients()), "manifest": manifest}
+        if what == "status":
+            return self._assembly.status(arguments)
+        raise UsageError("FL-S108", f"cannot inspect {what[:40]!r}", "ask for run or status")
+
+
+def check_address(address: str, insecure_lan: bool) -> None:
+    """Refuse to serve others than this machine unless it was spelled out. FL-S105, FL-S108."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise UsageError("FL-S108", f"address {address!r}", "give HOST:PORT, e.g. 127.0.0.1:7447")
+    bare = host.strip("[]")
+    try:
+        local = ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        local = bare == "localhost"
+    if not local and not insecure_lan:
+        raise UsageError(
+            "FL-S105",
+            f"{address} can be reached from other machines, and nothing is encrypted yet",
+            "serve 127.0.0.1, or add --insecure-lan on a network where you trust everyone",
+        )
+
+
+class _locked:  # noqa: N801  # reads as a verb
+    """The state directory, ours alone while this lasts. FL-S202 names the other's pid."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        try:
+            _made(self.folder)
+            self._fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ServerError(
+                "FL-S206",
+                f"state directory {self.folder}: {error.strerror}",
+                "give another --state",
+            ) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            pid = read_note(self.folder).get("pid", "?")
+            raise ServerError(
+                "FL-S202",
+                f"state directory {self.folder} is in use by another server (pid {pid})",
+                f"stop it (kill {pid}) or give another --state",
+            ) from error
+
+    def __exit__(self, *_: object) -> None:
+        (self.folder / "server.json").unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _bind(server: Any, address: str) -> str:
+    host = address.rpartition(":")[0]
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        port, reason = 0, str(error)
+    else:
+        reason = "the system refused it"
+    if not port:
+        raise ServerError(
+            "FL-S201",
+            f"cannot listen on {address}: {reason}",
+            "another process has the port, or the address is not this machine's: choose another",
+        )
+    return f"{host}:{port}"
+
+
+def _note(folder: Path, address: str) -> None:
+    (folder / "server.json").write_text(json.dumps({"pid": os.getpid(), "address": address}))
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """Who serves a state directory: {"pid", "address"}; empty where nobody does."""
+    try:
+        found = json.loads((folder / "server.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,108 @@
+"""Service: the control stream and the inspection call, as thin shells over the host.
+
+Handlers do nothing but translate: bytes to checked values, errors to refusals. They answer before
+torch is imported: a caller waits until the host is there, not for a connection.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from atoll.protocols import messages, wire_pb2
+from atoll.protocols.channel import SERVICE
+from atoll.protocols.errors import AtollError, RemoteError
+
+if TYPE_CHECKING:
+    from atoll.server.host import Host
+    from atoll.server.sessions import Session
+
+logger = logging.getLogger(__name__)
+
+HELLO_SECONDS = 10.0  # a stream that does not say hello in this time is closed
+
+
+class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """`host` is a future: set when the run is ready to take clients."""
+
+    def __init__(
+        self, host: "asyncio.Future[Host]", inspect: Callable[[str, dict[str, Any]], object]
+    ) -> None:
+        self._host = host
+        self._inspect = inspect
+        self._methods = {
+            f"/{SERVICE}/Control": grpc.stream_stream_rpc_method_handler(
+                self.control,
+                request_deserializer=wire_pb2.ClientMessage.FromString,
+                response_serializer=wire_pb2.ServerMessage.SerializeToString,
+            ),
+            f"/{SERVICE}/Inspect": grpc.unary_unary_rpc_method_handler(
+                self.inspect,
+                request_deserializer=wire_pb2.InspectRequest.FromString,
+                response_serializer=wire_pb2.InspectReply.SerializeToString,
+            ),
+        }
+
+    def service(self, handler_call_details: Any) -> Any:
+        return self._methods.get(handler_call_details.method)
+
+    async def control(self, _: Any, context: Any) -> None:
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                first = await context.read()
+        except TimeoutError:
+            await self._abort(context, RemoteError("FL-W101", "no Hello came", "say hello first"))
+        host = await asyncio.shield(self._host)
+        try:
+            if first is grpc.aio.EOF or first.WhichOneof("kind") != "hello":
+                raise RemoteError("FL-W101", "the first message is not Hello", "say hello first")
+            session = host.hello(messages.hello_from_wire(first.hello))
+        except AtollError as error:
+            logger.info("hello refused: %s", error)
+            await self._abort(context, error)
+        await self._converse(host, session, context)
+
+    async def _converse(self, host: "Host", session: "Session", context: Any) -> None:
+        reason = "its connection broke"
+        writer = asyncio.create_task(_write(session, context))
+        reader = asyncio.create_task(_read(host, session, context))
+        try:
+            await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
+            if reader.done() and (error := reader.exception()) is not None:
+                if isinstance(error, AtollError):
+                    reason = str(error)
+                    await self._abort(context, error)
+                raise error
+        finally:
+            host.gone(session, reason)
+            writer.cancel()
+            reader.cancel()
+            await asyncio.gather(writer, reader, return_exceptions=True)
+
+    async def inspect(self, request: wire_pb2.InspectRequest, context: Any) -> Any:
+        await asyncio.shield(self._host)
+        try:
+            arguments = json.loads(request.arguments or "{}")
+            found = self._inspect(request.what, arguments)
+        except AtollError as error:
+            await self._abort(context, error)
+        except ValueError as error:
+            await self._abort(context, RemoteError("FL-W101", f"arguments are no JSON: {error}"))
+        return wire_pb2.InspectReply(data=json.dumps(found))
+
+    async def _abort(self, context: Any, error: AtollError) -> None:
+        metadata = messages.error_metadata(error)
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message, metadata)
+
+
+async def _write(session: "Session", context: Any) -> None:
+    while (message := await session.out.get()) is not None:
+        await context.write(message)
+
+
+async def _read(host: "Host", session: "Session", context: Any) -> None:
+    while (message := await context.read()) is not grpc.aio.EOF:
+        host.message(session, message)

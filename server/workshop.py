@@ -1,0 +1,120 @@
+"""Workshop: where versions are made and saved, off the event loop, one after another.
+
+It keeps an update's bytes until the version made from it lies on disk with another one before it:
+so a crash, or one damaged version, costs a merge done again and nothing else.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from atoll.protocols.blobs import BlobInfo
+from atoll.protocols.codecs import Codec
+from atoll.protocols.errors import ServerError
+from atoll.protocols.events import Merged
+from atoll.protocols.tensors import parse
+from atoll.server.draft import Version
+from atoll.server.merge import Item, Merger, UpdateBytes
+from atoll.server.run import Merge
+from atoll.server.uploads import Uploads
+from atoll.server.versions import VersionStore, kept
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stock:
+    """The merges whose updates must still be kept, oldest first; part of every snapshot."""
+
+    merges: list[Merge] = field(default_factory=list)
+
+
+class Workshop:
+    """`make` and `save` block; each is called from a worker thread of its own."""
+
+    def __init__(
+        self, store: VersionStore, merger: Merger, uploads: Uploads, up: Codec, keep: int
+    ) -> None:
+        self.store = store
+        self.merger = merger
+        self.uploads = uploads
+        self.up = up
+        self.keep = keep
+        self.infos: dict[str, BlobInfo] = {}  # of every update whose bytes are kept
+        self.stock = Stock()
+        self.best: int | None = None  # version to keep besides the newest
+        self._pinned: set[int] = set()  # being evaluated: one of them may turn out the best
+
+    def make(self, merge: Merge) -> Merged:
+        """The version that `merge` asks for, sealed. ServerError FL-S203 where the disk is full."""
+        base = self.store.open(merge.version - 1)
+        items: list[Item] = []
+        dropped: list[tuple[str, str]] = []
+        for update, weight in merge.items:
+            stored = self.uploads.stored(update)
+            if stored is None or update not in self.infos:
+                dropped.append((update, "its bytes are lost"))
+                continue
+            sections = self.infos[update].sections
+            payload = parse(self.store.manifest, sections, stored.view(), self.up, "update")
+            items.append((UpdateBytes(update, payload), weight))
+        draft = self.store.draft(merge.version, base.number, self.merger.vectors)
+        try:
+            stats = self.merger.merge(base, draft, items, merge.outer)
+            draft.seal(inputs=merge.items)
+        except BaseException:
+            draft.abandon()
+            raise
+        return Merged(merge.version, stats.used, (*dropped, *stats.dropped), stats.stats)
+
+    def rebuild(self, merges: Iterable[Merge]) -> None:
+        """Make versions again that were published before a crash and are not on disk."""
+        for merge in merges:
+            made = self.make(merge)
+            lost = [update for update, reason in made.dropped if reason == "its bytes are lost"]
+            if lost:
+                raise ServerError(
+                    "FL-S206",
+                    f"version {merge.version} cannot be made again: update {lost[0]} is gone",
+                    "restore the state directory from a backup",
+                )
+            logger.info("version=%d made again from %d updates", merge.version, len(made.used))
+
+    def pin(self, number: int) -> Version:
+        """A version for the evaluator, kept until `unpin`."""
+        self._pinned.add(number)
+        return self.store.open(number)
+
+    def unpin(self, number: int, best: int | None) -> None:
+        """It has been evaluated. The best one stays pinned until it is saved as such."""
+        self._pinned = {n for n in self._pinned if n > number or n == best}
+
+    def save(self, number: int, *, durable: bool = True) -> Version:
+        """Version `number` on disk for good."""
+        version = self.store.open(number)
+        self.store.save(version, durable=durable)
+        return version
+
+    def settle(self) -> list[str]:
+        """After a save, in the loop's thread: updates whose bytes need not be kept any longer."""
+        saved = self.store.saved()
+        safe = saved[-2] if len(saved) > 1 else 0
+        gone = [m for m in self.stock.merges if m.version <= safe]
+        self.stock.merges = [m for m in self.stock.merges if m.version > safe]
+        return [update for m in gone for update, _ in m.items]
+
+    def prune(self) -> None:
+        """Forget old versions; the first, the best and those to rebuild from stay."""
+        numbers = self.store.numbers()
+        needed = [m.version - 1 for m in self.stock.merges]
+        oldest = min(needed, default=max(numbers, default=0))
+        stay = kept(numbers, self.keep) | self._pinned | {0, *(n for n in numbers if n >= oldest)}
+        if self.best is not None:
+            stay.add(self.best)
+        if len(numbers) > len(stay):
+            self.store.prune(stay)
+
+    def forget(self, updates: Iterable[str]) -> None:
+        for update in updates:
+            self.infos.pop(update, None)
+            self.uploads.free(update)
