@@ -1,0 +1,239 @@
+"""The repository as a whole: nothing that runs foreign code, no machine's paths, no lost code.
+
+What holds for every file is held here by reading every file: no reviewer has to remember it.
+"""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atoll.protocols.errors import CATALOGUE
+
+ROOT = Path(__file__).parents[1]
+PRODUCT = ("aggregation", "client", "p2p", "protocols", "server")
+EVERYWHERE = (*PRODUCT, "benchmarks", "examples", "tests")
+
+RUNS_WHAT_IT_READS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+WALL_CLOCK = {
+    "time.time",
+    "time.time_ns",
+    "datetime.now",
+    "datetime.datetime.now",
+    "datetime.utcnow",
+}
+ENVIRONMENT = {"os.environ", "os.getenv", "os.putenv"}
+IMPURE_FOR_A_REASON = {
+    "protocols/console.py": {"os.environ"},  # NO_COLOR and TERM, for people's terminals
+    "protocols/ids.py": {"time.time"},  # the time in a ULID; drivers make them, machines never
+}
+
+# Both shrink only: a code that is raised, or tested, must leave its list.
+NOT_RAISED_YET: set[str] = {"FL-S205", "FL-S207", "FL-X101"}
+NOT_TESTED_YET: set[str] = {
+    "FL-C102",
+    "FL-C106",
+    "FL-C107",
+    "FL-C108",
+    "FL-S105",
+    "FL-S106",
+    "FL-S109",
+    "FL-S201",
+    "FL-S202",
+    "FL-S204",
+    "FL-S205",
+    "FL-S206",
+    "FL-S207",
+    "FL-S209",
+    "FL-W104",
+    "FL-W108",
+    "FL-X101",
+}
+
+
+def files(*folders: str) -> list[Path]:
+    found = [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
+    return [p for p in found if "_pb2" not in p.name]
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Each call with what is called, dotted: ("torch.load", ...)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def keywords(call: ast.Call) -> dict[str, str]:
+    return {k.arg: ast.unparse(k.value) for k in call.keywords if k.arg is not None}
+
+
+def unsafe(tree: ast.AST) -> list[str]:
+    """What in a file can run code out of data."""
+    found = []
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found += [n for n in names if n.split(".")[0] in RUNS_WHAT_IT_READS]
+    for name, call in calls(tree):
+        given = keywords(call)
+        if name.endswith("torch.load") and given.get("weights_only") != "True":
+            found.append("torch.load without weights_only=True")
+        if "load" in name and given.get("allow_pickle", "False") != "False":
+            found.append(f"{name} with allow_pickle")
+        if name in ("eval", "exec", "__import__"):
+            found.append(name)
+        if given.get("shell", "False") != "False" or name in ("os.system", "os.popen"):
+            found.append(f"{name} through a shell")
+    return found
+
+
+def impure(tree: ast.AST) -> list[str]:
+    """What in a file reads the wall clock, the environment or a global random generator."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if name in WALL_CLOCK | ENVIRONMENT:
+                found.append(name)
+            if re.fullmatch(r"(random|np\.random|numpy\.random)\.[a-z_]+", name):
+                found += [] if name.endswith((".default_rng", ".random")) else [name]
+        if isinstance(node, ast.ImportFrom) and node.module in ("os", "time", "random"):
+            found += [
+                f"{node.module}.{a.name}"
+                for a in node.names
+                if f"{node.module}.{a.name}" in WALL_CLOCK | ENVIRONMENT
+                or (node.module == "random" and a.name != "Random")
+            ]
+    for name, call in calls(tree):
+        if name.split(".")[-1] in ("Random", "default_rng") and not call.args:
+            found.append(f"{name} without a seed")
+        if name in ("random.random", "np.random.random", "torch.manual_seed"):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("folder", EVERYWHERE)
+def test_nothing_runs_code_out_of_data(folder: str) -> None:
+    for file in files(folder):
+        assert not unsafe(ast.parse(file.read_text())), file
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from cloudpickle import loads",
+        "def f():\n    import dill",
+        "torch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "np.load(p, allow_pickle=True)",
+        "eval(x)",
+        "subprocess.run(x, shell=True)",
+        "os.system(x)",
+    ],
+)
+def test_code_out_of_data_would_be_seen(text: str) -> None:
+    assert unsafe(ast.parse(text))
+
+
+def test_what_is_safe_is_let_through() -> None:
+    text = "torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)\nmodel.eval()\n"
+    assert unsafe(ast.parse(text)) == []
+
+
+@pytest.mark.parametrize("folder", ["protocols", "aggregation"])
+def test_the_core_reads_no_clock_no_environment_and_no_global_randomness(folder: str) -> None:
+    for file in files(folder):
+        reasons = IMPURE_FOR_A_REASON.get(f"{folder}/{file.name}", set())
+        assert set(impure(ast.parse(file.read_text()))) == reasons, file
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "time.time()",
+        "from time import time",
+        "os.environ['X']",
+        "from os import getenv",
+        "random.random()",
+        "random.shuffle(x)",
+        "from random import choice",
+        "random.Random()",
+        "np.random.default_rng()",
+        "np.random.rand(3)",
+        "datetime.datetime.now()",
+    ],
+)
+def test_impurity_would_be_seen(text: str) -> None:
+    assert impure(ast.parse(text))
+
+
+def test_a_seeded_generator_is_let_through() -> None:
+    assert impure(ast.parse("random.Random(seed).random()\nnp.random.default_rng(3)")) == []
+
+
+def tracked() -> list[Path]:
+    """Every text file that git knows, and those not yet added."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    names = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [p for p in names if p.is_file() and not p.is_symlink() and p.suffix != ".png"]
+
+
+def test_no_file_names_a_path_of_somebodys_machine() -> None:
+    homes = ("work", "home", "root", "Users", "opt", "mnt")
+    machine = re.compile(r"(?<![\w.~$}/-])/(?:" + "|".join(homes) + r")/\w")
+    for path in tracked():
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            assert not machine.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def code_strings(folder: str) -> set[str]:
+    """FL-… codes written as strings in a folder's code, error catalogue left out."""
+    found: set[str] = set()
+    for file in files(folder):
+        if file.name != "errors.py":
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found |= set(re.findall(r"FL-[A-Z]\d{3}", node.value))
+    return found
+
+
+def test_every_code_that_is_raised_stands_in_the_catalogue() -> None:
+    raised = {code for folder in PRODUCT for code in code_strings(folder)}
+    assert raised - set(CATALOGUE) == set()
+
+
+def test_every_code_of_the_catalogue_is_raised_somewhere() -> None:
+    raised = {code for folder in PRODUCT for code in code_strings(folder)}
+    assert set(CATALOGUE) - raised == NOT_RAISED_YET
+
+
+def test_every_code_of_the_catalogue_has_a_test() -> None:
+    own = {"test_errors.py", "test_repository.py"}  # these speak of all codes, and test none
+    text = "".join(p.read_text() for p in files("tests") if p.name not in own)
+    assert {code for code in CATALOGUE if code not in text} == NOT_TESTED_YET
+
+
+def test_functions_fit_a_screen() -> None:
+    """60 lines at most: what is longer holds a second idea."""
+    for file in files(*PRODUCT):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{file.name}: {node.name} has {length} lines"
+
+
+def test_every_module_opens_with_what_it_is_for() -> None:
+    for file in files(*PRODUCT, "benchmarks", "examples"):
+        said = ast.get_docstring(ast.parse(file.read_text())) or ""
+        assert said.split("\n")[0].strip().endswith((".", ":", "?")), f"{file}: {said[:60]!r}"
