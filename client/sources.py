@@ -289,4 +289,4 @@ def _arrays(file: Path, x: Array, y: Array) -> Split:
 
 
 def _malformed(file: Path, what: str) -> DataError:
-    return DataError("FL-D102", f"{file}: {what}", "get the file again, or see docs/data.md")
+    return DataError("FL-D102", f"{file}: {what}", "get the file again, or write it anew")

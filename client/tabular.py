@@ -138,7 +138,5 @@ def _numbers(values: Column) -> npt.NDArray[np.float64] | None:
     return numbers
 
 
-def _malformed(
-    file: Path, what: str, hint: str = "mend the file, or see docs/data.md"
-) -> DataError:
+def _malformed(file: Path, what: str, hint: str = "mend the file") -> DataError:
     return DataError("FL-D102", f"{file}: {what}", hint)

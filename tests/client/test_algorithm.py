@@ -150,7 +150,7 @@ def test_our_sgd_is_torch_s_bit_for_bit(momentum: float, decay: float) -> None:
         optimizer = make(list(model.parameters()), 0.1, momentum=momentum, weight_decay=decay)
         x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
         for _ in range(10):
-            model.zero_grad()
+            model.zero_grad(set_to_none=False)  # the same gradient tensors at each step
             torch.autograd.backward(nn.functional.cross_entropy(model(x), torch.arange(30) % 3))
             optimizer.step()
         return [p.detach() for p in model.parameters()]

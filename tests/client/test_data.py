@@ -221,6 +221,13 @@ def test_npz_of_x_and_y_is_split_and_bytes_are_pictures(tmp_path: Path) -> None:
     np.testing.assert_allclose(data.train.x.numpy(), 1, atol=1e-6)
 
 
+def test_npz_of_classes_is_split_within_each(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((60, 2)), y=np.array([0] * 50 + [1] * 10))
+    data = load_data(f"npz:{tmp_path / 'a.npz'}")
+    assert isinstance(data.test, Split)
+    assert torch.bincount(data.test.y).tolist() == [10, 2]
+
+
 @pytest.mark.parametrize(
     "arrays",
     [

@@ -70,6 +70,27 @@ def test_a_restarted_client_goes_on_as_if_it_had_not_been(spec: str) -> None:
     assert same(dict(restarted.train(Task(5, done=7)).tensors), end)
 
 
+def test_each_order_drops_other_units() -> None:
+    kept: list[Tensor] = []
+
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(64))
+
+        def training_loss(self, batch: object) -> Tensor:
+            kept.append(nn.functional.dropout(self.w, 0.5) != 0)
+            return self.w.sum()
+
+    data = Split(torch.zeros(4, 1), torch.zeros(4))
+    for client, done in (("a", 0), ("a", 1), ("b", 0), ("a", 0)):
+        local = LocalConfig(lr=1e-6, device="cpu")
+        TorchTrainer(Seen(), data, config=local, client=client).train(Task(1, done))
+    assert torch.equal(kept[0], kept[3])
+    assert not torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+
+
 def test_training_leaves_the_random_state_of_the_process() -> None:
     before = torch.random.get_rng_state()
     trainer().train(Task(3))

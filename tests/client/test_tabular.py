@@ -18,7 +18,7 @@ def write(folder: Path) -> Path:
     for i in range(ROWS):
         age = "" if i == 7 else str(20 + i)
         lines.append(
-            f"{age},{['x', 'y', 'z'][i % 3]},{'north' if i < 30 else 'south'},{'ny'[i % 2]}"
+            f"{age},{['z', 'x', 'y'][i % 3]},{'north' if i < 30 else 'south'},{'ny'[i % 2]}"
         )
     file = folder / "t.csv"
     file.write_text("\n".join(lines) + "\n")
@@ -46,6 +46,14 @@ def test_numbers_are_standardised_by_the_training_rows_and_words_one_hot(tmp_pat
     assert train.x[:, 1:].argmax(1).tolist() == towns
     assert train.x[:, 1:].sum(1).tolist() == [1.0] * 32
     assert train.y.tolist() == ["ny".index(v) for v in data.columns["ill"]]
+
+
+def test_a_category_never_trained_on_is_all_zeros(tmp_path: Path) -> None:
+    file = tmp_path / "u.csv"
+    file.write_text("a,b\n" + "".join(f"v{i},{'no' if i % 2 else 'yes'}\n" for i in range(10)))
+    train, test = splits(load_data(f"csv:{file}"))
+    assert train.x.sum(1).tolist() == [1.0] * 8
+    assert test.x.tolist() == [[0.0] * 8] * 2
 
 
 def test_the_last_column_is_the_target_unless_named(tmp_path: Path) -> None:
