@@ -66,7 +66,8 @@ def _refusing(handler: "Handler[T]") -> "Handler[T | None]":
 
 
 class Bulk(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Register before the servicer of the other calls: the first handler that knows a call has it.
+    """Register with `add_generic_rpc_handlers`, and no generated AtollServicer beside it: gRPC
+    would prefer that one's methods. The other calls need a handler of their own.
 
     authorize(metadata): the client whose session it names; raises FL-W110.
     find_blob(id): the blob, held until its stream ends; raises FL-W107.

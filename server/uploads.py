@@ -288,10 +288,15 @@ class Uploads:
 
     def _write(self, upload: _Upload, file: SpillFile, data: memoryview) -> None:
         try:
-            file.write(data, upload.held)
+            try:
+                file.write(data, upload.held)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                with self._lock:
+                    self._spares.clear()  # that may be the room it takes
+                file.write(data, upload.held)
         except OSError as error:
-            with self._lock:
-                self._spares.clear()  # the next attempt may find room
             raise _disk(upload.id, error) from error
 
     def _seal(self, upload: _Upload, sha256: bytes) -> StoredUpdate:
