@@ -146,6 +146,7 @@ class Client:
             self._job.asked = "drop"
         if self._line is not None:
             await asyncio.sleep(0.05)  # let a goodbye or an acknowledgement out
+        if self._line is not None:
             self._line.close()
         for task in list(self._tasks):
             task.cancel()

@@ -7,7 +7,7 @@ merging, saving and evaluating are handed to worker threads and come back as inp
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -76,7 +76,10 @@ class Host:
         self.paces: dict[str, float] = {}
         self._on_row = on_row
         self._recorder = Recorder()
+        self._groups: dict[str, tuple[tuple[str, ...], float, float]] = {}
         self._down = codec(spec.codec_down)
+        sections = tensors.sections_of(workshop.store.manifest, self._down)
+        self._model_size = sum(s.length for s in sections)
         self._spent: list[str] = []
         self._meta: list[tuple[str, str]] = []
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="merge")
@@ -111,18 +114,33 @@ class Host:
             self._send_outcome(session, outcome)
 
     def heard(self, now: float, event: Event, actions: list[Action], effects: list[Effect]) -> None:
-        sizes = (0, 0)
+        sizes = (0, self._model_size)
         if isinstance(event, UpdateReceived):
             info = self.workshop.infos.get(event.update.id)
-            sizes = (info.size if info else 0, 0)
+            sizes = (info.size if info else 0, self._model_size)
             self._learn_pace(event.update)
-        for row in self._recorder.rows(self.run, now, event, actions, effects, sizes):
+        rows = list(self._recorder.rows(self.run, now, event, actions, effects, sizes))
+        for row in (*rows, *self._new_groups(now)):
             self.history.append(row)
             self._on_row(dict(row))
         if isinstance(event, Merged):
             self._published(event.version)
         elif isinstance(event, Evaluated):
             self.workshop.unpin(event.version, self.driver.rules.best_version)
+
+    def _new_groups(self, now: float) -> Iterator[dict[str, object]]:
+        """FedCompass's arrival groups, where one is new or has changed."""
+        groups = getattr(self.run.strategy, "groups", None)
+        found = groups(now) if groups is not None else ()
+        for name, members, _, arrival, latest in found:
+            told = (tuple(sorted(members)), arrival, latest)
+            if self._groups.get(name) != told:
+                self._groups[name] = told
+                yield {
+                    "t": now, "kind": "group", "group": name, "arrival": arrival,
+                    "latest": latest, "members": list(told[0]),
+                }  # fmt: skip
+        self._groups = {g[0]: self._groups[g[0]] for g in found}
 
     def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
         spent, self._spent = self._spent, []
@@ -249,7 +267,7 @@ class Host:
             chunk_bytes=CHUNK,
             inline_limit=INLINE,
             lease_seconds=self.spec.lease,
-            heartbeat_seconds=self.spec.lease / 3,
+            heartbeat_seconds=max(0.5, self.spec.lease / 20),  # also how fresh progress bars are
             up_codec=self.spec.codec_up,
             down_codec=self.spec.codec_down,
         )

@@ -10,13 +10,12 @@ from atoll.protocols.events import (
     Discard,
     Evaluated,
     Event,
-    Finish,
     Merged,
     Train,
     UpdateReceived,
 )
 from atoll.server.history import Row
-from atoll.server.run import Deliver, Effect, Run
+from atoll.server.run import Deliver, Effect, Run, Stop
 
 
 class Recorder:
@@ -51,11 +50,11 @@ class Recorder:
             elif isinstance(action, Discard):
                 self._bases.pop(action.update, None)
                 yield _row(now, "discard", update=action.update, reason=action.reason)
-            elif isinstance(action, Finish):
-                yield _row(now, "finish", reason=action.reason)
         for effect in effects:
             if isinstance(effect, Deliver):
                 yield _row(now, "started", order=effect.order.id, bytes=sizes[1])
+            elif isinstance(effect, Stop):
+                yield _row(now, "finish", reason=effect.reason)
 
     def _heard(self, now: float, event: Event, size: int) -> Iterator[Row]:
         match event:

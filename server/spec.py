@@ -4,11 +4,11 @@ The same spec drives a demo, a simulation and a server, and a restarted server r
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from atoll.protocols import slots, state
+from atoll.protocols import state
 from atoll.protocols.errors import ServerError
 
 STRATEGIES: Mapping[str, str] = {
@@ -71,5 +71,28 @@ class RunSpec:
                 "FL-S206", f"{path} cannot be read: {error}", "restore it, or use a new --state"
             ) from error
 
-    def make_strategy(self) -> object:
-        return slots.resolve("strategy", self.strategy, STRATEGIES)
+
+FIXED = ("strategy", "aggregator", "outer", "algorithm", "model", "data", "buffers", "seed")
+
+
+def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> RunSpec:
+    """The spec of the run in `folder`, written there if it is new.
+
+    An existing run is what it is: ServerError FL-S109 where a field of `given` (those the user
+    spelled out) differs from it.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        wanted.write(path)
+        return wanted
+    found = RunSpec.read(path)
+    for name in sorted(given):
+        if name in FIXED and getattr(found, name) != getattr(wanted, name):
+            raise ServerError(
+                "FL-S109",
+                f"{folder} holds a run with {name}={getattr(found, name)!r}, "
+                f"not {getattr(wanted, name)!r}",
+                "leave the option out to go on with that run, or give another --state",
+            )
+    return found

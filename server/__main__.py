@@ -1,0 +1,5 @@
+"""`python -m atoll.server` is fl-server."""
+
+from atoll.server.cli import main
+
+main()
