@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import click
 
-from atoll.protocols import console
+from atoll.protocols import console, orphan
 from atoll.protocols.errors import ClientError, UsageError
 
 
@@ -72,12 +72,14 @@ _DEVICE = click.option(
     metavar="SECONDS",
     help="Give up after so long without a server. Default: never.",
 )
+@click.option("--stop-with-stdin", is_flag=True, hidden=True)
+@click.option("--stop-with-stdin", is_flag=True, hidden=True)
 @click.option("--sleep-per-step", type=float, default=0.0, hidden=True)
 @console.json_option
 def start(
     address: str, name: str, folder: Path | None, model: str, data: str, trainer: str,
     partition: str, shard: tuple[int, int], device: str, bench: bool, patience: float,
-    sleep_per_step: float, as_json: bool,
+    stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Take part in the run at ADDRESS until it is over.
 
@@ -85,6 +87,8 @@ def start(
     """
     import logging
 
+    if stop_with_stdin:
+        orphan.stop_with_stdin()
     _check_address(address)
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
     logging.basicConfig(level=level if console.verbosity() else logging.WARNING, stream=sys.stderr)

@@ -5,8 +5,10 @@ that moves bulk bytes, so that a client trains and transfers at the same time.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
+import signal
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -117,7 +119,15 @@ class Client:
 
     def run(self) -> Report:
         """Take part until the run is over. Raises AtollError where this client cannot go on."""
-        return asyncio.run(self.serve())
+        return asyncio.run(self._until_signal())
+
+    async def _until_signal(self) -> Report:
+        """Ctrl-C and SIGTERM leave with a goodbye: the run need not wait for a lease to end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+                loop.add_signal_handler(number, self.stop)
+        return await self.serve()
 
     def stop(self) -> None:
         """Leave with a goodbye; from the loop's thread."""

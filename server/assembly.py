@@ -158,7 +158,7 @@ class Assembly:
         return path.open("a", buffering=1)
 
     def _row(self, row: dict[str, object]) -> None:
-        self.history_file.write(line(row) + "\n")
+        self.history_file.write(line(row))
         if self._on_row is not None:
             self._on_row(row)
 

@@ -100,6 +100,7 @@ class Bulk(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.idle_seconds = idle_seconds
         self._open: dict[tuple[str, str], str] = {}  # (client, blob id) -> update id
         self._commits: dict[str, asyncio.Task[None]] = {}  # update id -> being accepted
+        self._settling: set[asyncio.Task[None]] = set()  # a task that nobody holds may vanish
         self._methods = {
             f"/{SERVICE}/Download": grpc.unary_stream_rpc_method_handler(self.download),
             f"/{SERVICE}/OpenUpload": grpc.unary_unary_rpc_method_handler(self.open_upload),
@@ -167,12 +168,11 @@ class Bulk(grpc.GenericRpcHandler):  # type: ignore[misc]
             if pending:
                 held = await asyncio.shield(pending)
             return _state(blob, held)
-        finally:  # also when the client hung up: the worker may still write to the file
-            if pending:
-                await asyncio.wait([pending])
-                pending.exception()  # it was raised above, or the client is gone
-            if update:
-                await self._work(self.uploads.pause, update)
+        finally:  # also when the client hung up, which may cancel us once more right here
+            task = asyncio.create_task(self._settle(pending, update))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+            await asyncio.shield(task)
 
     @_refusing
     async def commit_upload(self, request: bytes, context: Context) -> bytes:
@@ -189,6 +189,14 @@ class Bulk(grpc.GenericRpcHandler):  # type: ignore[misc]
         return _state(result.payload.id, result.payload.size, committed=True)
 
     # ---- below --------------------------------------------------------------------------------
+
+    async def _settle(self, pending: "asyncio.Future[int] | None", update: str) -> None:
+        """Close the file of a stream that ended, not before the worker let go of it."""
+        if pending:
+            await asyncio.wait([pending])
+            pending.exception()  # the stream has raised it, or the client is gone
+        if update:
+            await self._work(self.uploads.pause, update)
 
     async def _accept(self, client: str, result: Result, update: str) -> None:
         """Once, however often the commit is repeated, and to the end if the client hangs up."""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from atoll.protocols import console
+from atoll.protocols import console, orphan
 from atoll.protocols.errors import UsageError
+from atoll.server.cli_demo import demo
 
 if TYPE_CHECKING:
     from atoll.server.rules import Rules
@@ -45,6 +46,7 @@ def run_options(command: F) -> F:
         click.option("--lr", type=float, default=None, help="Local learning rate."),
         click.option("--batch", type=int, default=None, help="Local batch size."),
         click.option("--local-optimizer", default=None, help="sgd, adam, adamw."),
+        click.option("--local-momentum", type=float, default=None, help="Of local SGD."),
         click.option("--clip", type=float, default=None, help="Largest local gradient norm."),
         click.option("--codec", default="fp32", show_default=True,
                      help="fp32, fp16, bf16; or up=bf16,down=fp16."),
@@ -77,7 +79,13 @@ def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
     from atoll.server.spec import RunSpec
 
     up, down = codecs_of(given["codec"])
-    names = {"lr": "lr", "batch": "batch", "local_optimizer": "optimizer", "clip": "clip"}
+    names = {
+        "lr": "lr",
+        "batch": "batch",
+        "local_optimizer": "optimizer",
+        "local_momentum": "momentum",
+        "clip": "clip",
+    }
     local = {names[k]: given[k] for k in names if given[k] is not None}
     kept = ("strategy", "aggregator", "outer", "algorithm", "model", "data", "buffers", "seed")
     same = {k: given[k] for k in kept}
@@ -95,6 +103,9 @@ def codecs_of(text: str) -> tuple[str, str]:
             raise UsageError("FL-S108", f"codec {text!r}", "write bf16, or up=bf16,down=fp32")
         found[way] = name
     return found["up"], found["down"]
+
+
+cli.add_command(demo)
 
 
 @cli.command()
@@ -122,13 +133,15 @@ def codecs_of(text: str) -> tuple[str, str]:
 )
 @click.option("--save-every", default=1, show_default=True, help="Versions between two on disk.")
 @click.option("--keep", default=5, show_default=True, help="Newest versions kept on disk.")
+@click.option("--stop-with-stdin", is_flag=True, hidden=True)
+@click.option("--stop-with-stdin", is_flag=True, hidden=True)
 @click.option(
     "--insecure-lan", is_flag=True, help="Serve other machines although nothing is encrypted yet."
 )
 @console.json_option
 def start(
     listen: str, state: Path, name: str, init: Path | None, lease: float, save_every: int,
-    keep: int, insecure_lan: bool, as_json: bool, **given: Any,
+    keep: int, stop_with_stdin: bool, insecure_lan: bool, as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Serve a run until it is over. Ctrl-C stops it for now; start again and it goes on."""
     import logging
@@ -139,6 +152,8 @@ def start(
     logging.basicConfig(
         level=logging.INFO if console.verbosity() else logging.WARNING, stream=sys.stderr
     )
+    if stop_with_stdin:
+        orphan.stop_with_stdin()
     wanted = spec_of(given, name=name, lease=lease, save_every=save_every, keep=keep)
     spec = open_spec(state, wanted, _spelled_out())
     server = Server(spec, state, rules_of(given), init=init, insecure_lan=insecure_lan)

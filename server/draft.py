@@ -112,8 +112,10 @@ class Draft:
         parent: int | None,
         outer: Mapping[str, int],
         sealed: Callable[[Version], None],
+        behind: bool = True,
     ) -> None:
         """`outer`: elements of each vector of the outer state; empty where there is none."""
+        self._behind = behind
         self.number, self.parent = number, parent
         self._shelf, self._sealed = shelf, sealed
         self._at = {s.group: at for s, at in placed(shelf.sections)}
@@ -180,7 +182,7 @@ class Draft:
     def _region(self, name: str, lies: Layout, *, sha: bool) -> Region:
         if self._small:
             return MemoryRegion(lies.size, sha=sha)
-        return FileRegion(self._folder / name, lies.head, lies.size, sha=sha)
+        return FileRegion(self._folder / name, lies.head, lies.size, sha=sha, behind=self._behind)
 
 
 def placed(sections: Sequence[Section]) -> list[tuple[Section, int]]:

@@ -238,7 +238,8 @@ class _Step:
             self.draft.write("trainable", lo, anchor)
             self._keep_state(lo, hi, area)
             return 0.0
-        delta, out = _scratch(area, "delta", hi - lo), _scratch(area, "out", hi - lo)
+        delta = _scratch(area, "delta", hi - lo)
+        out = delta if self.outer.in_place else _scratch(area, "out", hi - lo)
         self._combine(lo, hi, delta, area)
         square = _squared_norm(delta)
         if not math.isfinite(square) and not all_finite(delta):

@@ -329,30 +329,31 @@ class Simulator:
                 self._bases[heard.update.id] = heard.update.base
             for effect in effects:
                 self._perform(effect, events)
-            if isinstance(event, Merged | Evaluated):
+            if isinstance(event, (Merged, Evaluated)):  # noqa: UP038  a union is made anew each time
                 events.extend(self._look(event))
 
     def _perform(self, effect: Effect, events: list[Event]) -> None:
-        match effect:
-            case Tell(client, outcome):
-                self.run.acknowledge(client, outcome.update)
-                self.learning.forget(outcome.update)
-                self._bases.pop(outcome.update, None)
-            case Deliver(order):
-                self.learning.given(order)
-                self._deliver(order)
-            case Merge():
-                events.append(self._merge(effect))
-            case Arm(timer, at):
-                self._timers[timer] = self._push(max(at, self.now), TIMER, self._fire, timer)
-            case Disarm(timer):
-                del self._timers[timer]
-            case Interrupt(order, then):
-                asked = self.clients[order.client]
-                heard = self.now + asked.model.latency
-                self._push(heard, UPDATE, self._asked, (asked, order, then))
-            case Stop():
-                pass  # the loop looks itself
+        if isinstance(effect, Tell):  # the most frequent two come first
+            update = effect.outcome.update
+            self.run.acknowledge(effect.client, update)
+            self.learning.forget(update)
+            self._bases.pop(update, None)
+        elif isinstance(effect, Deliver):
+            self.learning.given(effect.order)
+            self._deliver(effect.order)
+        elif isinstance(effect, Merge):
+            events.append(self._merge(effect))
+        elif isinstance(effect, Arm):
+            at = max(effect.at, self.now)
+            self._timers[effect.timer] = self._push(at, TIMER, self._fire, effect.timer)
+        elif isinstance(effect, Disarm):
+            del self._timers[effect.timer]
+        elif isinstance(effect, Interrupt):
+            client = self.clients[effect.order.client]
+            heard = self.now + client.model.latency
+            self._push(heard, UPDATE, self._asked, (client, effect.order, effect.then))
+        else:
+            assert isinstance(effect, Stop)  # the loop looks itself
 
     def _merge(self, merge: Merge) -> Merged:
         merged = self.learning.merge(merge)

@@ -77,14 +77,22 @@ class VersionStore:
 
     # ---- making ----------------------------------------------------------------------------
 
-    def draft(self, number: int, parent: int | None = None, outer: Collection[str] = ()) -> Draft:
+    def draft(
+        self,
+        number: int,
+        parent: int | None = None,
+        outer: Collection[str] = (),
+        *,
+        behind: bool = True,
+    ) -> Draft:
         """A version to be written; `outer` names the vectors of the outer state, if it has any.
 
+        A large one is hashed behind its writers, or else, `behind` False, when it is sealed.
         ServerError FL-S203 where the disk does not take it.
         """
         length = self.manifest.counts["trainable"]
         sizes = {STEPS: 1, **dict.fromkeys(outer, length)} if outer else {}
-        return Draft(self.shelf, number, parent, sizes, self._add)
+        return Draft(self.shelf, number, parent, sizes, self._add, behind)
 
     def initial(self, tensors: Mapping[str, Tensor], number: int = 0) -> Version:
         """Version 0 from named tensors, sealed. UsageError FL-S106 where they do not fit."""

@@ -1,0 +1,135 @@
+"""`fl-server demo`: a federation of real processes on this machine, with a live table."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from atoll.protocols import console, slots
+from atoll.protocols.errors import ServerError
+
+if TYPE_CHECKING:
+    from atoll.server.demo import DemoSpec
+
+EXIT_MISSED = 5  # the target was not reached: the run itself went well
+
+
+def _speeds(context: click.Context, option: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in value.split(",")) if value else ()
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of numbers") from error
+
+
+@click.command()
+@click.option("--clients", default=4, show_default=True)
+@click.option(
+    "--speeds",
+    default="",
+    callback=_speeds,
+    metavar="1,1,2,4",
+    help="Relative throughput of each client: 4 is four times as fast as 1.  "
+    "[default: 1,1,2,4, repeated]",
+)
+@click.option("--strategy", default="fedcompass", show_default=True)
+@click.option(
+    "--data",
+    default="digits",
+    show_default=True,
+    help="digits, mnist:DIR, cifar10:DIR, text:FILE, csv:FILE, npz:FILE.",
+)
+@click.option(
+    "--model", default="", help="[default: mlp, cnn for images in colour, charlm for text]"
+)
+@click.option(
+    "--partition",
+    default="iid",
+    show_default=True,
+    help="iid, dirichlet:0.5, classes:2, quantity:0.5, column:NAME.",
+)
+@click.option("--target-accuracy", default=0.95, show_default=True)
+@click.option("--timeout", default=300.0, show_default=True, metavar="SECONDS")
+@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("atoll-demo"),
+    show_default=True,
+)
+@click.option("--aggregator", default="mean", show_default=True)
+@click.option("--outer", default="sgd", show_default=True)
+@click.option("--local", "algorithm", default="plain", show_default=True)
+@click.option("--codec", default="fp32", show_default=True)
+@click.option("--lr", type=float, default=None, help="Local learning rate.")
+@console.json_option
+def demo(
+    clients: int, speeds: tuple[float, ...], strategy: str, data: str, model: str, partition: str,
+    target_accuracy: float, timeout: float, seed: int, out: Path, aggregator: str, outer: str,
+    algorithm: str, codec: str, lr: float | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Watch a federation train: one server and several clients, each its own process.
+
+    Ends when the target is reached (exit 0) or the time is up (exit 5), with the model, the
+    history and two plots in --out.
+    """
+    from atoll.server.demo import Demo, DemoSpec
+    from atoll.server.live import Live
+
+    passed = ["--aggregator", aggregator, "--outer", outer, "--local", algorithm, "--codec", codec]
+    passed += ["--lr", str(lr)] if lr is not None else _good_settings(data)
+    spec = DemoSpec(
+        clients, speeds or tuple((1.0, 1.0, 2.0, 4.0)[i % 4] for i in range(clients)),
+        wait_for_all(strategy, clients), data, model or _model_for(data), partition,
+        target_accuracy, timeout, seed, out, tuple(passed),
+    )  # fmt: skip
+    console.say(
+        f"one server and {clients} clients start on this machine; logs in {out / 'logs'} "
+        "(Ctrl-C ends)"
+    )
+    run = Demo(spec, Live(quiet=as_json), console.say)
+    told = run.run()
+    console.emit(told, as_json, _ending(spec, told))
+    if run.interrupted:
+        raise ServerError("FL-S208", "interrupted", "what was reached lies in " + str(out))
+    if not told["reached"]:
+        click.get_current_context().exit(EXIT_MISSED)
+
+
+def wait_for_all(strategy: str, clients: int) -> str:
+    """A built-in strategy begins when all clients are there, unless it was told otherwise."""
+    name, own, params = slots.split(strategy)
+    if own or "min_clients" in params or name not in ("fedavg", "fedcompass"):
+        return strategy
+    return f"{strategy}{',' if params else ':'}min_clients={clients}"
+
+
+def _model_for(data: str) -> str:
+    kind = data.split(":")[0]
+    return {"text": "charlm", "cifar10": "cnn"}.get(kind, "mlp")
+
+
+def _good_settings(data: str) -> list[str]:
+    """For digits plain SGD at 0.1 ends half a point above 95 %: momentum makes it two."""
+    return ["--lr", "0.1", "--local-momentum", "0.9"] if data == "digits" else []
+
+
+def _ending(spec: "DemoSpec", told: dict[str, Any]) -> str:
+    files = told["files"]
+    accuracy = told["accuracy"]
+    reached = (
+        f"reached {spec.target:g} accuracy after {told['seconds_to_target']:.1f} s of training"
+        if told["reached"]
+        else f"did not reach {spec.target:g} accuracy"
+    )
+    best = "" if accuracy is None else f", best {accuracy:.4f}"
+    lines = [f"{reached} ({told['versions']} versions{best})", ""]
+    lines += [f"  {name:<9} {path}" for name, path in files.items()]
+    slow = "fedavg:steps=50" if spec.strategy.startswith("fedcompass") else "fedcompass"
+    lines += [
+        "",
+        "try next",
+        f"  fl-server demo --strategy {slow}          the same clients, scheduled differently",
+        "  fl-server demo --partition dirichlet:0.3    clients with unlike data",
+        "  fl-server start                             a federation of your own: see README.md",
+    ]
+    return "\n".join(lines)
