@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import resource
+import struct
 import threading
 import zlib
 from collections.abc import Iterator
@@ -246,7 +247,7 @@ def test_committed_updates_are_restored_and_damaged_ones_are_not(uploads: Upload
     assert sorted(p.name for p in again.folder.iterdir()) == ["o1.0"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "other size", "no trailer"])
+@pytest.mark.parametrize("damage", ["cut", "other size", "no trailer", "magic", "size", "held"])
 def test_a_part_file_that_cannot_be_trusted_starts_again(uploads: Uploads, damage: str) -> None:
     uploads.open("o1.0", SIZE)
     uploads.put("o1.0", chunks(payload())[0])
@@ -257,6 +258,15 @@ def test_a_part_file_that_cannot_be_trusted_starts_again(uploads: Uploads, damag
         os.truncate(part, 10)
     if damage == "no trailer":
         part.write_bytes(bytes(SIZE + 24))
+    trailers = {
+        "magic": (b"atoll-xx", SIZE, CHUNK),
+        "size": (b"atoll-up", SIZE - 1, CHUNK),
+        "held": (b"atoll-up", SIZE, CHUNK + 1),
+    }
+    if damage in trailers:
+        with open(part, "rb+") as file:
+            file.seek(SIZE)
+            file.write(struct.pack("<8sQQ", *trailers[damage]))
     assert Uploads(uploads.folder, min_free=0).open("o1.0", size) == 0
 
 

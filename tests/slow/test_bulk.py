@@ -79,6 +79,7 @@ class Server:
         self.orders = {f"o{n}" for n in range(100)}
         self.refuse_on_accept: AtollError | None = None
         self.slow_accept = 0.0
+        self.begun: list[str] = []  # accepted or in the middle of it
         self.port = 0
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -132,6 +133,7 @@ class Server:
         return None if answer.update in self.done else answer.update
 
     async def accepted(self, client: str, answer: Result, stored: StoredUpdate) -> None:
+        self.begun.append(answer.update)
         await asyncio.sleep(self.slow_accept)
         if self.refuse_on_accept is not None:
             raise self.refuse_on_accept
@@ -230,8 +232,20 @@ def refusal(act: Callable[[], object]) -> RefusedError:
     return refused
 
 
+def status(error: Any) -> object:
+    return error.code()
+
+
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def files_open_in(folder: Path) -> int:
+    found = 0
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{number}").startswith(f"{folder}/")
+    return found
 
 
 # ---- what arrives ------------------------------------------------------------------------------
@@ -275,7 +289,8 @@ def test_commits_that_overlap_are_accepted_once(server: Server, channel: Any) ->
         multi(commit.SerializeToString(), metadata=SESSION, timeout=0.05)
     state = wire_pb2.UploadState.FromString(call(channel, "CommitUpload", commit))
     assert state.committed
-    assert server.bytes_of("o1.0") == data  # `accepted` asserts that it is called once
+    assert server.begun == ["o1.0"]
+    assert server.bytes_of("o1.0") == data
 
 
 def test_four_clients_at_once_do_not_mix(server: Server) -> None:
@@ -323,6 +338,7 @@ def test_an_interrupted_upload_sends_only_the_rest(server: Server, channel: Any)
     with pytest.raises(grpc.FutureCancelledError):
         broken.result()
     held = wait_for(lambda: open_upload(channel, answer).offset, lambda n: n >= 2 * CHUNK)
+    assert wait_for(lambda: files_open_in(server.uploads.folder), lambda n: n == 0) == 0
     server.uploads.offsets.clear()
     transfer.upload(channel, "s-a", "r1", answer, memoryview(data), QUICK)
     assert server.uploads.offsets == list(range(held, len(data), CHUNK))
@@ -453,10 +469,9 @@ def test_more_bytes_than_announced_are_refused(server: Server, channel: Any) -> 
     open_upload(channel, answer)
     too_many = list(frames.chunks(memoryview(payload(2 * CHUNK)), answer.payload.id))
     assert refusal(lambda: put(channel, iter(too_many))).code == "FL-W111"
-    with pytest.raises(grpc.RpcError) as caught:  # gRPC's own limit, before we see it
+    with pytest.raises(grpc.RpcError) as caught:  # the limit of gRPC, before we see it
         put(channel, iter([bytes(frames.MAX_MESSAGE + 1)]))
-    error: Any = caught.value
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert status(caught.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
     large = frames.frame(answer.payload.id, 0, bytes(CHUNK + 1), 0)
     assert refusal(lambda: put(channel, iter([large]))).code == "FL-W103"
 
@@ -465,12 +480,13 @@ def test_unknown_blobs_sessions_orders_and_runs_are_refused(server: Server, chan
     server.blobs["m1"] = blob("m1", payload(5))
     info, dest, data = server.blobs["m1"].info, memoryview(bytearray(5)), memoryview(bytes(5))
     missing = replace(info, id="m2")
-    for code, act in {
+    calls: dict[str, Callable[[], object]] = {
         "FL-W107": lambda: transfer.download(channel, "s-a", "r1", missing, dest, QUICK),
         "FL-W110": lambda: transfer.download(channel, "x", "r1", info, dest, QUICK),
         "FL-S107": lambda: transfer.download(channel, "s-a", "r2", info, dest, QUICK),
         "FL-W102": lambda: transfer.upload(channel, "s-a", "r1", result(100, 5), data, QUICK),
-    }.items():
+    }
+    for code, act in calls.items():
         with pytest.raises(RefusedError) as caught:
             act()
         assert (caught.value.code, caught.value.fatal) == (code, True)
@@ -545,6 +561,51 @@ def test_a_full_disk_costs_one_client_its_patience_and_nobody_anything(tiny_disk
         transfer.upload(channel, "s-b", "r1", result(2, len(late)), memoryview(late), HASTY)
         assert server.bytes_of("o2.0") == late
         assert server.uploads.offsets[0] > 0  # what was held is not sent again
+
+
+class Liar(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """A server that answers each download with the next of some prepared streams."""
+
+    def __init__(self, streams: Sequence[Sequence[bytes]]) -> None:
+        self.streams = list(streams)
+
+    def service(self, handler_call_details: Any) -> Any:
+        return grpc.unary_stream_rpc_method_handler(self.download)
+
+    def download(self, request: bytes, context: Any) -> Iterator[bytes]:
+        yield from self.streams.pop(0)
+
+
+def hear(streams: Sequence[Sequence[bytes]], info: BlobInfo) -> bytes:
+    with ThreadPoolExecutor(1) as pool:
+        server = grpc.server(pool, handlers=[Liar(streams)], options=SERVER_OPTIONS)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        channel, dest = transfer.connect(f"127.0.0.1:{port}"), bytearray(info.size)
+        try:
+            patience = replace(HASTY, retries=len(streams) - 1)
+            transfer.download(channel, "s-a", "r1", info, memoryview(dest), patience)
+        finally:
+            channel.close()
+            server.stop(None).wait()
+    return bytes(dest)
+
+
+def test_a_server_that_sends_chunks_out_of_order_is_not_believed() -> None:
+    good = blob("m1", payload(3 * CHUNK))
+    sent = list(frames.chunks(good.view, "m1"))
+    for wrong in ([sent[1], sent[0], sent[2]], [sent[0], sent[0]], [sent[0], sent[2]]):
+        with pytest.raises(RemoteError, match=r"FL-W111: chunk at"):
+            hear([wrong], good.info)
+    for wrong in ([], sent[:2]):
+        with pytest.raises(RemoteError, match=r"FL-W105: .* ended at"):
+            hear([wrong], good.info)
+
+
+def test_a_server_that_lied_once_is_heard_again_from_the_start() -> None:
+    good, other = blob("m1", payload(2 * CHUNK)), blob("m1", payload(2 * CHUNK, seed=1))
+    streams = [list(frames.chunks(b.view, "m1")) for b in (other, good)]
+    assert hear(streams, good.info) == good.view
 
 
 # ---- what stands still -------------------------------------------------------------------------
