@@ -448,6 +448,9 @@ class Host:
     def _published(self, version: int) -> None:
         if self._save_task is None and version % self.spec.save_every == 0:
             self._save_task = self._spawn(self._save())
+        every = self.spec.evaluate_every
+        if not every or version % every:
+            return
         if self.evaluator is not None:
             self.evaluator.offer(version)
         elif self.driver.run.finished is None and version > self._asked_clients:

@@ -40,6 +40,7 @@ class RunSpec:
     seed: int = 0
     lease: float = 20.0  # seconds
     save_every: int = 1  # versions; those between are made again from kept updates after a crash
+    evaluate_every: int = 1  # versions; 0: never
     keep: int = 5  # newest versions on disk, besides the first and the best
 
     def for_clients(self) -> str:
