@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+OVER = "the run is over"  # why an order open at the end came to nothing
+
 Row = Mapping[str, Any]  # one line: JSON, the fields of its kind as above
 
 
@@ -271,7 +273,7 @@ class History:
     def _finish(self, row: Row, t: float) -> None:
         self.finished = row["reason"]
         for name in list(self.open):
-            self._end(name, t, "the run is over")
+            self._end(name, t, OVER)
 
     def _end(self, client: str, t: float, reason: str) -> None:
         span = self.open.pop(client, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atoll.protocols import console
-from atoll.server.history import Group, History, Span
+from atoll.server.history import OVER, Group, History, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def draw_timeline(history: History, title: str = "") -> "Figure":
     axes.set_xlim(0, end * 1.005 or 1)
     axes.set_xlabel("run clock, seconds", color=_SOFT)
     _title(axes, title or "Who trained when", _what_is_shown(history, len(names), end))
-    _legend_of_timeline(figure, axes, bool(history.groups), any(s.reason for s in spans))
+    _legend_of_timeline(figure, axes, bool(history.groups), any(_in_vain(s, end) for s in spans))
     return figure
 
 
@@ -149,8 +149,8 @@ def _draw_spans(axes: "Axes", spans: Sequence[Span], rows: dict[str, int], end: 
             solid.setdefault((row, colour), []).append(
                 (span.start + idle / 2, until - span.start - idle)
             )
-        if span.reason and span.end is not None and span.end < end:
-            crosses.append((span.end, row))
+        if _in_vain(span, end):
+            crosses.append((until, row))
     for (row, colour), bars in whole.items():
         axes.broken_barh(bars, (row - 0.3, 0.6), color=colour, alpha=0.35, lw=0, zorder=3)
     for (row, colour), bars in solid.items():
@@ -159,6 +159,11 @@ def _draw_spans(axes: "Axes", spans: Sequence[Span], rows: dict[str, int], end: 
         )
     moments, lanes = [t for t, _ in crosses], [row for _, row in crosses]
     axes.scatter(moments, lanes, marker="x", s=42, lw=1.8, color=_BAD, zorder=6)
+
+
+def _in_vain(span: Span, end: float) -> bool:
+    """Whether it ended before `end` and its work was not used; the end of the run is no fault."""
+    return span.reason not in ("", OVER) and span.end is not None and span.end <= end
 
 
 def _colour(span: Span) -> str:

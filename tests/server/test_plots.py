@@ -93,6 +93,15 @@ def test_the_legend_names_groups_and_crosses_only_where_there_are_some() -> None
     assert not {"group expected", "at latest", "not used"} & set(said(axes))
 
 
+def test_what_the_end_of_the_run_cut_short_is_not_marked_as_refused() -> None:
+    history = story()
+    cut = order("slow", 3, 3.0, 9.0, 10)[:2]
+    for row in [*cut, {"t": 5.0, "kind": "finish", "reason": "over"}]:
+        history.append(row)
+    (axes,) = plots.draw_timeline(history).axes
+    assert np.asarray(axes.collections[-2].get_offsets()).tolist() == [[3.0, 1.0]]
+
+
 def test_members_apart_from_each_other_get_bands_apart() -> None:
     assert plots._runs([0, 1, 3, 5, 6]) == [(0, 1), (3, 3), (5, 6)]
     assert plots._runs([]) == []
