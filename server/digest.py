@@ -60,10 +60,10 @@ def said(one: Event | Action) -> str:
         case UpdateReceived(u):
             return (
                 f"update {u.id} {u.order} {u.client} {u.base} {u.steps} {u.examples} {u.started!r}"
-                f" {u.train_seconds!r} {u.current:d}{u.final:d}{_pairs(u.metrics)}"
-            )
+                f" {u.train_seconds!r} {u.current:d}{u.final:d}"
+            ) + (_pairs(u.metrics) if u.metrics else "")
         case Train(client, steps, extra):
-            return f"train {client} {steps}{_pairs(extra)}"
+            return f"train {client} {steps}{_pairs(extra) if extra else ''}"
         case Aggregate(items, model, outer):
             return f"aggregate {model} {outer:d} {items!r}"
         case SetTimer(timer, at):
@@ -91,6 +91,4 @@ def said(one: Event | Action) -> str:
 
 
 def _pairs(numbers: Mapping[str, float]) -> str:
-    if not numbers:
-        return ""
     return " " + " ".join(f"{key}={value!r}" for key, value in sorted(numbers.items()))

@@ -60,6 +60,8 @@ class Work:
 class Client:
     model: ClientModel
     pace: Pace
+    down: float  # seconds until an order and its model are there
+    up: float  # seconds a result takes
     fence: int = 0
     here: bool = False  # connected
     work: Work | None = None  # downloading, training, or uploading with nothing newer to do
@@ -126,7 +128,12 @@ class Simulator:
         self.run = Run(strategy)
         self.now = 0.0
         self.learning, self.rules = learning, rules
-        self.clients = {m.name: Client(m, Pace(m, seed)) for m in clients}
+        self.clients = {
+            m.name: Client(
+                m, Pace(m, seed), m.latency + model_bytes / m.down, m.latency + update_bytes / m.up
+            )
+            for m in clients
+        }
         assert len(self.clients) == len(clients), "two clients of one name"
         self.members = Membership(lease)
         self.events = 0
@@ -243,17 +250,16 @@ class Simulator:
             return  # it waits for the next hello
         self._put_away(client)
         self._abandon(client)
-        model, now, pace = client.model, self.now, client.pace.next_order()
-        begin = now + model.latency + self._sizes[1] / model.down
+        now, pace = self.now, client.pace.next_order()
+        begin = now + client.down
         client.work = Work(order, order.steps, pace, now, begin, begin + order.steps * pace)
         client.snapshots = 0
         self._send(client, client.work)
 
     def _send(self, client: Client, work: Work) -> None:
         """The result leaves its client when its training has ended, or now."""
-        took = client.model.latency + self._sizes[0] / client.model.up
-        arrives = max(self.now, work.end) + took
-        work.ticket = self._push(arrives, UPDATE, self._received, (client, work))
+        leaves = work.end if work.end > self.now else self.now
+        work.ticket = self._push(leaves + client.up, UPDATE, self._received, (client, work))
 
     def _received(self, sent: tuple[Client, Work], ticket: int) -> None:
         client, work = sent
@@ -305,6 +311,7 @@ class Simulator:
             self._send(client, part)
 
     def _abandon(self, client: Client) -> None:
+        """Whatever it was at comes to nothing."""
         if client.work is not None:
             client.work.ticket = 0
             client.busy += self.now - client.work.given
@@ -329,7 +336,7 @@ class Simulator:
                 self._bases[heard.update.id] = heard.update.base
             for effect in effects:
                 self._perform(effect, events)
-            if isinstance(event, (Merged, Evaluated)):  # noqa: UP038  a union is made anew each time
+            if isinstance(event, (Merged, Evaluated)):
                 events.extend(self._look(event))
 
     def _perform(self, effect: Effect, events: list[Event]) -> None:
