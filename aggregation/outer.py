@@ -13,6 +13,7 @@ State is named flat tensors, because it is stored, served and sent to peers.
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ STEPS = "steps"  # the one scalar of a state: steps taken so far, int64 of shape
 class Outer:
     """Base of all outer optimizers: write `vectors` and `kernel`, `step` comes with it."""
 
+    in_place: ClassVar[bool] = False  # True: `kernel` may be given `delta` as its `out`
+
     @property
     def vectors(self) -> Mapping[str, float]:
         """The state's vectors, each as long as the model, and what they are filled with at first.
@@ -50,7 +53,8 @@ class Outer:
     ) -> None:
         """One tile of a step: the new anchor into `out`, `state` changed in place.
 
-        `steps` counts from 1. `anchor` is read only, `delta` may be used up, `out` aliases neither.
+        `steps` counts from 1. `anchor` is read only, `delta` may be used up; `out` aliases neither,
+        unless `in_place`.
         """
         raise NotImplementedError
 
@@ -91,6 +95,7 @@ class Outer:
 class Sgd(Outer):
     """x -= lr * delta. With lr 1 (`average`) the plain average of FedAvg."""
 
+    in_place: ClassVar[bool] = True
     lr: float = 1.0
 
     def __post_init__(self) -> None:
@@ -106,6 +111,7 @@ class Sgd(Outer):
 class Momentum(Outer):
     """v = momentum * v + delta;  x -= lr * v."""
 
+    in_place: ClassVar[bool] = True
     lr: float = 1.0
     momentum: float = 0.9
 

@@ -135,6 +135,15 @@ class Draft:
         with disk(self._folder):
             self._model.write(self._at[group] + lo * values.itemsize, as_bytes(values))
 
+    def place(self, group: Group, lo: int, hi: int) -> Tensor | None:
+        """Where elements [lo, hi) may be written in place; None: `write` them, to a file."""
+        if not isinstance(self._model, MemoryRegion):
+            return None
+        dtype = dtype_of(group)
+        at = self._at[group]
+        view = self._model.whole()[at + lo * dtype.itemsize : at + hi * dtype.itemsize]
+        return as_tensor(view, dtype)
+
     def write_outer(self, name: str, lo: int, values: Tensor) -> None:
         """Put elements [lo, lo + len) of a vector of the outer state in place. FL-S203."""
         assert self._outer is not None, "this draft was opened without outer state"

@@ -1,6 +1,6 @@
 """Merge: updates become the next version, in one pass over mapped bytes.
 
-For each tile of a million elements: decode and sum the updates in their order, take the outer
+For each tile of half a million elements: decode and sum the updates in their order, take the outer
 optimizer's step, write the tile of the new version. Tiles are spread over threads; nothing is
 model-sized but mapped files. Everything is elementwise and in a fixed order, so the result has the
 same bits whatever the tile size and the number of threads (tested). Where the process is ours,
@@ -44,6 +44,7 @@ class UpdateBytes:
 
 
 Item = tuple[UpdateBytes, float]  # an update and its raw weight
+Area = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class Merger:
         self.tile = tile
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
+        self._areas: list[Area] = [{} for _ in range(threads)]  # scratch of each thread
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -127,10 +129,10 @@ class Merger:
         count = self.manifest.counts["trainable"]
         size = self.tile if step.by_tiles else max(1, count)
 
-        def work(lo: int, work_area: dict[str, Tensor]) -> None:
-            squares[lo] = step.tile(lo, min(lo + size, count), work_area)
+        def work(lo: int, area: Area) -> None:
+            squares[lo] = step.tile(lo, min(lo + size, count), area)
 
-        self._spread(range(0, count, size), size, work)
+        self._spread(range(0, count, size), work)
         if STEPS in step.new_state:
             draft.write_outer(STEPS, 0, step.new_state[STEPS])
         for group in TRAVELLING[1:]:
@@ -138,34 +140,29 @@ class Merger:
         stats = {"delta_norm": math.sqrt(math.fsum(squares.values()))} if items else {}
         return {**stats, "fallback": 1.0} if step.fell_back else stats
 
-    def _spread(
-        self, starts: range, size: int, work: Callable[[int, dict[str, Tensor]], None]
-    ) -> None:
+    def _spread(self, starts: range, work: Callable[[int, Area], None]) -> None:
         """Every tile once, in threads where there are several; the first error is raised."""
         todo = deque(starts)
 
-        def run() -> None:
-            area: dict[str, Tensor] = {}
-            while True:
-                try:
-                    lo = todo.popleft()
-                except IndexError:
-                    return
-                try:
-                    work(lo, area)
-                except BaseException:
-                    todo.clear()
-                    raise
+        def run(area: Area) -> None:
+            try:
+                while True:
+                    work(todo.popleft(), area)
+            except IndexError:
+                return
+            except BaseException:
+                todo.clear()
+                raise
 
         helpers = min(self._threads, len(starts)) - 1
         if helpers < 1:
-            run()
+            run(self._areas[0])
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads - 1, "merge")
-        others = [self._pool.submit(run) for _ in range(helpers)]
+        others = [self._pool.submit(run, area) for area in self._areas[1 : helpers + 1]]
         try:
-            run()
+            run(self._areas[0])
         finally:
             for other in others:
                 other.exception()  # wait: nobody may write into a draft that is rewound
@@ -231,7 +228,7 @@ class _Step:
             self.rule = None if self.fell_back else rule
         self.by_tiles = self.rule is None or self.rule.coordinatewise
 
-    def tile(self, lo: int, hi: int, area: dict[str, Tensor]) -> float:
+    def tile(self, lo: int, hi: int, area: Area) -> float:
         """Elements [lo, hi) from decoding to writing; returns the squared norm of their delta."""
         anchor = self.anchor[lo:hi]
         if not self.items:
@@ -239,7 +236,11 @@ class _Step:
             self._keep_state(lo, hi, area)
             return 0.0
         delta = _scratch(area, "delta", hi - lo)
-        out = delta if self.outer.in_place else _scratch(area, "out", hi - lo)
+        place = self.draft.place("trainable", lo, hi)
+        if place is not None:
+            out = place
+        else:
+            out = delta if self.outer.in_place else _scratch(area, "out", hi - lo)
         self._combine(lo, hi, delta, area)
         square = _squared_norm(delta)
         if not math.isfinite(square) and not all_finite(delta):
@@ -248,13 +249,14 @@ class _Step:
         self.outer.kernel(anchor, delta, state, self.steps, out)
         if not all_finite(out) or not all(all_finite(v) for v in state.values()):
             raise _NotFiniteError
-        self.draft.write("trainable", lo, out)
+        if place is None:
+            self.draft.write("trainable", lo, out)
         if self.moves:
             for name, values in state.items():
                 self.draft.write_outer(name, lo, values)
         return square
 
-    def _combine(self, lo: int, hi: int, delta: Tensor, area: dict[str, Tensor]) -> None:
+    def _combine(self, lo: int, hi: int, delta: Tensor, area: Area) -> None:
         spare = _scratch(area, "decoded", hi - lo)
         if self.rule is None:
             weights = self._normalised() if self.fell_back else self.weights
@@ -276,9 +278,7 @@ class _Step:
         total = math.fsum(self.weights)
         return [w / total for w in self.weights] if total else [0.0] * len(self.weights)
 
-    def _keep_state(
-        self, lo: int, hi: int, area: dict[str, Tensor], write: bool = True
-    ) -> dict[str, Tensor]:
+    def _keep_state(self, lo: int, hi: int, area: Area, write: bool = True) -> dict[str, Tensor]:
         """The old state's tile in scratch, to be changed there; written on as it is if `write`."""
         tiles = {}
         for name, at_first in self.merger.outer.vectors.items():
@@ -303,7 +303,7 @@ def _culprits(manifest: Manifest, items: Sequence[Item]) -> dict[str, str]:
     return found or {update.id: "the merged model would not be finite" for update, _ in items}
 
 
-def _scratch(area: dict[str, Tensor], name: str, size: int) -> Tensor:
+def _scratch(area: Area, name: str, size: int) -> Tensor:
     """A work area of this thread's, kept from tile to tile."""
     if name not in area or area[name].numel() < size:
         area[name] = torch.empty(size)
