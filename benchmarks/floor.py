@@ -6,10 +6,7 @@ of all of them at both ends (of the model once at the server), and at the end ev
 once. Run alone it prints one JSON line; `round.py` and `transport.py` run it between their rounds.
 """
 
-import argparse
 import hashlib
-import json
-import os
 import socket
 import statistics
 import subprocess
@@ -20,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+from harness import Result, main
 
 PIECE = 1 << 20  # bytes hashed at a time, while they are in the cache
 
@@ -40,7 +38,7 @@ class Floor:
         with socket.create_server(("127.0.0.1", 0)) as door:
             command = [sys.executable, __file__, "--client", str(door.getsockname()[1])]
             for _ in range(self.clients):
-                self._processes.append(subprocess.Popen([*command, "--size", str(self.size)]))
+                self._processes.append(subprocess.Popen([*command, str(self.size)]))
             self._lines = [door.accept()[0] for _ in range(self.clients)]
         return self
 
@@ -56,7 +54,7 @@ class Floor:
     def round(self) -> float:
         """Wall seconds of one round."""
         begun = time.perf_counter()
-        model = self._pool.submit(_hash, memoryview(self.model))
+        model = self._pool.submit(_hash, self.model.data)
         served = [self._pool.submit(self._serve, n) for n in range(self.clients)]
         digests = [job.result() for job in served]
         assert all(d == model.result() for d in digests), "a client sent back something else"
@@ -65,7 +63,7 @@ class Floor:
 
     def _serve(self, n: int) -> bytes:
         line = self._lines[n]
-        line.sendall(self.model)
+        line.sendall(self.model.data)
         return _receive(line, memoryview(self._updates[n]))
 
 
@@ -114,20 +112,13 @@ def _client(port: int, size: int) -> None:
                 line.sendall(buffer[at : at + PIECE])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three rounds instead of seven")
-    parser.add_argument("--size", type=int, default=100_000_000, help="bytes of the model")
-    parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.client:
-        _client(options.client, options.size)
-        return
-    seconds = floor(options.size, options.clients, 3 if options.quick else 7)
-    line = {"bench": "floor", "value": round(seconds, 4), "unit": "s", "ok": True}
-    print(json.dumps({**line, "cores": os.cpu_count()}))
+def run(quick: bool) -> Result:
+    """The floor has none itself; its limit only tells a machine that is far too busy."""
+    return Result("floor", floor(100_000_000, 4, 3 if quick else 7), "s", 30.0)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--client"]:
+        _client(int(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main(run)

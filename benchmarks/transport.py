@@ -5,11 +5,10 @@ spilled and committed, every update read once. No strategy, no merge, no trainin
 those. Rounds of both kinds alternate in one run, because this machine's speed drifts.
 """
 
-import argparse
 import asyncio
 import hashlib
+import importlib
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -22,17 +21,20 @@ from pathlib import Path
 import grpc
 import numpy as np
 from floor import Floor
+from harness import Result, main, say
 
 from atoll.client import transfer
 from atoll.protocols import frames
 from atoll.protocols.blobs import Blob, BlobInfo, Section
 from atoll.protocols.channel import SERVER_OPTIONS, tune_malloc
-from atoll.protocols.messages import Result
+from atoll.protocols.messages import Result as Report
 from atoll.server.bulk import Bulk
 from atoll.server.uploads import StoredUpdate, Uploads
 
 LIMIT = 1.6  # of the floor
 WORKERS = 2
+SIZE = 100_000_000  # bytes
+CLIENTS = 4
 
 
 class Ours:
@@ -50,6 +52,10 @@ class Ours:
         self._processes: list[asyncio.subprocess.Process] = []
 
     async def start(self) -> None:
+        for n in range(self.clients):  # before gRPC has threads that a fork would disturb
+            command = [sys.executable, __file__, "--client", str(n)]
+            process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE)
+            self._processes.append(process)
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         bulk = Bulk(
             self.uploads,
@@ -62,12 +68,8 @@ class Ours:
         self._server.add_generic_rpc_handlers((bulk,))
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
-        for n in range(self.clients):
-            command = [sys.executable, __file__, "--client", str(n), "--port", str(port)]
-            process = await asyncio.create_subprocess_exec(
-                *command, "--size", str(self.size), stdin=subprocess.PIPE
-            )
-            self._processes.append(process)
+        for process in self._processes:
+            self._tell(process, str(port))
 
     async def stop(self) -> None:
         for process in self._processes:
@@ -80,16 +82,14 @@ class Ours:
     async def round(self, number: int) -> float:
         begun = time.perf_counter()
         loop = asyncio.get_running_loop()
-        view = memoryview(self.model)
+        view = self.model.data
         digest = loop.run_in_executor(self.workers, lambda: hashlib.sha256(view).digest())
         crcs = await loop.run_in_executor(self.workers, frames.checksums, view)
         section = Section("trainable", "fp32", self.size // 4, self.size)
         self.blob = Blob(BlobInfo(f"m{number}", self.size, await digest, (section,)), view, crcs)
         self._complete.clear()
         for process in self._processes:
-            assert process.stdin
-            line = f"{number} {self.blob.info.sha256.hex()}\n"
-            process.stdin.write(line.encode())
+            self._tell(process, f"{number} {self.blob.info.sha256.hex()}")
         await self._complete.wait()
         stored, self._stored = self._stored, {}
         await asyncio.gather(
@@ -101,6 +101,10 @@ class Ours:
             await loop.run_in_executor(self.workers, self.uploads.free, name)
         return seconds
 
+    def _tell(self, process: asyncio.subprocess.Process, line: str) -> None:
+        assert process.stdin
+        process.stdin.write(f"{line}\n".encode())
+
     def _authorize(self, metadata: Mapping[str, str | bytes]) -> str:
         return str(metadata["atoll-session"])
 
@@ -109,10 +113,10 @@ class Ours:
         assert self.blob.info.id == name
         return self.blob
 
-    def _may_upload(self, client: str, result: Result) -> str:
+    def _may_upload(self, client: str, result: Report) -> str:
         return f"{result.update}.{client}"
 
-    async def _accepted(self, client: str, result: Result, stored: StoredUpdate) -> None:
+    async def _accepted(self, client: str, result: Report, stored: StoredUpdate) -> None:
         self._stored[stored.id] = stored
         if len(self._stored) == self.clients:
             self._complete.set()
@@ -123,9 +127,9 @@ def _read_once(stored: StoredUpdate) -> int:
     return int(np.frombuffer(view, np.uint64, len(view) // 8).max(initial=0))
 
 
-def _client(name: str, port: int, size: int) -> None:
+def _client(name: str, size: int) -> None:
     tune_malloc()
-    channel = transfer.connect(f"127.0.0.1:{port}")
+    channel = transfer.connect(f"127.0.0.1:{sys.stdin.readline().strip()}")
     buffer = memoryview(bytearray(size))
     sections = (Section("trainable", "fp32", size // 4, size),)
     for line in sys.stdin:
@@ -133,7 +137,7 @@ def _client(name: str, port: int, size: int) -> None:
         info = BlobInfo(f"m{number}", size, bytes.fromhex(digest), sections)
         transfer.download(channel, f"c{name}", "", info, buffer)
         payload = BlobInfo(f"u{number}", size, b"", sections)
-        result = Result(f"o{number}", 0, 1, 1, 0.0, payload)
+        result = Report(f"o{number}", 0, 1, 1, 0.0, payload)
         transfer.upload(channel, f"c{name}", "", result, buffer)
 
 
@@ -149,42 +153,20 @@ async def _compare(size: int, clients: int, rounds: int) -> tuple[list[float], l
     return ours[1:], theirs[1:]  # the first of each warms up
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="five rounds instead of fifteen")
-    parser.add_argument("--size", type=int, default=100_000_000, help="bytes of the model")
-    parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--client", help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop")
-    parser.add_argument("--no-tune", action="store_true")
-    options = parser.parse_args()
-    if options.client:
-        _client(options.client, options.port, options.size)
-        return
-    if not options.no_tune:
-        tune_malloc()
+def run(quick: bool) -> Result:
+    tune_malloc()
     loop = None
-    if options.loop == "uvloop" and importlib.util.find_spec("uvloop"):
-        import uvloop
-
-        loop = uvloop.new_event_loop
-    rounds = 5 if options.quick else 15
+    if importlib.util.find_spec("uvloop"):
+        loop = importlib.import_module("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=loop) as runner:
-        ours, theirs = runner.run(_compare(options.size, options.clients, rounds))
-    ratio = statistics.median(o / t for o, t in zip(ours, theirs, strict=True))
-    line = {
-        "bench": "transport",
-        "value": round(statistics.median(ours), 4),
-        "unit": "s",
-        "floor": round(statistics.median(theirs), 4),
-        "ratio_to_floor": round(ratio, 3),
-        "limit": LIMIT,
-        "ok": ratio <= LIMIT,
-    }
-    print(json.dumps(line))
-    sys.exit(ratio > LIMIT)
+        ours, floors = runner.run(_compare(SIZE, CLIENTS, 5 if quick else 15))
+    say(f"rounds {[round(s, 2) for s in ours]}, floors {[round(s, 2) for s in floors]}")
+    floor = statistics.median(floors)
+    return Result("transport", statistics.median(ours), "s", LIMIT, floor=floor)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--client"]:
+        _client(sys.argv[2], SIZE)
+    else:
+        main(run)
