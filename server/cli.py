@@ -1,21 +1,14 @@
 """fl-server: serve a run, watch it, show it off on this machine, or try it in virtual time."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
 from atoll.protocols import console, orphan
-from atoll.protocols.errors import UsageError
 from atoll.server.cli_demo import demo
-
-if TYPE_CHECKING:
-    from atoll.server.rules import Rules
-    from atoll.server.spec import RunSpec
-
-F = TypeVar("F", bound=Callable[..., Any])
+from atoll.server.options import rules_of, run_options, spec_of, spelled_out
 
 
 @click.group(name="fl-server")
@@ -27,90 +20,18 @@ def main() -> NoReturn:
     sys.exit(console.run(cli))
 
 
-def run_options(command: F) -> F:
-    """The options that say what a run is; they become a RunSpec and its Rules."""
-    options = [
-        click.option("--strategy", default="fedcompass", show_default=True,
-                     help="fedavg, fedbuff, fedasync, fedcompass, with parameters as "
-                     "fedavg:steps=50,cohort=8; or MODULE:OBJECT."),
-        click.option("--aggregator", default="mean", show_default=True, help="Or MODULE:OBJECT."),
-        click.option("--outer", default="sgd", show_default=True,
-                     help="sgd, momentum, nesterov, adam, yogi, adagrad, e.g. nesterov:lr=0.7."),
-        click.option("--local", "algorithm", default="plain", show_default=True,
-                     help="Local algorithm: plain, fedprox:mu=0.1."),
-        click.option("--model", default="mlp", show_default=True,
-                     help="mlp, cnn, resnet18, charlm, linear, or MODULE:OBJECT."),
-        click.option("--data", default="digits", show_default=True,
-                     help="digits, mnist:DIR, cifar10:DIR, text:FILE, csv:FILE, npz:FILE, "
-                     "or MODULE:OBJECT."),
-        click.option("--lr", type=float, default=None, help="Local learning rate."),
-        click.option("--batch", type=int, default=None, help="Local batch size."),
-        click.option("--local-optimizer", default=None, help="sgd, adam, adamw."),
-        click.option("--local-momentum", type=float, default=None, help="Of local SGD."),
-        click.option("--clip", type=float, default=None, help="Largest local gradient norm."),
-        click.option("--codec", default="fp32", show_default=True,
-                     help="fp32, fp16, bf16; or up=bf16,down=fp16."),
-        click.option("--buffers", default="weighted_mean", show_default=True,
-                     type=click.Choice(["weighted_mean", "keep_server", "personal"]),
-                     help="What becomes of BatchNorm statistics."),
-        click.option("--seed", default=0, show_default=True),
-        click.option("--target-accuracy", type=float, default=None, help="Stop when reached."),
-        click.option("--versions", type=int, default=None, help="Stop after so many versions."),
-        click.option("--updates", type=int, default=None, help="Stop after so many updates."),
-        click.option("--steps", type=int, default=None, help="Stop after so many local steps."),
-        click.option("--seconds", type=float, default=None, help="Stop after so long."),
-        click.option("--patience", type=int, default=None,
-                     help="Stop after so many evaluations without improvement."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def rules_of(given: dict[str, Any]) -> "Rules":
-    from atoll.server.rules import Rules
-
-    limits = {k: given[k] for k in ("versions", "updates", "steps", "seconds", "patience")}
-    return Rules(target=given["target_accuracy"], **limits)
-
-
-def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
-    from atoll.protocols.ids import ulid
-    from atoll.server.spec import RunSpec
-
-    up, down = codecs_of(given["codec"])
-    names = {
-        "lr": "lr",
-        "batch": "batch",
-        "local_optimizer": "optimizer",
-        "local_momentum": "momentum",
-        "clip": "clip",
-    }
-    local = {names[k]: given[k] for k in names if given[k] is not None}
-    kept = ("strategy", "aggregator", "outer", "algorithm", "model", "data", "buffers", "seed")
-    same = {k: given[k] for k in kept}
-    return RunSpec(ulid(), codec_up=up, codec_down=down, local=local, **same, **more)
-
-
-def codecs_of(text: str) -> tuple[str, str]:
-    """`bf16` for both ways, or `up=...,down=...`."""
-    if "=" not in text:
-        return text, text
-    found = {"up": "fp32", "down": "fp32"}
-    for part in text.split(","):
-        way, _, name = part.partition("=")
-        if way not in found:
-            raise UsageError("FL-S108", f"codec {text!r}", "write bf16, or up=bf16,down=fp32")
-        found[way] = name
-    return found["up"], found["down"]
-
-
 cli.add_command(demo)
 
 
 @cli.command()
 @run_options
-@click.option("--listen", default="127.0.0.1:7447", show_default=True, metavar="HOST:PORT")
+@click.option(
+    "--listen",
+    default="127.0.0.1:7447",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where clients find the run; port 0 takes a free one.",
+)
 @click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
@@ -118,7 +39,7 @@ cli.add_command(demo)
     show_default=True,
     help="Everything the run is; an existing one is continued.",
 )
-@click.option("--name", default="run", show_default=True)
+@click.option("--name", default="run", show_default=True, help="For people.")
 @click.option(
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -133,8 +54,7 @@ cli.add_command(demo)
 )
 @click.option("--save-every", default=1, show_default=True, help="Versions between two on disk.")
 @click.option("--keep", default=5, show_default=True, help="Newest versions kept on disk.")
-@click.option("--stop-with-stdin", is_flag=True, hidden=True)
-@click.option("--stop-with-stdin", is_flag=True, hidden=True)
+@click.option("--stop-with-stdin", is_flag=True, hidden=True, help="When the parent is gone.")
 @click.option(
     "--insecure-lan", is_flag=True, help="Serve other machines although nothing is encrypted yet."
 )
@@ -155,7 +75,7 @@ def start(
     if stop_with_stdin:
         orphan.stop_with_stdin()
     wanted = spec_of(given, name=name, lease=lease, save_every=save_every, keep=keep)
-    spec = open_spec(state, wanted, _spelled_out())
+    spec = open_spec(state, wanted, spelled_out())
     server = Server(spec, state, rules_of(given), init=init, insecure_lan=insecure_lan)
 
     def ready(address: str) -> None:
@@ -168,10 +88,3 @@ def start(
     more = "".join(f", {k} {v:.4f}" for k, v in sorted(summary.metrics.items()) if k != "examples")
     ended = summary.reason or f"stopped for now; go on with: fl-server start --state {state}"
     console.emit(summary, as_json, f"{ended}\n{told}{more}")
-
-
-def _spelled_out() -> set[str]:
-    """The options that the user gave, as opposed to defaults."""
-    context = click.get_current_context()
-    default = click.core.ParameterSource.DEFAULT
-    return {name for name in context.params if context.get_parameter_source(name) != default}

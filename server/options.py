@@ -1,0 +1,100 @@
+"""Options: what a run is, as said on a command line; the same for a real and a simulated one."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from atoll.protocols.errors import UsageError
+
+if TYPE_CHECKING:
+    from atoll.server.rules import Rules
+    from atoll.server.spec import RunSpec
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def run_options(command: F) -> F:
+    """The options that say what a run is; they become a RunSpec and its Rules."""
+    options = [
+        click.option("--strategy", default="fedcompass", show_default=True,
+                     help="fedavg, fedbuff, fedasync, fedcompass, with parameters as "
+                     "fedavg:steps=50,cohort=8; or MODULE:OBJECT."),
+        click.option("--aggregator", default="mean", show_default=True, help="Or MODULE:OBJECT."),
+        click.option("--outer", default="sgd", show_default=True,
+                     help="sgd, momentum, nesterov, adam, yogi, adagrad, e.g. nesterov:lr=0.7."),
+        click.option("--local", "algorithm", default="plain", show_default=True,
+                     help="Local algorithm: plain, fedprox:mu=0.1."),
+        click.option("--model", default="mlp", show_default=True,
+                     help="mlp, cnn, resnet18, charlm, linear, or MODULE:OBJECT."),
+        click.option("--data", default="digits", show_default=True,
+                     help="digits, mnist:DIR, cifar10:DIR, text:FILE, csv:FILE, npz:FILE, "
+                     "or MODULE:OBJECT."),
+        click.option("--lr", type=float, default=None, help="Local learning rate."),
+        click.option("--batch", type=int, default=None, help="Local batch size."),
+        click.option("--local-optimizer", default=None, help="sgd, adam, adamw."),
+        click.option("--local-momentum", type=float, default=None, help="Of local SGD."),
+        click.option("--clip", type=float, default=None, help="Largest local gradient norm."),
+        click.option("--codec", default="fp32", show_default=True,
+                     help="fp32, fp16, bf16; or up=bf16,down=fp16."),
+        click.option("--buffers", default="weighted_mean", show_default=True,
+                     type=click.Choice(["weighted_mean", "keep_server", "personal"]),
+                     help="What becomes of BatchNorm statistics."),
+        click.option("--seed", default=0, show_default=True,
+                     help="Of the model's start, the split of the data and the batches."),
+        click.option("--target-accuracy", type=float, default=None, help="Stop when reached."),
+        click.option("--versions", type=int, default=None, help="Stop after so many versions."),
+        click.option("--updates", type=int, default=None, help="Stop after so many updates."),
+        click.option("--steps", type=int, default=None, help="Stop after so many local steps."),
+        click.option("--seconds", type=float, default=None, help="Stop after so long."),
+        click.option("--patience", type=int, default=None,
+                     help="Stop after so many evaluations without improvement."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def rules_of(given: dict[str, Any]) -> "Rules":
+    from atoll.server.rules import Rules
+
+    limits = {k: given[k] for k in ("versions", "updates", "steps", "seconds", "patience")}
+    return Rules(target=given["target_accuracy"], **limits)
+
+
+def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
+    from atoll.protocols.ids import ulid
+    from atoll.server.spec import RunSpec
+
+    up, down = codecs_of(given["codec"])
+    names = {
+        "lr": "lr",
+        "batch": "batch",
+        "local_optimizer": "optimizer",
+        "local_momentum": "momentum",
+        "clip": "clip",
+    }
+    local = {names[k]: given[k] for k in names if given[k] is not None}
+    kept = ("strategy", "aggregator", "outer", "algorithm", "model", "data", "buffers", "seed")
+    same = {k: given[k] for k in kept}
+    return RunSpec(ulid(), codec_up=up, codec_down=down, local=local, **same, **more)
+
+
+def codecs_of(text: str) -> tuple[str, str]:
+    """`bf16` for both ways, or `up=...,down=...`."""
+    if "=" not in text:
+        return text, text
+    found = {"up": "fp32", "down": "fp32"}
+    for part in text.split(","):
+        way, _, name = part.partition("=")
+        if way not in found:
+            raise UsageError("FL-S108", f"codec {text!r}", "write bf16, or up=bf16,down=fp32")
+        found[way] = name
+    return found["up"], found["down"]
+
+
+def spelled_out() -> set[str]:
+    """The options that the user gave, as opposed to defaults."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return {name for name in context.params if context.get_parameter_source(name) != default}
