@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 
 def exports(package: str, where: Mapping[str, str]) -> Callable[[str], object]:
-    """A module `__getattr__` that finds each name of `where` ({"FedAvg": "fedavg"}) on first use."""
+    """A module `__getattr__` that finds each name of `where`, {"FedAvg": "fedavg"}, when used."""
 
     def find(name: str) -> object:
         if name not in where:
