@@ -127,8 +127,12 @@ class Draft:
             if not self._small:
                 fresh(self._folder)
             self._model = self._region(MODEL, shelf.layout, sha=True)
-            if outer:
-                self._outer = self._region(OUTER, self._outer_layout, sha=False)
+            try:
+                if outer:
+                    self._outer = self._region(OUTER, self._outer_layout, sha=False)
+            except BaseException:
+                self.abandon()
+                raise
 
     def write(self, group: Group, lo: int, values: Tensor) -> None:
         """Put elements [lo, lo + len) of a group's flat vector in place. ServerError FL-S203."""

@@ -243,8 +243,10 @@ class _Step:
             out = delta if self.outer.in_place else _scratch(area, "out", hi - lo)
         self._combine(lo, hi, delta, area)
         square = _squared_norm(delta)
-        if not math.isfinite(square) and not all_finite(delta):
-            raise _NotFiniteError
+        if not math.isfinite(square):
+            if not all_finite(delta):
+                raise _NotFiniteError
+            square = float(delta.double().square().sum())  # squares beyond float32
         state = self._keep_state(lo, hi, area, write=not self.moves)
         self.outer.kernel(anchor, delta, state, self.steps, out)
         if not all_finite(out) or not all(all_finite(v) for v in state.values()):
