@@ -8,8 +8,8 @@ time, which favours those that merge often, FedBuff as much as FedCompass.
 FedBuff is w <- w - lr * sum s(u) delta / K, weighted by examples as the other two are. With
 `--quick` all have server lr 1, and FedBuff s = 1, with which it is faster here than with
 1/sqrt(1+u). The whole benchmark gives each method the best server lr of the same grid, and FedBuff
-the better s besides, chosen on the very runs that are reported. IID and Dirichlet 0.1 are reported
-with these choices and hold nothing.
+the better s besides, chosen on the very runs that are reported; both comparisons must hold with
+these choices and with server lr 1 for all. IID and Dirichlet 0.1 are reported and hold nothing.
 """
 
 import itertools
@@ -67,34 +67,41 @@ def run(quick: bool) -> harness.Result:
     data = load_data(f"mnist:{MNIST}")
     rates = (1.0,) if quick else RATES
     decays = ("constant",) if quick else ("constant", "polynomial:0.5")
-    avg, avg_s = best(data, [Method("fedavg", fedavg, rate) for rate in rates])
-    compass, compass_s = best(data, [Method("fedcompass", fedcompass, rate) for rate in rates])
+    avg, avg_s, avg_plain = best(data, [Method("fedavg", fedavg, r) for r in rates])
+    compass, compass_s, compass_plain = best(
+        data, [Method("fedcompass", fedcompass, r) for r in rates]
+    )
     pairs = itertools.product(decays, rates)
-    buff, buff_s = best(data, [Method(f"fedbuff s={s}", fedbuff(s), r) for s, r in pairs])
+    buff, buff_s, buff_plain = best(
+        data, [Method(f"fedbuff s={s}", fedbuff(s), r) for s, r in pairs]
+    )
+    chosen = {m.name.split()[0]: m for m in (avg, compass, buff)}
     more: dict[str, object] = {
-        "chosen": {
-            m.name.split()[0]: f"{m.name}, server lr {m.rate:g}" for m in (avg, compass, buff)
-        },
-        "fedavg": round(avg_s, 1),
-        "fedcompass": round(compass_s, 1),
-        "fedbuff": round(buff_s, 1),
+        "chosen": {name: f"{m.name}, server lr {m.rate:g}" for name, m in chosen.items()},
         "fedavg_over_fedcompass": round(avg_s / compass_s, 2),
         "fedavg_over_fedcompass_limit": AHEAD,
+        "at_server_lr_1": rounded(fedavg=avg_plain, fedcompass=compass_plain, fedbuff=buff_plain),
     }
     for partition in () if quick else ("iid", "dirichlet:0.1"):
-        times = {m.name.split()[0]: mean(data, partition, m) for m in (avg, compass, buff)}
-        more[f"not held: {partition}"] = {name: round(s, 1) for name, s in times.items()}
-    ahead = avg_s >= AHEAD * compass_s
+        times = {name: mean(data, partition, method) for name, method in chosen.items()}
+        more[f"not held: {partition}"] = rounded(**times)
+    ahead = avg_s >= AHEAD * compass_s and avg_plain >= AHEAD * compass_plain
+    ok = ahead and compass_plain <= BEHIND * buff_plain
     return harness.Result(
-        "time_to_target", compass_s, "virtual s", BEHIND, buff_s, avg_s, ok=ahead, more=more
+        "time_to_target", compass_s, "virtual s", BEHIND, buff_s, avg_s, ok=ok, more=more
     )
 
 
-def best(data: Data, methods: Sequence[Method]) -> tuple[Method, float]:
-    """Whichever reaches the target first in the mean over the seeds."""
+def rounded(**seconds: float) -> dict[str, float]:
+    return {name: round(value, 1) for name, value in seconds.items()}
+
+
+def best(data: Data, methods: Sequence[Method]) -> tuple[Method, float, float]:
+    """Whichever reaches the target first in the mean over the seeds, and its time; last the best
+    time of those with server lr 1."""
     times = {method: mean(data, "dirichlet:0.5", method) for method in methods}
     chosen = min(times, key=lambda method: times[method])
-    return chosen, times[chosen]
+    return chosen, times[chosen], min(t for method, t in times.items() if method.rate == 1.0)
 
 
 def mean(data: Data, partition: str, method: Method) -> float:
