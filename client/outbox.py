@@ -30,7 +30,6 @@ class Memory:
 
     node: str = field(default_factory=ulid)
     run: str = ""
-    steps: int = 0  # local steps in results so far: where the data order stands
 
 
 class Outbox:
@@ -42,6 +41,7 @@ class Outbox:
         self.memory = Memory()
         self._results: dict[str, Result] = {}
         self._bytes: dict[str, memoryview] = {}
+        self._steps = memoryview(bytearray(8))
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -55,13 +55,24 @@ class Outbox:
                 ) from error
             self._read(folder)
 
+    @property
+    def steps(self) -> int:
+        """Local steps in results so far: where the data order stands. Counted in mapped memory,
+        which outlives the process and costs no call of the system."""
+        return int.from_bytes(self._steps, "little")
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._steps[:] = count.to_bytes(8, "little")
+
     def enter(self, run: str) -> None:
         """Belong to `run`; what is left of another one is dropped."""
         if self.memory.run == run:
             return
         for update in list(self._results):
             self.drop(update)
-        self.memory = replace(self.memory, run=run, steps=0)
+        self.memory = replace(self.memory, run=run)
+        self.steps = 0
         self.remember()
 
     def remember(self) -> None:
@@ -86,15 +97,13 @@ class Outbox:
 
     def put(self, result: Result, view: memoryview) -> None:
         """Keep a result, its bytes in a view that `buffer` gave."""
-        if self.folder is not None:
-            if len(view) <= INLINE:
-                _replace(self.folder / f"{result.update}.bin", bytes(view))
-            wire = messages.result_to_wire(replace(result, inline=b""))
+        if self.folder is not None:  # a small payload lies in the description itself
+            small = bytes(view) if len(view) <= INLINE else b""
+            wire = messages.result_to_wire(replace(result, inline=small))
             _replace(self.folder / f"{result.update}{SUFFIX}", wire.SerializeToString())
         self._results[result.update] = result
         self._bytes[result.update] = view
-        self.memory.steps += result.steps if result.final else 0
-        self.remember()
+        self.steps += result.steps if result.final else 0
 
     def get(self, update: str) -> tuple[Result, memoryview] | None:
         if update not in self._results:
@@ -103,28 +112,39 @@ class Outbox:
 
     def drop(self, update: str) -> None:
         self._results.pop(update, None)
-        self._bytes.pop(update, None)
-        if self.folder is not None:
+        view = self._bytes.pop(update, None)
+        if self.folder is not None and view is not None:
             (self.folder / f"{update}{SUFFIX}").unlink(missing_ok=True)
-            (self.folder / f"{update}.bin").unlink(missing_ok=True)
+            if len(view) > INLINE:
+                (self.folder / f"{update}.bin").unlink(missing_ok=True)
 
     def _read(self, folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             self.memory = Memory(**json.loads((folder / "client.json").read_text()))
+        with open(folder / "steps", "ab+") as file:
+            file.truncate(8)
+            self._steps = memoryview(mmap.mmap(file.fileno(), 8))
         for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns):
             try:
-                wire = wire_pb2.Result.FromString(path.read_bytes())
-                result = messages.result_from_wire(wire)
-                with open(folder / f"{result.update}.bin", "rb") as file:
-                    size = os.fstat(file.fileno()).st_size
-                    if size != result.payload.size:
-                        raise ValueError(f"{size} bytes")
-                    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+                result, view = _read_result(path)
             except (OSError, ValueError, DecodeError, RemoteError):
-                path.unlink(missing_ok=True)  # half written by a killed process: not listed again
+                path.unlink(missing_ok=True)  # not ours, or damaged: not listed again
                 continue
             self._results[result.update] = result
-            self._bytes[result.update] = memoryview(mapped)
+            self._bytes[result.update] = view
+
+
+def _read_result(path: Path) -> tuple[Result, memoryview]:
+    """A result and its bytes; ValueError where they do not belong together."""
+    result = messages.result_from_wire(wire_pb2.Result.FromString(path.read_bytes()))
+    if result.payload.size <= INLINE:
+        found = memoryview(result.inline)
+    else:
+        with open(path.with_name(f"{result.update}.bin"), "rb") as file:
+            found = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+    if len(found) != result.payload.size:
+        raise ValueError(f"{path}: {len(found)} bytes, expected {result.payload.size}")
+    return replace(result, inline=b""), found
 
 
 def _replace(path: Path, data: bytes) -> None:

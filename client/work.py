@@ -62,9 +62,13 @@ class Workbench:
         asked: Callable[[], Then | None],
         report: Callable[[int], None],
     ) -> Result:
-        """Train one order and put the result into the outbox. Raises Dropped, or what failed."""
+        """Train one order and put the result into the outbox. Raises Dropped, or what failed.
+
+        `report(0)` says that the model is here: from then on no server is needed.
+        """
         base = self.load(order.model, order.inline, fetch)
-        task = Task(order.steps, self.outbox.memory.steps, order.extra, asked, report)
+        report(0)
+        task = Task(order.steps, self.outbox.steps, order.extra, asked, report)
         began = time.perf_counter()
         trained = self._train(task)
         seconds = time.perf_counter() - began

@@ -1,5 +1,7 @@
 """Assembly: all parts of one run put together, fresh or as they were left."""
 
+import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +33,9 @@ from atoll.server.spec import STRATEGIES, RunSpec
 from atoll.server.uploads import Uploads
 from atoll.server.versions import VersionStore
 from atoll.server.workshop import Stock, Workshop
+
+FLUSH = 0.1  # seconds a row of the history may wait for the disk
+MOST_LINES = 500  # of the history, in one answer
 
 
 class Assembly:
@@ -68,7 +73,10 @@ class Assembly:
         self._restore(found, uploads)
         self.resumed = not fresh
         self.history_file = self._open_history(folder / "history.jsonl")
+        self._news: asyncio.Event | None = None  # set with the next row; made when one waits
         self._on_row = on_row
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._flushing: asyncio.TimerHandle | None = None
         self.evaluator = self._evaluator(judge)
         self.host = Host(
             spec, found.run, membership, self.workshop, self.history, self.evaluator, self._row
@@ -155,17 +163,38 @@ class Assembly:
             if len(whole) != len(text):
                 path.write_bytes(whole)
             self.history = History.read(path)
-        return path.open("a", buffering=1)
+        return path.open("a", buffering=1 << 16)
 
     def _row(self, row: dict[str, object]) -> None:
         self.history_file.write(line(row))
+        if self._news is not None:
+            self._news.set()
+            self._news = None
+        if self._flushing is None and self._loop is not None:
+            self._flushing = self._loop.call_later(FLUSH, self._flush)
         if self._on_row is not None:
             self._on_row(row)
+
+    def _flush(self) -> None:
+        self._flushing = None
+        self.history_file.flush()
+
+    async def lines(self, after: int, seconds: float) -> dict[str, object]:
+        """Rows from number `after` on, at most MOST_LINES; waits so long where there is none."""
+        rows = self.history.rows
+        if after >= len(rows):
+            self._news = self._news or asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._news.wait()
+        told = [line(row) for row in rows[after : after + MOST_LINES]]
+        return {"lines": told, "total": len(rows)}
 
     # ---- life ----------------------------------------------------------------------------------
 
     async def begin(self) -> None:
         self.clock.start()
+        self._loop = asyncio.get_running_loop()
         if self.resumed:
             self._row(
                 {"t": self.clock.now(), "kind": "resumed", "version": self.host.run.published}
@@ -185,6 +214,8 @@ class Assembly:
         await self.host.close()
 
     def close(self) -> None:
+        if self._flushing is not None:
+            self._flushing.cancel()
         self.journal.close()
         self.history_file.close()
 
@@ -246,6 +277,7 @@ class Assembly:
             "steps": run.steps_used,
             "elapsed_s": round(now, 3),
             "metric": rules.metric,
+            "target": rules.target,
             "latest": rules.latest,
             "best": rules.best,
             "best_version": rules.best_version,

@@ -78,6 +78,9 @@ class Journal:
             self.base = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self.base.execute("PRAGMA journal_mode=WAL")
             self.base.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            # Small payloads come and go within a second: the later a checkpoint, the fewer pages
+            # of theirs are ever copied.
+            self.base.execute("PRAGMA wal_autocheckpoint=8000")
             self.base.executescript(SCHEMA)
             found = self.base.execute("SELECT coalesce(max(seq), 0) FROM event").fetchone()
         except sqlite3.DatabaseError as error:
