@@ -8,6 +8,7 @@ import click
 
 from atoll.protocols import console, orphan
 from atoll.server.cli_demo import demo
+from atoll.server.cli_run import run, status
 from atoll.server.options import rules_of, run_options, spec_of, spelled_out
 
 
@@ -21,6 +22,8 @@ def main() -> NoReturn:
 
 
 cli.add_command(demo)
+cli.add_command(status)
+cli.add_command(run)
 
 
 @cli.command()

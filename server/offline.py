@@ -1,9 +1,136 @@
-"""Offline: what a state directory tells when no server runs. Stdlib only."""
+"""Offline: what a state directory tells when no server runs. Never writes to it."""
 
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from atoll.protocols.errors import ServerError
 from atoll.server.history import History
+from atoll.server.rules import Rules
+from atoll.server.spec import RunSpec
+from atoll.server.status import ClientStatus, Status
+
+DEPTH = 4  # folders below the one asked for in which runs are looked for
+
+
+def find(folder: Path) -> Path:
+    """The state directory in `folder` or in its `state/`, as a demo leaves it. FL-S107: none."""
+    for candidate in (folder, folder / "state"):
+        if (candidate / "run.json").is_file():
+            return candidate
+    raise ServerError(
+        "FL-S107", f"no run in {folder}", "give the --state of a run; `fl-server run ls` lists them"
+    )
+
+
+def runs(folder: Path) -> Iterator[Path]:
+    """Every state directory in and below `folder`, in order of their paths."""
+    for root, folders, files in os.walk(folder):
+        here = Path(root)
+        if "run.json" in files:
+            folders.clear()
+            yield here
+        deep = len(here.relative_to(folder).parts) >= DEPTH
+        folders[:] = [] if deep else sorted(f for f in folders if not f.startswith("."))
+
+
+def history(state: Path) -> History:
+    """What happened so far; empty for a run that has not begun. ServerError FL-S206."""
+    path = state / "history.jsonl"
+    try:
+        return History.read(path) if path.exists() else History()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ServerError(
+            "FL-S206", f"{path} cannot be read: {error!r}", "restore it from a backup"
+        ) from error
+
+
+def status(state: Path) -> Status:
+    """Where the run stands, by what was written down. ServerError FL-S107, FL-S206."""
+    state = find(state)
+    spec, told = RunSpec.read(state / "run.json"), history(state)
+    return end_of(
+        Status(
+            spec.id, spec.name, spec.strategy, "stopped",
+            f"no server runs; go on with: fl-server start --state {state}",
+            max(versions(state), default=0),
+            clients=tuple(_client(told, name) for name in sorted(told.clients)),
+            state_dir=str(state),
+        ),
+        told,
+    )  # fmt: skip
+
+
+def end_of(status: Status, told: History) -> Status:
+    """The same run as its history leaves it."""
+    rules, used, over = judged(told), _used(told), told.finished is not None
+    return replace(
+        status,
+        state="finished" if over else status.state,
+        reason=told.finished or status.reason,
+        version=max(told.version, status.version),
+        updates=len(used),
+        steps=sum(used.values()),
+        elapsed_s=round(told.now, 3),
+        metric=rules.metric,
+        latest=rules.latest,
+        best=rules.best,
+        best_version=rules.best_version,
+        groups=(),
+    )
+
+
+def judged(told: History) -> Rules:
+    """Which version was best: by accuracy where it was measured, else by loss."""
+    measured = {name for _, _, metrics in told.evaluations for name in metrics}
+    rules = Rules(
+        metric="loss" if "accuracy" not in measured and "loss" in measured else "accuracy"
+    )
+    for now, version, metrics in told.evaluations:
+        rules.evaluated(version, metrics, now)
+    return rules
+
+
+def _used(told: History) -> Mapping[str, int]:
+    """Local steps of every update that is part of a version."""
+    steps = {row["update"]: row["steps"] for row in told.rows if row["kind"] == "update"}
+    merges = (row for row in told.rows if row["kind"] == "aggregate")
+    return {update: steps.get(update, 0) for row in merges for update, _ in row["items"]}
+
+
+def _client(told: History, name: str) -> ClientStatus:
+    totals = told.clients[name]
+    why = "no server runs" if told.finished is None else "the run is over"
+    return ClientStatus(
+        name,
+        "offline" if totals.here else "left",
+        why if totals.here else _last_words(told, name),
+        seconds_per_step=1 / totals.pace if totals.pace else None,
+        updates=totals.updates,
+        bytes_up=totals.bytes_up,
+        bytes_down=totals.bytes_down,
+    )
+
+
+def _last_words(told: History, name: str) -> str:
+    left = (r for r in reversed(told.rows) if r["kind"] == "leave" and r["client"] == name)
+    return str(next(left)["reason"])
+
+
+# ---- versions --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A version on disk, by its own account."""
+
+    version: int
+    path: Path
+    bytes: int
+    sha256: str  # of the tensors, without the file's header
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def versions(state: Path) -> dict[int, Path]:
@@ -14,11 +141,78 @@ def versions(state: Path) -> dict[int, Path]:
     return {n: p for n, p in files.items() if p.exists()}
 
 
+def kept(state: Path, told: History) -> list[Kept]:
+    """The versions on disk, oldest first, with what they were found to be worth."""
+    worth = {version: metrics for _, version, metrics in told.evaluations}
+    return [
+        Kept(number, path, path.stat().st_size, sha256_of(path), worth.get(number, {}))
+        for number, path in versions(state).items()
+    ]
+
+
+def sha256_of(model: Path) -> str:
+    """What the version's own record says. ServerError FL-S206 where it says nothing."""
+    path = model.with_name("version.json")
+    try:
+        return str(json.loads(path.read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ServerError(
+            "FL-S206", f"{path} cannot be read: {error!r}", "export another version"
+        ) from error
+
+
+def pick(state: Path, wanted: str) -> int:
+    """The number of version "best", "last" or "N". ServerError FL-S107 where it is not kept."""
+    numbers = list(versions(state))
+    if not numbers:
+        raise ServerError("FL-S107", f"no version in {state}", "give the --state of a run")
+    found: int | None
+    if wanted == "last":
+        found = numbers[-1]
+    elif wanted == "best":
+        found = judged(history(state)).best_version
+        found = numbers[-1] if found is None else found  # nothing was evaluated
+    else:
+        found = int(wanted) if wanted.isdecimal() else None
+    if found not in numbers:
+        raise ServerError(
+            "FL-S107", f"version {wanted} is not kept in {state}",
+            f"kept: {', '.join(map(str, numbers))}; or best, or last",
+        )  # fmt: skip
+    return found
+
+
+def export(state: Path, number: int, target: Path) -> str:
+    """Copy a version's model, checked against its record, to `target`; its SHA-256 there, hex.
+
+    Atomic. ServerError FL-S206 where it is damaged, FL-S203 where the disk does not take it.
+    """
+    from atoll.server.regions import disk, map_file, write_file
+
+    model = versions(state)[number]
+    expected = sha256_of(model)
+    try:
+        head, data = map_file(model, sha=True)
+    except (OSError, ValueError) as error:
+        raise _damaged(number, str(error)) from error
+    if data.sha256.hex() != expected:
+        raise _damaged(number, f"SHA-256 is {data.sha256.hex()[:12]}, written was {expected[:12]}")
+    with disk(target):
+        part = target.with_name(target.name + ".part")
+        write_file(part, [head, data.view], durable=False)
+        os.replace(part, target)
+    return expected
+
+
+def _damaged(number: int, what: str) -> ServerError:
+    return ServerError("FL-S206", f"version {number} is damaged: {what}", "export another version")
+
+
 def best_model(state: Path, history: History, metric: str = "accuracy") -> Path:
     """The kept version with the highest `metric`, else the newest. ServerError FL-S107."""
-    kept = versions(state)
-    if not kept:
+    found = versions(state)
+    if not found:
         raise ServerError("FL-S107", f"no version in {state}", "give the --state of a run")
-    judged = [p for p in history.series(metric) if p.version in kept]
+    judged = [p for p in history.series(metric) if p.version in found]
     best = max(judged, key=lambda p: p.value, default=None)
-    return kept[best.version if best else max(kept)]
+    return found[best.version if best else max(found)]

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, object]
 
+MOST_WAIT = 10.0  # seconds that a question waits for news
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -187,7 +189,10 @@ class Server:
             return {**json.loads(self.spec.for_clients()), "manifest": manifest}
         if what == "status":
             return self._assembly.status(arguments)
-        raise UsageError("FL-S108", f"cannot inspect {what[:40]!r}", "ask for run or status")
+        if what == "history":
+            after, wait = int(arguments.get("after", 0)), float(arguments.get("wait", 0.0))
+            return self._assembly.lines(max(0, after), max(0.0, min(wait, MOST_WAIT)))
+        raise UsageError("FL-S108", f"cannot inspect {what[:40]!r}", "ask run, status or history")
 
 
 def check_address(address: str, insecure_lan: bool) -> None:

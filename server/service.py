@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -87,10 +88,12 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             arguments = json.loads(request.arguments or "{}")
             found = self._inspect(request.what, arguments)
+            if isawaitable(found):  # it waits for news
+                found = await found
         except AtollError as error:
             await self._abort(context, error)
-        except ValueError as error:
-            await self._abort(context, RemoteError("FL-W101", f"arguments are no JSON: {error}"))
+        except (ValueError, TypeError, AttributeError) as error:
+            await self._abort(context, RemoteError("FL-W101", f"bad arguments: {error}"))
         return wire_pb2.InspectReply(data=json.dumps(found))
 
     async def _abort(self, context: Any, error: AtollError) -> None:
