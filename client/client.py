@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ Maker = Callable[[RunInfo], Trainer]
 logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
-UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+BROKEN = ("FL-C101", "FL-S208", "FL-W110", "FL-W112")  # a transfer ended with its connection
 
 
 @dataclass
@@ -56,6 +56,7 @@ class _Job:
     """The order in training, as seen from both threads."""
 
     order: messages.Order
+    line: "_Line | None"  # that it came by
     asked: Then | None = None
     step: int = 0
 
@@ -64,7 +65,6 @@ class _Job:
 class _Line:
     """One control stream."""
 
-    channel: Any
     out: "asyncio.Queue[wire_pb2.ClientMessage | None]" = field(default_factory=asyncio.Queue)
     token: str = ""
     run: str = ""
@@ -107,6 +107,7 @@ class Client:
         self._session = machine.Session(seed=node, give_up_seconds=patience_seconds)
         self._bench: Workbench | None = None
         self._line: _Line | None = None
+        self._talk: asyncio.Task[None] | None = None  # the life of the newest control stream
         self._job: _Job | None = None
         self._orders: dict[str, messages.Order] = {}
         self._events: asyncio.Queue[machine.Event] = asyncio.Queue()
@@ -115,7 +116,7 @@ class Client:
         self._tasks: set[asyncio.Task[None]] = set()
         self._info = ClientInfo(0)
         self._quit: machine.Quit | None = None
-        self._now: Callable[[], float] = float
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self) -> Report:
         """Take part until the run is over. Raises AtollError where this client cannot go on."""
@@ -130,14 +131,18 @@ class Client:
         return await self.serve()
 
     def stop(self) -> None:
-        """Leave with a goodbye; from the loop's thread."""
-        if self._line is not None:
-            self._say(goodbye=wire_pb2.Goodbye(reason="stopped by its owner"))
-        self._events.put_nowait(machine.Ended("stopped by its owner", done=True))
+        """Leave with a goodbye, from any thread; work that is not finished is given up."""
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        self._say(goodbye=wire_pb2.Goodbye(reason="stopped by its owner"))
+        self._post(machine.Ended("stopped by its owner", done=True))
 
     async def serve(self) -> Report:
-        loop = asyncio.get_running_loop()
-        self._now = loop.time
+        """As `run`, in a running loop."""
+        loop = self._loop = asyncio.get_running_loop()
         self._events.put_nowait(machine.Started(self._outbox.waiting()))
         try:
             while self._quit is None:
@@ -169,13 +174,15 @@ class Client:
     async def _perform(self, action: machine.Action) -> None:
         match action:
             case machine.Connect(at):
+                self._hang_up()
                 self._spawn(self._tick(at))
             case machine.Greet(holding):
-                self._spawn(self._converse(holding))
+                self._talk = self._spawn(self._converse(holding))
             case machine.Work(order):
-                self._spawn(self._work(self._orders[order]))
-            case machine.Interrupt(_, then):
-                if self._job is not None:
+                self._job = _Job(self._orders.pop(order), self._line)
+                self._spawn(self._work(self._job))
+            case machine.Interrupt(order, then):
+                if self._job is not None and self._job.order.id == order:
                     self._job.asked = then
             case machine.Deliver(update):
                 self._deliver(update)
@@ -190,10 +197,11 @@ class Client:
             case machine.Quit():
                 self._quit = action
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _post(self, event: machine.Event) -> None:
         self._events.put_nowait(event)
@@ -202,9 +210,16 @@ class Client:
         if self._line is not None:
             self._line.out.put_nowait(wire_pb2.ClientMessage(**kind))
 
+    def _hang_up(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+        if self._talk is not None:
+            self._talk.cancel()
+
     async def _tick(self, at: float) -> None:
-        await asyncio.sleep(max(0.0, at - self._now()))
-        self._post(machine.Tick())
+        await asyncio.sleep(max(0.0, at - asyncio.get_running_loop().time()))
+        self._post(machine.Tick(at))
 
     # ---- the control stream --------------------------------------------------------------------
 
@@ -212,21 +227,9 @@ class Client:
         """One life of the control stream, from hello to its end, whatever ends it."""
         try:
             async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
-                await self._prepare(channel)
-                line = _Line(channel)
-                line.out.put_nowait(wire_pb2.ClientMessage(hello=self._hello(holding)))
-                call = channel.stream_stream(
-                    f"/{SERVICE}/Control",
-                    request_serializer=wire_pb2.ClientMessage.SerializeToString,
-                    response_deserializer=wire_pb2.ServerMessage.FromString,
-                )(_queued(line.out))
-                try:
-                    async for message in call:
-                        self._hear(line, message)
-                finally:
-                    self._line = None
-                    line.close()
-                    line.out.put_nowait(None)
+                stale = await self._prepare(channel)
+                holding = tuple(order for order in holding if order not in stale)
+                await self._talk_on(channel, _Line(), holding)
             self._post(machine.Lost("the server closed the stream"))
         except grpc.aio.AioRpcError as error:
             refused = messages.error_from_metadata(error.trailing_metadata())
@@ -241,6 +244,22 @@ class Client:
             logger.exception("client=%s the control stream failed", self.name)
             self._reject(ClientError("FL-S100", f"unexpected error: {error!r}"), "")
 
+    async def _talk_on(self, channel: Any, line: _Line, holding: tuple[str, ...]) -> None:
+        line.out.put_nowait(wire_pb2.ClientMessage(hello=self._hello(holding)))
+        call = channel.stream_stream(
+            f"/{SERVICE}/Control",
+            request_serializer=wire_pb2.ClientMessage.SerializeToString,
+            response_deserializer=wire_pb2.ServerMessage.FromString,
+        )(_queued(line.out))
+        try:
+            async for message in call:
+                self._hear(line, message)
+        finally:
+            if self._line is line:
+                self._line = None
+            line.close()
+            line.out.put_nowait(None)
+
     def _reject(self, error: AtollError, order: str) -> None:
         retry = getattr(error, "retry_seconds", None)
         self._post(
@@ -249,10 +268,11 @@ class Client:
             )
         )
 
-    async def _prepare(self, channel: Any) -> None:
-        """Before the first hello: hear of the run, make the trainer, measure its speed."""
+    async def _prepare(self, channel: Any) -> set[str]:
+        """Before the first hello: hear of the run, make the trainer, measure its speed. Orders of
+        another run, whose results lie in the outbox, are forgotten; these are answered."""
         if self._bench is not None:
-            return
+            return set()
         call = channel.unary_unary(
             f"/{SERVICE}/Inspect",
             request_serializer=wire_pb2.InspectRequest.SerializeToString,
@@ -260,9 +280,13 @@ class Client:
         )
         reply = await call(wire_pb2.InspectRequest(what="run"), timeout=30.0)
         info = RunInfo.of(json.loads(reply.data))
+        stale = self._outbox.waiting() if self._outbox.memory.run != info.id else ()
+        for order, update in stale:
+            self._post(machine.Told(order, update, "discarded"))
         self._outbox.enter(info.id)
         loop = asyncio.get_running_loop()
         self._bench = await loop.run_in_executor(self._training, self._make, info)
+        return {order for order, _ in stale}
 
     def _make(self, info: RunInfo) -> Workbench:
         made = self._trainer
@@ -297,9 +321,7 @@ class Client:
             case "welcome":
                 self._welcomed(line, message.welcome)
             case "order":
-                order = messages.order_from_wire(message.order)
-                self._orders[order.id] = order
-                self._post(machine.Ordered(order.id))
+                self._ordered(messages.order_from_wire(message.order))
             case "ask":
                 self._post(machine.Asked(*messages.ask_from_wire(message.ask)))
             case "receipt":
@@ -308,13 +330,17 @@ class Client:
                 told = messages.outcome_from_wire(message.outcome)
                 self._post(machine.Told(told.order, told.update, told.fate))
             case "evaluate":
-                self._spawn(self._evaluate(message.evaluate))
+                self._spawn(self._evaluate(line, message.evaluate))
             case "refusal":
                 refused = messages.error_from_wire(message.refusal)
                 self._reject(refused, message.refusal.order)
             case "goodbye":
                 bye = message.goodbye
                 self._post(machine.Ended(messages.text(bye.reason), bye.done, bye.retry_seconds))
+
+    def _ordered(self, order: messages.Order) -> None:
+        self._orders[order.id] = order
+        self._post(machine.Ordered(order.id))
 
     def _welcomed(self, line: _Line, welcome: wire_pb2.Welcome) -> None:
         line.token, line.run = welcome.session, welcome.run
@@ -334,47 +360,70 @@ class Client:
 
     # ---- work ----------------------------------------------------------------------------------
 
-    async def _work(self, order: messages.Order) -> None:
+    async def _work(self, job: _Job) -> None:
         assert self._bench is not None
-        job = self._job = _Job(order)
+        order = job.order.id
         loop = asyncio.get_running_loop()
         try:
             result = await loop.run_in_executor(self._training, self._train, self._bench, job)
             self.report.orders += 1
             self.report.steps += result.steps
-            self._post(machine.Finished(order.id, result.update))
+            self._post(machine.Finished(order, result.update))
         except Dropped:
-            self._post(machine.Dropped(order.id))
+            self._post(machine.Dropped(order))
         except AtollError as error:
-            if self._session.phase == "online" and job.asked != "drop":
-                logger.warning("client=%s order=%s %s", self.name, order.id, error)
-                self._post(machine.Failed(order.id, error.code, error.message))
-            else:  # the model could not be fetched for want of a server: it will be ordered again
-                self._post(machine.Dropped(order.id))
+            self._failed(job, error)
+        except Exception as error:  # a bug, ours or a trainer's, must not leave the order open
+            logger.exception("client=%s order=%s failed", self.name, order)
+            self._failed(job, ClientError("FL-S100", f"unexpected error: {error!r}"))
         finally:
-            self._orders.pop(order.id, None)
             if self._job is job:
                 self._job = None
 
+    def _failed(self, job: _Job, error: AtollError) -> None:
+        order = job.order.id
+        if error.code in BROKEN:  # its model could not be fetched: it will be sent again
+            if self._line is not None and self._line is job.line:
+                self._post(machine.Lost(error.message))
+            self._post(machine.Dropped(order))
+        else:
+            logger.warning("client=%s order=%s %s", self.name, order, error)
+            self._post(machine.Failed(order, error.code, error.message))
+
     def _train(self, bench: Workbench, job: _Job) -> messages.Result:
+        assert self._loop is not None
+        loop = self._loop
+
         def report(step: int) -> None:
             job.step = step
+            if step == 0:
+                loop.call_soon_threadsafe(self._post, machine.Fetched(job.order.id))
 
-        return bench.do(job.order, self._fetch, lambda: job.asked, report)
+        def fetch(info: BlobInfo, dest: memoryview) -> None:
+            self._fetch(job.line, info, dest)
 
-    def _fetch(self, info: BlobInfo, dest: memoryview) -> None:
-        line = self._line
+        return bench.do(job.order, fetch, lambda: job.asked, report)
+
+    def _fetch(self, line: _Line | None, info: BlobInfo, dest: memoryview) -> None:
         if line is None:
             raise ClientError("FL-C101", f"no server to fetch {info.id} from")
         transfer.download(line.bulk, line.token, line.run, info, dest, line.patience)
 
-    async def _evaluate(self, asked: wire_pb2.Evaluate) -> None:
+    async def _evaluate(self, line: _Line, asked: wire_pb2.Evaluate) -> None:
         assert self._bench is not None
-        info, inline = messages.blob_from_wire(asked.model)
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(
-            self._training, self._bench.evaluate, info, inline, self._fetch
-        )
+
+        def fetch(info: BlobInfo, dest: memoryview) -> None:
+            self._fetch(line, info, dest)
+
+        try:
+            info, inline = messages.blob_from_wire(asked.model)
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(
+                self._training, self._bench.evaluate, info, inline, fetch
+            )
+        except Exception:  # training goes on
+            logger.exception("client=%s version=%d not evaluated", self.name, asked.version)
+            return
         examples = int(found.pop("examples", 0))
         self._say(
             evaluation=wire_pb2.Evaluation(version=asked.version, metrics=found, examples=examples)
@@ -401,7 +450,11 @@ class Client:
             await asyncio.get_running_loop().run_in_executor(self._bulk, send)
             self._post(machine.Received(result.update))
         except AtollError as error:
-            if self._line is line:  # else the next welcome delivers it again
+            if self._line is not line:
+                return  # the next welcome delivers it again
+            if error.code in BROKEN:
+                self._post(machine.Lost(error.message))
+            else:
                 self._reject(error, result.order if error.code == "FL-W102" else "")
 
 

@@ -2,7 +2,9 @@
 
 A machine: it hears what the server said and what became of the client's own work, and says what to
 do. It never retrains what is finished: a result stays in the outbox until the server has told its
-outcome, through any number of lost connections and restarts of either side.
+outcome, through any number of lost connections and restarts of either side. An order whose model is
+here is trained on without a server; one whose model was still on its way is given up when the
+connection is lost, and sent again.
 
     OFFLINE --connect--> CONNECTING --Welcomed--> ONLINE --Lost--> OFFLINE (full-jitter backoff)
 """
@@ -12,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from atoll.protocols.events import Then
+
+HELD = 64  # orders that a hello may name
 
 # ---- heard ---------------------------------------------------------------------------------
 
@@ -45,6 +49,13 @@ class Ordered:
 class Asked:
     order: str
     then: Then
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The model of `order` is here: it can be trained without a server."""
+
+    order: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +124,8 @@ class Ended:
 class Tick:
     """The time that `Connect.at` named has come."""
 
+    at: float
+
 
 Event = (
     Started
@@ -120,6 +133,7 @@ Event = (
     | Lost
     | Ordered
     | Asked
+    | Fetched
     | Finished
     | Failed
     | Dropped
@@ -135,7 +149,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Open the control stream, not before `at`; at `at`, say Tick."""
+    """Open a new control stream, not before `at`; at `at`, say Tick. The former one is over."""
 
     at: float
 
@@ -210,19 +224,24 @@ class Session:
     phase: Phase = "offline"
     failures: int = 0  # connections lost or not made since the last Welcome
     silent_since: float = 0.0  # run of failures began
+    due: float = 0.0  # of the next connection
     training: str | None = None  # order in work
+    fetched: bool = False  # its model is here
+    stopping: bool = False  # it was told to stop without a result
     next: str | None = None  # order that came while the former is still being stopped
     outbox: dict[str, str] = field(default_factory=dict)  # update -> order, undecided
     received: set[str] = field(default_factory=set)  # of the outbox: the server holds the bytes
 
     def handle(self, event: Event, now: float) -> list[Action]:
+        if self.phase == "over":
+            return []
         match event:
             case Started(results):
                 self.outbox = {update: order for order, update in results}
-                self.silent_since = now
+                self.silent_since = self.due = now
                 return [Connect(now)]
-            case Tick():
-                return self._tick()
+            case Tick(at):
+                return self._tick(at)
             case Welcomed():
                 self.phase, self.failures = "online", 0
                 return [Deliver(u) for u in self.outbox if u not in self.received]
@@ -235,55 +254,58 @@ class Session:
             case Ordered(order):
                 return self._ordered(order)
             case Asked(order, then):
-                return [Interrupt(order, then)] if order == self.training else []
+                return self._asked(order, then)
+            case Fetched(order):
+                self.fetched |= order == self.training
+                return []
             case Finished(order, update, final):
                 return self._finished(order, update, final)
             case Failed(order, code, message):
-                actions = self._idle(order)
-                online = self.phase == "online"
-                return [Complain(order, code, message), *actions] if online else actions
+                heard = self.phase == "online" and order == self.training and not self.stopping
+                complain: list[Action] = [Complain(order, code, message)] if heard else []
+                return complain + self._idle(order)
             case Dropped(order):
                 return self._idle(order)
             case Received(update):
                 if update in self.outbox:
                     self.received.add(update)
                 return []
-            case Told(_, update, fate):
+            case Told(_, update, fate):  # pragma: no branch
                 return self._told(update, fate)
 
     def holding(self) -> tuple[str, ...]:
-        """Orders in hand: in training, or finished and not yet decided."""
-        orders = set(self.outbox.values()) | {o for o in (self.training, self.next) if o}
-        return tuple(sorted(orders))
+        """Orders in hand: in training, or finished and not yet decided, the newest of these."""
+        mine = [self.training] if self.training and self.fetched and not self.stopping else []
+        finished = dict.fromkeys(reversed(self.outbox.values()))
+        return tuple(dict.fromkeys((*mine, *finished)))[:HELD]
 
-    def _tick(self) -> list[Action]:
-        if self.phase != "offline":
+    def _tick(self, at: float) -> list[Action]:
+        if self.phase != "offline" or at != self.due:
             return []
         self.phase = "connecting"
         self.received.clear()  # a restarted server may have lost what it had not written down
         return [Greet(self.holding())]
 
     def _lost(self, reason: str, retry: float, now: float) -> list[Action]:
-        if self.phase == "over":
-            return []
         if self.failures == 0:
             self.silent_since = now
         self.phase = "offline"
+        self.next = None  # it will be sent again
+        stop = self._stop() if not self.fetched else []
         if now - self.silent_since >= self.give_up_seconds:
             self.phase = "over"
             silence = f"no server for {now - self.silent_since:.0f} s: {reason}"
-            return [Quit(silence, "FL-C101", "check the address and that `fl-server start` runs")]
+            hint = "check the address and that `fl-server start` runs"
+            return [*stop, *self._stop(), Quit(silence, "FL-C101", hint)]
         limit = min(self.cap_seconds, self.base_seconds * 2.0 ** min(self.failures, 30))
         jitter = random.Random(f"{self.seed}/{self.failures}").random()
         self.failures += 1
-        return [Connect(now + max(retry, limit * jitter))]
+        self.due = now + max(retry, limit * jitter)
+        return [*stop, Connect(self.due)]
 
     def _over(self, reason: str, code: str = "", hint: str = "") -> list[Action]:
         self.phase = "over"
-        actions: list[Action] = []
-        if self.training is not None:
-            actions.append(Interrupt(self.training, "drop"))
-        return [*actions, Quit(reason, code, hint)]
+        return [*self._stop(), Quit(reason, code, hint)]
 
     def _rejected(self, event: Rejected, now: float) -> list[Action]:
         if event.order:  # a result that the server will never take: the work is lost, we are not
@@ -296,24 +318,46 @@ class Session:
         return self._lost(event.message, event.retry_seconds, now)
 
     def _ordered(self, order: str) -> list[Action]:
-        if order in self.holding():
+        known = order == self.training and not self.stopping
+        if known or order == self.next or order in self.outbox.values():
             return []
-        if self.training is not None:  # the server closed the former: it gives one at a time
-            self.next = order
-            return [Interrupt(self.training, "drop")]
-        self.training = order
-        return [Work(order)]
+        if self.training is None:
+            return self._work(order)
+        self.next = order  # the server closed the former one: it gives one at a time
+        return self._stop()
+
+    def _asked(self, order: str, then: Then) -> list[Action]:
+        if order == self.next and then == "drop":
+            self.next = None
+        if order != self.training or self.stopping:
+            return []
+        return self._stop() if then == "drop" else [Interrupt(order, then)]
 
     def _finished(self, order: str, update: str, final: bool) -> list[Action]:
         self.outbox[update] = order
+        if order == self.next:  # it was finished when it was told to stop, and has been sent again
+            self.next = None
         deliver: list[Action] = [Deliver(update)] if self.phase == "online" else []
         return deliver + (self._idle(order) if final else [])
 
     def _idle(self, order: str) -> list[Action]:
+        """Training of `order` has ended, whatever came of it."""
         if order != self.training:
             return []
-        self.training, self.next = self.next, None
-        return [] if self.training is None else [Work(self.training)]
+        self.training = None
+        return [] if self.next is None else self._work(self.next)
+
+    def _work(self, order: str) -> list[Action]:
+        self.training, self.next = order, None
+        self.fetched = self.stopping = False
+        return [Work(order)]
+
+    def _stop(self) -> list[Action]:
+        """End what is in training without a result; it says when it has ended."""
+        if self.training is None or self.stopping:
+            return []
+        self.stopping = True
+        return [Interrupt(self.training, "drop")]
 
     def _told(self, update: str, fate: str) -> list[Action]:
         settle: list[Action] = [Settle(update, fate)] if update in self.outbox else []

@@ -1,0 +1,237 @@
+"""Real servers and clients: as processes, to be killed, and as threads, to be looked into."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atoll.aggregation.strategy import Strategy
+from atoll.client.client import Client, Report
+from atoll.protocols.errors import AtollError
+from atoll.protocols.events import Event, Merged, UpdateReceived
+from atoll.protocols.slots import resolve
+from atoll.server.journal import Journal
+from atoll.server.run import Run, Tell
+from atoll.server.server import read_note
+from atoll.server.spec import STRATEGIES, RunSpec
+
+BIN = Path(sys.executable).parent
+
+
+def until(true: Callable[[], object], seconds: float = 30.0, what: str = "") -> Any:
+    """What `true` gives once it gives something; fails after so many seconds."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, f"{what or true} did not come true in {seconds} s"
+        time.sleep(0.02)
+    return found
+
+
+class Process:
+    """A command of ours in a process of its own."""
+
+    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+        self.name = name
+        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+        with self.out.open("ab") as out, self.err.open("ab") as err:
+            self.popen = subprocess.Popen(
+                [str(BIN / arguments[0]), *arguments[1:]],
+                stdout=out,
+                stderr=err,
+                cwd=folder,
+                env=environment,
+            )
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait(10)
+
+    def interrupt(self) -> None:
+        self.popen.send_signal(signal.SIGINT)
+
+    def wait(self, seconds: float = 60.0) -> int:
+        try:
+            return self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} goes on:\n{self.said()}") from None
+
+    @property
+    def alive(self) -> bool:
+        return self.popen.poll() is None
+
+    def said(self) -> str:
+        return self.err.read_text()[-3000:]
+
+    def told(self) -> dict[str, Any]:
+        """The envelope it printed last."""
+        found: dict[str, Any] = json.loads(self.out.read_text().strip().splitlines()[-1])
+        return found
+
+    def data(self, seconds: float = 60.0) -> dict[str, Any]:
+        """What it printed when it ended well."""
+        code = self.wait(seconds)
+        assert code == 0, f"{self.name} ended with {code}:\n{self.out.read_text()}\n{self.said()}"
+        found: dict[str, Any] = self.told()["data"]
+        return found
+
+    def error(self, seconds: float = 60.0) -> str:
+        """The code it ended with; its message and hint are one line each."""
+        self.wait(seconds)
+        told = self.told()
+        assert not told["ok"], told
+        assert told["error"]["message"], told
+        assert told["error"]["hint"], told
+        code: str = told["error"]["code"]
+        return code
+
+
+class Guest(threading.Thread):
+    """A client in a thread of this process; `report` or `error` says how it ended."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(name=client.name, daemon=True)
+        self.client = client
+        self.report: Report | None = None
+        self.error: AtollError | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.report = self.client.run()
+        except AtollError as error:
+            self.error = error
+
+    def ended(self, seconds: float = 60.0) -> Report:
+        self.join(seconds)
+        assert not self.is_alive(), f"client {self.name} goes on"
+        assert self.error is None, self.error
+        assert self.report is not None
+        return self.report
+
+
+@dataclass
+class Ledger:
+    """What the journal says of a run: every input, and what became of every update."""
+
+    events: list[tuple[float, Event]] = field(default_factory=list)
+    fates: Counter[str] = field(default_factory=Counter)  # "used o17.0" -> how often
+    run: Run | None = None
+
+    @property
+    def updates(self) -> list[str]:
+        return [e.update.id for _, e in self.events if isinstance(e, UpdateReceived)]
+
+    @property
+    def versions(self) -> list[int]:
+        return [e.version for _, e in self.events if isinstance(e, Merged)]
+
+    def check(self) -> None:
+        """Nobody's work lost or counted twice; versions one after another; time goes on."""
+        assert len(set(self.updates)) == len(self.updates), "an update came in twice"
+        decided = Counter(told.split()[1] for told in self.fates.elements())
+        assert decided == Counter(self.updates), "an update was not decided exactly once"
+        assert self.versions == list(range(1, len(self.versions) + 1))
+        times = [now for now, _ in self.events]
+        assert times == sorted(times)
+
+
+class Federation:
+    """One state directory, and all processes that a test started; they end with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.processes: list[Process] = []
+        self.guests: list[Guest] = []
+        self.address = "127.0.0.1:0"
+
+    def command(self, name: str, *arguments: str) -> Process:
+        process = Process(self.folder, name, *arguments)
+        self.processes.append(process)
+        return process
+
+    def server(self, *options: str, wait: bool = True) -> Process:
+        """`fl-server start` on the state directory, at the port of the server before it."""
+        name = f"server{len(self.processes)}"
+        process = self.command(
+            name, "fl-server", "start", "--listen", self.address, "--state", str(self.state),
+            "--json", "-v", *options,
+        )  # fmt: skip
+        if wait:
+            self.address = until(lambda: self._serving(process), 60, name)
+        return process
+
+    def client(self, name: str, *options: str) -> Process:
+        return self.command(
+            name, "fl-client", "start", self.address, "--name", name, "--json", "-v",
+            "--dir", str(self.folder / f"client-{name}"), *options,
+        )  # fmt: skip
+
+    def guest(self, client: Client) -> Guest:
+        guest = Guest(client)
+        self.guests.append(guest)
+        return guest
+
+    def _serving(self, process: Process) -> str | None:
+        assert process.alive, f"{process.out.read_text()}\n{process.said()}"
+        note = read_note(self.state)
+        if note.get("pid") != process.popen.pid:
+            return None
+        return str(note["address"])
+
+    def history(self, kind: str) -> list[dict[str, Any]]:
+        """Rows of one kind so far, whole lines only."""
+        path = self.state / "history.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        rows: list[dict[str, Any]] = [json.loads(one) for one in lines]
+        return [row for row in rows if row["kind"] == kind]
+
+    def merged(self) -> int:
+        """The newest version that the history knows of."""
+        return max((row["version"] for row in self.history("merged")), default=0)
+
+    def ledger(self) -> Ledger:
+        """The journal of a server that has ended, gone through once more."""
+        spec = RunSpec.read(self.state / "run.json")
+        strategy = resolve("strategy", spec.strategy, STRATEGIES)
+        assert isinstance(strategy, Strategy)
+        journal = Journal(self.state / "journal.sqlite", spec.id)
+        ledger = Ledger(run=Run(strategy))
+        assert ledger.run is not None
+        for row in journal.rows():
+            ledger.events.append((row.now, row.event))
+            _, _, effects = ledger.run.handle(row.event, row.now)
+            for effect in effects:
+                if isinstance(effect, Tell):
+                    ledger.fates[f"{effect.outcome.fate} {effect.outcome.update}"] += 1
+        journal.close()
+        return ledger
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.alive:
+                process.kill()
+        for guest in self.guests:
+            guest.client.stop()
+        for guest in self.guests:
+            guest.join(10)
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Federation]:
+    made = Federation(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
