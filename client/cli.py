@@ -73,7 +73,6 @@ _DEVICE = click.option(
     help="Give up after so long without a server. Default: never.",
 )
 @click.option("--stop-with-stdin", is_flag=True, hidden=True)
-@click.option("--stop-with-stdin", is_flag=True, hidden=True)
 @click.option("--sleep-per-step", type=float, default=0.0, hidden=True)
 @console.json_option
 def start(

@@ -240,14 +240,12 @@ def _draw_loss(axes: "Axes", history: History) -> None:
 
 
 def _draw_target(axes: "Axes", history: History, target: float) -> None:
-    axes.axhline(target, color=_TARGET, lw=1.2, ls=(0, (6, 3)))
     reached = history.seconds_to("accuracy", target)
     said = f"target {target:g}" + ("" if reached is None else f", reached at {reached:.1f}s")
-    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
-    axes.annotate(
-        said, (0.0, target), xytext=(6, -13), textcoords="offset points", color=_TARGET,
-        fontsize=9, bbox=paper,
-    )  # fmt: skip
+    axes.axhline(target, color=_TARGET, lw=1.2, ls=(0, (6, 3)), label=said)
+    axes.legend(
+        loc="center right", labelcolor=_TARGET, fontsize=9, framealpha=0.8, edgecolor="white"
+    )
     if reached is not None:
         axes.plot([reached], [target], marker="o", ms=9, mfc="none", mec=_TARGET, mew=2)
 
@@ -272,7 +270,10 @@ def _bare(axes: "Axes") -> None:
 
 
 def _title(axes: "Axes", title: str, beside: str) -> None:
-    axes.set_title(console.clean(title), loc="left", fontsize=12, color=_INK, weight="bold", pad=12)
+    said = console.clean(title)
+    if len(said) + len(beside) > 75:  # no room for both in one line
+        said += "\n"
+    axes.set_title(said, loc="left", fontsize=12, color=_INK, weight="bold", pad=12)
     axes.set_title(beside, loc="right", fontsize=9, color=_SOFT, pad=12)
 
 

@@ -134,9 +134,9 @@ def test_accuracy_and_loss_have_their_own_axes() -> None:
 
 def test_the_target_says_when_it_was_reached() -> None:
     left, _ = plots.draw_accuracy(story(), target=0.85).axes
-    assert [t.get_text() for t in left.texts] == ["target 0.85, reached at 2.2s"]
+    assert said(left) == ["target 0.85, reached at 2.2s"]
     left, _ = plots.draw_accuracy(story(), target=0.95).axes
-    assert [t.get_text() for t in left.texts] == ["target 0.95"]
+    assert said(left) == ["target 0.95"]
 
 
 def test_pictures_are_pngs_even_of_a_run_in_which_nothing_happened(tmp_path: Path) -> None:
