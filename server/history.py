@@ -167,7 +167,7 @@ class History:
         """Run clock at which the metric first was at least `target`; None: never."""
         return next((p.t for p in self.series(metric) if p.value >= target), None)
 
-    def seconds_left(self, metric: str, target: float, last: int = 8) -> float | None:
+    def seconds_left(self, metric: str, target: float, last: int = 4) -> float | None:
         """Seconds until `target` if the rest (1 - metric) goes on shrinking as it did lately.
 
         A line through log(1 - metric) of the last points. None where that says nothing: fewer

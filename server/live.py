@@ -325,13 +325,6 @@ class Live:
         self._live: RichLive | None = None
 
     def __enter__(self) -> Self:
-        if self.redraws:
-            from rich.live import Live as RichLive
-
-            self._live = RichLive(
-                console=console.console(), refresh_per_second=8, redirect_stdout=False
-            )
-            self._live.start()
         return self
 
     def __exit__(
@@ -349,8 +342,18 @@ class Live:
             console.say(told)
 
     def show(self, shown: LiveView) -> None:
-        if self._live is not None:
-            self._live.update(render(shown, self._live.console.width))
+        if not self.redraws:
+            return
+        if self._live is None:  # not before: an empty table would scroll the screen
+            self._live = self._start()
+        self._live.update(render(shown, self._live.console.width))
+
+    def _start(self) -> "RichLive":
+        from rich.live import Live as RichLive
+
+        live = RichLive(console=console.console(), refresh_per_second=8, redirect_stdout=False)
+        live.start()
+        return live
 
     def say(self, text: str) -> None:
         """A line of talk above the table."""

@@ -231,6 +231,8 @@ def test_on_a_terminal_the_view_is_redrawn(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with Live() as live:
         live.row(rows()[0])
+        live.say("before")
+        assert capsys.readouterr().err == "before\n"
         live.show(MOMENT)
         live.say("hello")
     out, err = capsys.readouterr()
