@@ -75,10 +75,15 @@ def find(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
     )
 
 
+def see_own_folder() -> None:
+    """Let imports find a user's own module in the folder the command is typed in."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+
+
 def _load(slot: str, path: str) -> object:
     module, _, attribute = path.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a user's own module lies in the folder the command is typed in
+    see_own_folder()
     try:
         found: object = importlib.import_module(module)
         for part in attribute.split("."):

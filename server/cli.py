@@ -7,8 +7,10 @@ from typing import Any, NoReturn
 import click
 
 from atoll.protocols import console, orphan
+from atoll.protocols.errors import AtollError
 from atoll.server.cli_demo import demo
 from atoll.server.cli_run import run, status
+from atoll.server.cli_simulate import simulate
 from atoll.server.options import rules_of, run_options, spec_of, spelled_out
 
 
@@ -24,6 +26,7 @@ def main() -> NoReturn:
 cli.add_command(demo)
 cli.add_command(status)
 cli.add_command(run)
+cli.add_command(simulate)
 
 
 @cli.command()
@@ -69,8 +72,9 @@ def start(
     """Serve a run until it is over. Ctrl-C stops it for now; start again and it goes on."""
     import logging
 
+    from atoll.server.check import check
     from atoll.server.server import Server
-    from atoll.server.spec import open_spec
+    from atoll.server.spec import open_spec, withdraw
 
     logging.basicConfig(
         level=logging.INFO if console.verbosity() else logging.WARNING, stream=sys.stderr
@@ -78,6 +82,9 @@ def start(
     if stop_with_stdin:
         orphan.stop_with_stdin()
     wanted = spec_of(given, name=name, lease=lease, save_every=save_every, keep=keep)
+    fresh = not (state / "run.json").exists()
+    if fresh:
+        check(wanted)
     spec = open_spec(state, wanted, spelled_out())
     server = Server(spec, state, rules_of(given), init=init, insecure_lan=insecure_lan)
 
@@ -86,7 +93,12 @@ def start(
         console.say(f"  clients join with   fl-client start {address}")
         console.say(f"  watch it with       fl-server status --address {address}")
 
-    summary = server.run(listen, ready)
+    try:
+        summary = server.run(listen, ready)
+    except AtollError as error:
+        if fresh and error.code != "FL-S202":  # that one is another server's
+            withdraw(state)
+        raise
     told = f"{summary.versions} versions from {summary.updates} updates in {summary.seconds:.1f} s"
     more = "".join(f", {k} {v:.4f}" for k, v in sorted(summary.metrics.items()) if k != "examples")
     ended = summary.reason or f"stopped for now; go on with: fl-server start --state {state}"

@@ -97,3 +97,9 @@ def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> Run
                 "leave the option out to go on with that run, or give another --state",
             )
     return found
+
+
+def withdraw(folder: Path) -> None:
+    """Forget a run that could not begin, so that the same folder takes a better one."""
+    if not any((folder / "versions").glob("*")):
+        (folder / "run.json").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ of a real run: same trainer, same batches, same bytes, same merge.
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from atoll.client.local import LocalConfig, make_trainer
 from atoll.client.partition import shard_of
 from atoll.client.trainer import Task, Trainer
 from atoll.protocols import tensors
-from atoll.protocols.codecs import Codec, Fp32
+from atoll.protocols.codecs import Codec, Fp32, codec
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import Payload
@@ -80,6 +80,8 @@ class Training:
         algorithm: str = "plain",
         aggregation: str = "mean",
         step: str = "sgd",
+        up: str = "fp32",
+        buffers: str = "weighted_mean",
     ) -> Self:
         """From the specs of a command line; each client has the shard of its place in the list."""
         loaded = load_data(data) if isinstance(data, str) else data
@@ -97,7 +99,8 @@ class Training:
         return cls(
             make, judge.manifest, judge.export(), judge=judge if loaded.test is not None else None,
             examples={name: size(shard) for name, shard in shards.items()},
-            aggregator=aggregator(aggregation), outer=outer(step),
+            aggregator=aggregator(aggregation), outer=outer(step), codec=codec(up),
+            buffers=cast("Buffers", buffers),
         )  # fmt: skip
 
     # ---- as the simulator asks -----------------------------------------------------------------
@@ -150,6 +153,16 @@ class Training:
 
     def forget(self, update: str) -> None:
         self._held.pop(update, None)
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of an update and of a model."""
+        up, down = (tensors.sections_of(self.manifest, way) for way in (self._codec, Fp32()))
+        return sum(s.length for s in up), sum(s.length for s in down)
+
+    def save(self, path: Path) -> Path:
+        """The newest version as a safetensors file. ServerError FL-S203."""
+        self._versions.export(self._newest, path)
+        return path
 
     def model(self) -> dict[str, Tensor]:
         """The newest version's tensors, by name; they alias it."""

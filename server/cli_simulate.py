@@ -1,0 +1,308 @@
+"""`fl-server simulate`: a run in virtual time, with real training or none."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from atoll.protocols import console
+from atoll.protocols.errors import UsageError
+from atoll.protocols.events import Action, Evaluated, Event, Merged
+from atoll.server.options import rules_of, run_options, spec_of
+
+if TYPE_CHECKING:
+    from atoll.server.simulation import Simulation
+    from atoll.server.spec import RunSpec
+    from atoll.server.training import Training
+    from atoll.server.world import ClientModel
+
+MISSED = 5  # exit code: the target was not reached; the run itself went well
+
+_UNITS: Mapping[str, float] = {
+    "": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
+    "kbit": 125.0, "mbit": 125e3, "gbit": 125e6,
+}  # fmt: skip
+
+
+@click.command()
+@run_options
+@click.option("--clients", type=int, default=None, help="How many.  [default: 4]")
+@click.option(
+    "--speeds", default=None, metavar="SPEC",
+    help="speeds:1,1,2,4 (4 is four times as fast as 1), homogeneous, normal:0.3, exp, "
+    "lognormal:0.6, trace:FILE.  [default: speeds:1,1,2,4; with --clients, lognormal:0.6]",
+)  # fmt: skip
+@click.option(
+    "--pace", default=0.1, show_default=True,
+    help="Mean seconds per step; with speeds:..., those of speed 1.",
+)  # fmt: skip
+@click.option(
+    "--change", type=float, default=None, metavar="P",
+    help="Probability, before each order, that a client's speed is drawn anew.",
+)  # fmt: skip
+@click.option(
+    "--bandwidth", default="", metavar="RATE",
+    help="Of each client, e.g. 20mbit, 5MB (a second), or down=100mbit,up=20mbit.",
+)  # fmt: skip
+@click.option(
+    "--dropout", default="", metavar="UP[,AWAY]",
+    help="Mean seconds until a client's process dies, and until it is back.  [AWAY: 60]",
+)  # fmt: skip
+@click.option(
+    "--lease", default=20.0, show_default=True, help="Seconds until who is away has left."
+)
+@click.option(
+    "--partition", default="iid", show_default=True,
+    help="How the data is split: iid, dirichlet:0.5, classes:2, quantity:0.5, column:NAME.",
+)  # fmt: skip
+@click.option("--until", default=600.0, show_default=True, help="Virtual seconds, at most.")
+@click.option("--null", is_flag=True, help="Train nothing: only time and decisions.")
+@click.option(
+    "--model-size", default="", metavar="SIZE", help="With --null and --bandwidth, e.g. 100MB."
+)
+@click.option("--evaluate-every", default=1, show_default=True, help="Versions.")
+@click.option("--threads", default=1, show_default=True, help="Of torch.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=None,
+    help="Put the history, plots and the newest model there.",
+)  # fmt: skip
+@console.json_option
+def simulate(until: float, out: Path | None, lease: float, as_json: bool, **given: Any) -> int:
+    """Try a run in virtual time: the real strategy, real training or none, any number of clients.
+
+    The same command gives the same history, whose hash is printed.
+    """
+    from atoll.server.check import check, strategy_of
+    from atoll.server.simulator import simulate as run
+
+    spec, rules = spec_of(given), rules_of(given)
+    if given["null"] and rules.target is not None:
+        raise UsageError("FL-S104", "--null evaluates nothing", "drop --target-accuracy or --null")
+    check(spec, trains=not given["null"])
+    clients = clients_of(given, spec.seed)
+    began = time.monotonic()
+    learning = None if given["null"] else training_of(spec, clients, given)
+    up, down = _sizes(spec, learning, given)
+    with Progress(until) as progress:
+        found = run(
+            strategy_of(spec), clients, until, spec.seed, learning=learning, rules=rules,
+            evaluate_every=given["evaluate_every"], lease=lease, update_bytes=up, model_bytes=down,
+            history=out is not None, listen=progress.listen,
+        )  # fmt: skip
+    wall = time.monotonic() - began
+    files = {} if out is None else written(out, spec, found, learning)
+    told = _told(spec, found, wall, files)
+    lines = [f"{found}", f"  took {wall:.1f} s", *(f"  {k:<9} {v}" for k, v in files.items())]
+    console.emit(told, as_json, "\n".join(lines))
+    return MISSED if told["reached"] is False else 0
+
+
+# ---- the world -------------------------------------------------------------------------------
+
+
+def clients_of(given: Mapping[str, Any], seed: int) -> "list[ClientModel]":
+    """UsageError FL-S101, FL-S102 or FL-S108 for what makes no clients."""
+    from atoll.server.world import parse
+
+    count, speeds, change = given["clients"], given["speeds"], given["change"]
+    if count is not None and count < 1:
+        raise UsageError("FL-S108", f"--clients {count}", "give at least 1")
+    if not 0 < given["pace"] < float("inf"):
+        raise UsageError("FL-S108", f"--pace {given['pace']}", "give seconds per step, above 0")
+    speeds = speeds or ("speeds:1,1,2,4" if count is None else "lognormal:0.6")
+    if speeds[0].isdecimal():
+        speeds = f"speeds:{speeds}"
+    fixed = speeds.partition(":")[0] in ("speeds", "trace")
+    if change is not None:
+        if fixed:
+            raise UsageError(
+                "FL-S104", f"--change, but {speeds!r} has nothing to draw from",
+                "give --speeds lognormal:0.6 or another distribution",
+            )  # fmt: skip
+        speeds += f"{',' if ':' in speeds else ':'}change={change}"
+    models = parse(speeds, count or 4, given["pace"], seed)
+    if fixed and count is not None and count != len(models):
+        raise UsageError(
+            "FL-S108", f"{speeds!r} is {len(models)} clients, --clients {count}", "drop --clients"
+        )
+    down, up = bandwidth_of(given["bandwidth"])
+    uptime, downtime = dropout_of(given["dropout"])
+    return [replace(m, down=down, up=up, uptime=uptime, downtime=downtime) for m in models]
+
+
+def bandwidth_of(text: str) -> tuple[float, float]:
+    """(down, up) in bytes a second; `20mbit` for both, or `down=100mbit,up=20mbit`."""
+    if "=" not in text:
+        both = size_of(text) if text else float("inf")
+        return both, both
+    found = {"down": float("inf"), "up": float("inf")}
+    for part in text.split(","):
+        way, _, rate = part.partition("=")
+        if way.strip() not in found:
+            raise UsageError("FL-S108", f"--bandwidth {text!r}", "write down=100mbit,up=20mbit")
+        found[way.strip()] = size_of(rate)
+    return found["down"], found["up"]
+
+
+def size_of(text: str) -> float:
+    """Bytes of `100MB` or `20mbit`, powers of 1000."""
+    number = text.strip().rstrip("bBkKmMgGiItT ")
+    unit = text.strip()[len(number) :].strip().lower()
+    try:
+        value = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UsageError("FL-S108", f"{text!r} is no size or rate", "write e.g. 20mbit or 100MB")
+    return value
+
+
+def dropout_of(text: str) -> tuple[float, float]:
+    """(mean seconds up, mean seconds away)."""
+    if not text:
+        return float("inf"), 60.0
+    up, _, away = text.partition(",")
+    try:
+        found = float(up), float(away or 60.0)
+    except ValueError:
+        found = 0.0, 0.0
+    if not all(value > 0 for value in found):
+        raise UsageError("FL-S108", f"--dropout {text!r}", "give seconds above 0, e.g. 600,60")
+    return found
+
+
+# ---- the training ----------------------------------------------------------------------------
+
+
+def training_of(
+    spec: "RunSpec", clients: "Sequence[ClientModel]", given: Mapping[str, Any]
+) -> "Training":
+    """Every client's trainer, with its shard of the data."""
+    if spec.codec_down != "fp32":
+        raise UsageError(
+            "FL-S104", f"a simulated model goes down as fp32, not {spec.codec_down}",
+            f"write --codec up={spec.codec_up}",
+        )  # fmt: skip
+    import torch
+
+    from atoll.client.local import LocalConfig
+    from atoll.server.training import Training
+
+    torch.set_num_threads(given["threads"])
+    local: dict[str, Any] = dict(spec.local)
+    return Training.of(
+        [client.name for client in clients], model=spec.model, data=spec.data,
+        partition=given["partition"], seed=spec.seed, local=LocalConfig(**local),
+        algorithm=spec.algorithm, aggregation=spec.aggregator, step=spec.outer,
+        up=spec.codec_up, buffers=spec.buffers,
+    )  # fmt: skip
+
+
+def _sizes(
+    spec: "RunSpec", learning: "Training | None", given: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Bytes of an update and of a model."""
+    if learning is not None:
+        return learning.sizes()
+    if given["model_size"]:
+        size = round(size_of(given["model_size"]))
+        return size, size
+    if given["bandwidth"]:
+        raise UsageError(
+            "FL-S108", "--bandwidth without anything to send", "add --model-size, or drop --null"
+        )
+    return 0, 0
+
+
+@dataclass
+class Progress:
+    """Talk on stderr about a simulation that takes long: pass `listen` to it."""
+
+    until: float  # virtual seconds
+    _began: float = field(default_factory=time.monotonic)
+    _said: float = 0.0
+    _version: int = 0
+    _accuracy: float | None = None
+    _shown: bool = False
+
+    def __enter__(self) -> "Progress":
+        self._said = self._began
+        self._every = 0.2 if console.interactive() else 10.0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown and console.interactive():
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+    def listen(self, now: float, event: Event, actions: list[Action]) -> None:
+        if isinstance(event, Merged):
+            self._version = event.version
+        elif isinstance(event, Evaluated):
+            self._accuracy = event.metrics.get("accuracy")
+        moment = time.monotonic()
+        if moment - self._said < self._every or moment - self._began < 1.0:
+            return
+        self._said, self._shown = moment, True
+        accuracy = "" if self._accuracy is None else f", accuracy {self._accuracy:.4f}"
+        told = f"{now:.0f} of {self.until:g} virtual seconds, v{self._version}{accuracy}"
+        if console.interactive():
+            click.echo(f"\r\x1b[K{told}", err=True, nl=False)
+        else:
+            console.say(told)
+
+
+# ---- what comes of it ------------------------------------------------------------------------
+
+
+def written(
+    out: Path, spec: "RunSpec", found: "Simulation", learning: "Training | None"
+) -> dict[str, str]:
+    """The files of a simulation, in `out`."""
+    from atoll.server import plots
+    from atoll.server.history import History, line
+
+    out.mkdir(parents=True, exist_ok=True)
+    history, title = History.of(found.history), f"{spec.data.split(':')[0]}, {spec.strategy}"
+    files = {"history": out / "history.jsonl"}
+    files["history"].write_text("".join(map(line, found.history)))
+    files["timeline"] = plots.timeline(history, out / "timeline.png", title)
+    if learning is not None:
+        target = found.rules.target
+        files["accuracy"] = plots.accuracy(history, out / "accuracy.png", target, title)
+        files["model"] = learning.save(out / "model.safetensors")
+    return {name: str(path) for name, path in files.items()}
+
+
+def _told(
+    spec: "RunSpec", found: "Simulation", wall: float, files: Mapping[str, str]
+) -> dict[str, Any]:
+    """The JSON data of the command."""
+    target, accuracy = found.rules.target, [value for _, value in found.accuracy]
+    reached = found.rules.reached_at
+    return {
+        "strategy": spec.strategy,
+        "seed": spec.seed,
+        "reason": found.reason,
+        "virtual_s": round(found.seconds, 6),
+        "wall_s": round(wall, 3),
+        "events": found.events,
+        "versions": found.versions,
+        "updates": found.updates_used,
+        "steps": found.steps_used,
+        "mean_staleness": found.mean_staleness,
+        "idle": found.idle,
+        "accuracy": accuracy[-1] if accuracy else None,
+        "best_accuracy": max(accuracy, default=None),
+        "target_accuracy": target,
+        "reached": None if target is None else reached is not None,
+        "seconds_to_target": reached,
+        "hash": found.hash,
+        "files": dict(files),
+        "clients": [
+            {"name": name, "updates": c.updates, "steps": c.steps, "idle": c.idle}
+            for name, c in found.clients.items()
+        ],
+    }
