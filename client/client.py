@@ -36,6 +36,8 @@ Maker = Callable[[RunInfo], Trainer]
 logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
+BATCH = "batch"  # capability: several server messages in one
+LATER = 0.05  # seconds an acknowledgement may wait for a message to go with
 BROKEN = ("FL-C101", "FL-S208", "FL-W110", "FL-W112")  # a transfer ended with its connection
 
 
@@ -71,6 +73,12 @@ class _Line:
     inline_limit: int = 0
     bulk: Any = None
     patience: transfer.Patience = field(default_factory=transfer.Patience)
+
+    acks: list[str] = field(default_factory=list)  # updates whose outcome we know
+
+    def take_acks(self) -> wire_pb2.Ack:
+        acks, self.acks = self.acks, []
+        return wire_pb2.Ack(updates=acks)
 
     def close(self) -> None:
         self.patience.stop.set()
@@ -189,7 +197,7 @@ class Client:
             case machine.Complain(order, code, message):
                 self._say(failure=wire_pb2.Failure(order=order, code=code, message=message))
             case machine.Acknowledge(update):
-                self._say(ack=wire_pb2.Ack(updates=[update]))
+                self._acknowledge(update)
             case machine.Settle(update, fate):
                 self.report.used += fate == "used"
                 self.report.discarded += fate != "used"
@@ -209,6 +217,19 @@ class Client:
     def _say(self, **kind: Any) -> None:
         if self._line is not None:
             self._line.out.put_nowait(wire_pb2.ClientMessage(**kind))
+
+    def _acknowledge(self, update: str) -> None:
+        """Not urgent: it goes with the next message, or on its own after LATER seconds."""
+        line = self._line
+        if line is None:
+            return
+        if not line.acks:
+            asyncio.get_running_loop().call_later(LATER, self._acknowledge_now, line)
+        line.acks.append(update)
+
+    def _acknowledge_now(self, line: _Line) -> None:
+        if line.acks and line is self._line:
+            line.out.put_nowait(wire_pb2.ClientMessage(ack=line.take_acks()))
 
     def _hang_up(self) -> None:
         if self._line is not None:
@@ -250,10 +271,12 @@ class Client:
             f"/{SERVICE}/Control",
             request_serializer=wire_pb2.ClientMessage.SerializeToString,
             response_deserializer=wire_pb2.ServerMessage.FromString,
-        )(_queued(line.out))
+        )(_queued(line))
         try:
             async for message in call:
                 self._hear(line, message)
+                for further in message.more:
+                    self._hear(line, further)
         finally:
             if self._line is line:
                 self._line = None
@@ -302,7 +325,7 @@ class Client:
         if examples is None:
             examples = int(getattr(trainer, "examples", 0)) or 1
         pace = self._pace(trainer) if callable(self._pace) else self._pace
-        self._info = ClientInfo(examples, pace, tuple(sorted(BUILTIN)))
+        self._info = ClientInfo(examples, pace, (BATCH, *sorted(BUILTIN)))
         up, down = codec(_known(info.codec_up)), codec(_known(info.codec_down))
         return Workbench(trainer, info.manifest, up, down, self._outbox)
 
@@ -458,10 +481,10 @@ class Client:
                 self._reject(error, result.order if error.code == "FL-W102" else "")
 
 
-async def _queued(
-    out: "asyncio.Queue[wire_pb2.ClientMessage | None]",
-) -> AsyncIterator[wire_pb2.ClientMessage]:
-    while (message := await out.get()) is not None:
+async def _queued(line: _Line) -> AsyncIterator[wire_pb2.ClientMessage]:
+    while (message := await line.out.get()) is not None:
+        if line.acks:
+            message.more.append(wire_pb2.ClientMessage(ack=line.take_acks()))
         yield message
 
 

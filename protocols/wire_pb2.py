@@ -4,98 +4,101 @@
 # source: atoll/protocols/wire.proto
 # Protobuf Python Version: 5.29.0
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 5, 29, 0, "", "atoll/protocols/wire.proto"
+    _runtime_version.Domain.PUBLIC,
+    5,
+    29,
+    0,
+    '',
+    'atoll/protocols/wire.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1a\x61toll/protocols/wire.proto\x12\x08\x61toll.v1"\xbf\x02\n\rClientMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.atoll.v1.HelloH\x00\x12(\n\theartbeat\x18\x02 \x01(\x0b\x32\x13.atoll.v1.HeartbeatH\x00\x12"\n\x06result\x18\x03 \x01(\x0b\x32\x10.atoll.v1.ResultH\x00\x12\x1c\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\r.atoll.v1.AckH\x00\x12*\n\nevaluation\x18\x05 \x01(\x0b\x32\x14.atoll.v1.EvaluationH\x00\x12$\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x11.atoll.v1.FailureH\x00\x12$\n\x07goodbye\x18\x07 \x01(\x0b\x32\x11.atoll.v1.GoodbyeH\x00\x12 \n\x05relay\x18\x0f \x01(\x0b\x32\x0f.atoll.v1.RelayH\x00\x42\x06\n\x04kind"\x89\x03\n\rServerMessage\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.atoll.v1.WelcomeH\x00\x12(\n\theartbeat\x18\x02 \x01(\x0b\x32\x13.atoll.v1.HeartbeatH\x00\x12 \n\x05order\x18\x03 \x01(\x0b\x32\x0f.atoll.v1.OrderH\x00\x12\x1c\n\x03\x61sk\x18\x04 \x01(\x0b\x32\r.atoll.v1.AskH\x00\x12$\n\x07receipt\x18\x05 \x01(\x0b\x32\x11.atoll.v1.ReceiptH\x00\x12$\n\x07outcome\x18\x06 \x01(\x0b\x32\x11.atoll.v1.OutcomeH\x00\x12&\n\x08\x65valuate\x18\x07 \x01(\x0b\x32\x12.atoll.v1.EvaluateH\x00\x12$\n\x07refusal\x18\x08 \x01(\x0b\x32\x11.atoll.v1.RefusalH\x00\x12$\n\x07goodbye\x18\t \x01(\x0b\x32\x11.atoll.v1.GoodbyeH\x00\x12 \n\x05relay\x18\x0f \x01(\x0b\x32\x0f.atoll.v1.RelayH\x00\x42\x06\n\x04kind"\xb8\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x04\x12\x18\n\x10seconds_per_step\x18\x06 \x01(\x01\x12\x14\n\x0c\x63\x61pabilities\x18\x07 \x03(\t\x12\x0e\n\x06schema\x18\x08 \x01(\t\x12\x0f\n\x07holding\x18\t \x03(\t\x12\x0f\n\x07version\x18\n \x01(\t"\xca\x01\n\x07Welcome\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\r\x12\x14\n\x0cinline_limit\x18\x04 \x01(\r\x12\x15\n\rlease_seconds\x18\x05 \x01(\x01\x12\x19\n\x11heartbeat_seconds\x18\x06 \x01(\x01\x12\x10\n\x08up_codec\x18\x07 \x01(\t\x12\x12\n\ndown_codec\x18\x08 \x01(\t\x12\x0c\n\x04spec\x18\t \x01(\t\x12\x10\n\x08manifest\x18\n \x01(\t"(\n\tHeartbeat\x12\r\n\x05order\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04"\xed\x01\n\x05Order\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x1d\n\x05model\x18\x05 \x01(\x0b\x32\x0e.atoll.v1.Blob\x12)\n\x05\x65xtra\x18\x06 \x03(\x0b\x32\x1a.atoll.v1.Order.ExtraEntry\x12\x15\n\rbase_encoding\x18\x07 \x01(\t\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x08 \x01(\x01\x1a,\n\nExtraEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"`\n\x03\x41sk\x12\r\n\x05order\x18\x01 \x01(\t\x12 \n\x04then\x18\x02 \x01(\x0e\x32\x12.atoll.v1.Ask.Then"(\n\x04Then\x12\x0c\n\x08\x43ONTINUE\x10\x00\x12\x08\n\x04SEND\x10\x01\x12\x08\n\x04\x44ROP\x10\x02"\x82\x02\n\x06Result\x12\r\n\x05order\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x10\n\x08\x65xamples\x18\x04 \x01(\x04\x12\x15\n\rtrain_seconds\x18\x05 \x01(\x01\x12.\n\x07metrics\x18\x06 \x03(\x0b\x32\x1d.atoll.v1.Result.MetricsEntry\x12\r\n\x05\x66inal\x18\x07 \x01(\x08\x12\x1f\n\x07payload\x18\x08 \x01(\x0b\x32\x0e.atoll.v1.Blob\x12\x10\n\x08snapshot\x18\t \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"7\n\x07Receipt\x12\r\n\x05order\x18\x01 \x01(\t\x12\x0e\n\x06update\x18\x02 \x01(\t\x12\r\n\x05\x66inal\x18\x03 \x01(\x08"\xa0\x01\n\x07Outcome\x12\r\n\x05order\x18\x01 \x01(\t\x12$\n\x04\x66\x61te\x18\x02 \x01(\x0e\x32\x16.atoll.v1.Outcome.Fate\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06update\x18\x05 \x01(\t"/\n\x04\x46\x61te\x12\x08\n\x04USED\x10\x00\x12\r\n\tDISCARDED\x10\x01\x12\x0e\n\nSUPERSEDED\x10\x02"\x16\n\x03\x41\x63k\x12\x0f\n\x07updates\x18\x01 \x03(\t":\n\x08\x45valuate\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1d\n\x05model\x18\x02 \x01(\x0b\x32\x0e.atoll.v1.Blob"\x93\x01\n\nEvaluation\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x32\n\x07metrics\x18\x02 \x03(\x0b\x32!.atoll.v1.Evaluation.MetricsEntry\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"7\n\x07\x46\x61ilure\x12\r\n\x05order\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t"k\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x04 \x01(\x08\x12\x15\n\rretry_seconds\x18\x05 \x01(\x01\x12\r\n\x05order\x18\x06 \x01(\t">\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\x12\x15\n\rretry_seconds\x18\x03 \x01(\x01"&\n\x05Relay\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c"F\n\x07Section\x12\r\n\x05group\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04"e\n\x04\x42lob\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12#\n\x08sections\x18\x04 \x03(\x0b\x32\x11.atoll.v1.Section\x12\x0e\n\x06inline\x18\x05 \x01(\x0c"8\n\x0b\x42lobRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04\x62lob\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04"`\n\x05\x43hunk\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c";\n\nUploadOpen\x12\x0b\n\x03run\x18\x01 \x01(\t\x12 \n\x06result\x18\x02 \x01(\x0b\x32\x10.atoll.v1.Result">\n\x0bUploadState\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x11\n\tcommitted\x18\x03 \x01(\x08"=\n\x0cUploadCommit\x12\x0b\n\x03run\x18\x01 \x01(\t\x12 \n\x06result\x18\x02 \x01(\x0b\x32\x10.atoll.v1.Result"1\n\x0eInspectRequest\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\x11\n\targuments\x18\x02 \x01(\t"\x1c\n\x0cInspectReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\t2\xec\x02\n\x05\x41toll\x12?\n\x07\x43ontrol\x12\x17.atoll.v1.ClientMessage\x1a\x17.atoll.v1.ServerMessage(\x01\x30\x01\x12\x34\n\x08\x44ownload\x12\x15.atoll.v1.BlobRequest\x1a\x0f.atoll.v1.Chunk0\x01\x12\x39\n\nOpenUpload\x12\x14.atoll.v1.UploadOpen\x1a\x15.atoll.v1.UploadState\x12\x35\n\tPutChunks\x12\x0f.atoll.v1.Chunk\x1a\x15.atoll.v1.UploadState(\x01\x12=\n\x0c\x43ommitUpload\x12\x16.atoll.v1.UploadCommit\x1a\x15.atoll.v1.UploadState\x12;\n\x07Inspect\x12\x18.atoll.v1.InspectRequest\x1a\x16.atoll.v1.InspectReplyb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61toll/protocols/wire.proto\x12\x08\x61toll.v1\"\xe6\x02\n\rClientMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.atoll.v1.HelloH\x00\x12(\n\theartbeat\x18\x02 \x01(\x0b\x32\x13.atoll.v1.HeartbeatH\x00\x12\"\n\x06result\x18\x03 \x01(\x0b\x32\x10.atoll.v1.ResultH\x00\x12\x1c\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\r.atoll.v1.AckH\x00\x12*\n\nevaluation\x18\x05 \x01(\x0b\x32\x14.atoll.v1.EvaluationH\x00\x12$\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x11.atoll.v1.FailureH\x00\x12$\n\x07goodbye\x18\x07 \x01(\x0b\x32\x11.atoll.v1.GoodbyeH\x00\x12 \n\x05relay\x18\x0f \x01(\x0b\x32\x0f.atoll.v1.RelayH\x00\x12%\n\x04more\x18\x10 \x03(\x0b\x32\x17.atoll.v1.ClientMessageB\x06\n\x04kind\"\xb0\x03\n\rServerMessage\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.atoll.v1.WelcomeH\x00\x12(\n\theartbeat\x18\x02 \x01(\x0b\x32\x13.atoll.v1.HeartbeatH\x00\x12 \n\x05order\x18\x03 \x01(\x0b\x32\x0f.atoll.v1.OrderH\x00\x12\x1c\n\x03\x61sk\x18\x04 \x01(\x0b\x32\r.atoll.v1.AskH\x00\x12$\n\x07receipt\x18\x05 \x01(\x0b\x32\x11.atoll.v1.ReceiptH\x00\x12$\n\x07outcome\x18\x06 \x01(\x0b\x32\x11.atoll.v1.OutcomeH\x00\x12&\n\x08\x65valuate\x18\x07 \x01(\x0b\x32\x12.atoll.v1.EvaluateH\x00\x12$\n\x07refusal\x18\x08 \x01(\x0b\x32\x11.atoll.v1.RefusalH\x00\x12$\n\x07goodbye\x18\t \x01(\x0b\x32\x11.atoll.v1.GoodbyeH\x00\x12 \n\x05relay\x18\x0f \x01(\x0b\x32\x0f.atoll.v1.RelayH\x00\x12%\n\x04more\x18\x10 \x03(\x0b\x32\x17.atoll.v1.ServerMessageB\x06\n\x04kind\"\xb8\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x04\x12\x18\n\x10seconds_per_step\x18\x06 \x01(\x01\x12\x14\n\x0c\x63\x61pabilities\x18\x07 \x03(\t\x12\x0e\n\x06schema\x18\x08 \x01(\t\x12\x0f\n\x07holding\x18\t \x03(\t\x12\x0f\n\x07version\x18\n \x01(\t\"\xca\x01\n\x07Welcome\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\r\x12\x14\n\x0cinline_limit\x18\x04 \x01(\r\x12\x15\n\rlease_seconds\x18\x05 \x01(\x01\x12\x19\n\x11heartbeat_seconds\x18\x06 \x01(\x01\x12\x10\n\x08up_codec\x18\x07 \x01(\t\x12\x12\n\ndown_codec\x18\x08 \x01(\t\x12\x0c\n\x04spec\x18\t \x01(\t\x12\x10\n\x08manifest\x18\n \x01(\t\"(\n\tHeartbeat\x12\r\n\x05order\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\xed\x01\n\x05Order\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x1d\n\x05model\x18\x05 \x01(\x0b\x32\x0e.atoll.v1.Blob\x12)\n\x05\x65xtra\x18\x06 \x03(\x0b\x32\x1a.atoll.v1.Order.ExtraEntry\x12\x15\n\rbase_encoding\x18\x07 \x01(\t\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x08 \x01(\x01\x1a,\n\nExtraEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"`\n\x03\x41sk\x12\r\n\x05order\x18\x01 \x01(\t\x12 \n\x04then\x18\x02 \x01(\x0e\x32\x12.atoll.v1.Ask.Then\"(\n\x04Then\x12\x0c\n\x08\x43ONTINUE\x10\x00\x12\x08\n\x04SEND\x10\x01\x12\x08\n\x04\x44ROP\x10\x02\"\x82\x02\n\x06Result\x12\r\n\x05order\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x10\n\x08\x65xamples\x18\x04 \x01(\x04\x12\x15\n\rtrain_seconds\x18\x05 \x01(\x01\x12.\n\x07metrics\x18\x06 \x03(\x0b\x32\x1d.atoll.v1.Result.MetricsEntry\x12\r\n\x05\x66inal\x18\x07 \x01(\x08\x12\x1f\n\x07payload\x18\x08 \x01(\x0b\x32\x0e.atoll.v1.Blob\x12\x10\n\x08snapshot\x18\t \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"7\n\x07Receipt\x12\r\n\x05order\x18\x01 \x01(\t\x12\x0e\n\x06update\x18\x02 \x01(\t\x12\r\n\x05\x66inal\x18\x03 \x01(\x08\"\xa0\x01\n\x07Outcome\x12\r\n\x05order\x18\x01 \x01(\t\x12$\n\x04\x66\x61te\x18\x02 \x01(\x0e\x32\x16.atoll.v1.Outcome.Fate\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06update\x18\x05 \x01(\t\"/\n\x04\x46\x61te\x12\x08\n\x04USED\x10\x00\x12\r\n\tDISCARDED\x10\x01\x12\x0e\n\nSUPERSEDED\x10\x02\"\x16\n\x03\x41\x63k\x12\x0f\n\x07updates\x18\x01 \x03(\t\":\n\x08\x45valuate\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1d\n\x05model\x18\x02 \x01(\x0b\x32\x0e.atoll.v1.Blob\"\x93\x01\n\nEvaluation\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x32\n\x07metrics\x18\x02 \x03(\x0b\x32!.atoll.v1.Evaluation.MetricsEntry\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"7\n\x07\x46\x61ilure\x12\r\n\x05order\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"k\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x04 \x01(\x08\x12\x15\n\rretry_seconds\x18\x05 \x01(\x01\x12\r\n\x05order\x18\x06 \x01(\t\">\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\x12\x15\n\rretry_seconds\x18\x03 \x01(\x01\"&\n\x05Relay\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"F\n\x07Section\x12\r\n\x05group\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"e\n\x04\x42lob\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12#\n\x08sections\x18\x04 \x03(\x0b\x32\x11.atoll.v1.Section\x12\x0e\n\x06inline\x18\x05 \x01(\x0c\"8\n\x0b\x42lobRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04\x62lob\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"`\n\x05\x43hunk\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\";\n\nUploadOpen\x12\x0b\n\x03run\x18\x01 \x01(\t\x12 \n\x06result\x18\x02 \x01(\x0b\x32\x10.atoll.v1.Result\">\n\x0bUploadState\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x11\n\tcommitted\x18\x03 \x01(\x08\"=\n\x0cUploadCommit\x12\x0b\n\x03run\x18\x01 \x01(\t\x12 \n\x06result\x18\x02 \x01(\x0b\x32\x10.atoll.v1.Result\"1\n\x0eInspectRequest\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\x11\n\targuments\x18\x02 \x01(\t\"\x1c\n\x0cInspectReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\t2\xec\x02\n\x05\x41toll\x12?\n\x07\x43ontrol\x12\x17.atoll.v1.ClientMessage\x1a\x17.atoll.v1.ServerMessage(\x01\x30\x01\x12\x34\n\x08\x44ownload\x12\x15.atoll.v1.BlobRequest\x1a\x0f.atoll.v1.Chunk0\x01\x12\x39\n\nOpenUpload\x12\x14.atoll.v1.UploadOpen\x1a\x15.atoll.v1.UploadState\x12\x35\n\tPutChunks\x12\x0f.atoll.v1.Chunk\x1a\x15.atoll.v1.UploadState(\x01\x12=\n\x0c\x43ommitUpload\x12\x16.atoll.v1.UploadCommit\x1a\x15.atoll.v1.UploadState\x12;\n\x07Inspect\x12\x18.atoll.v1.InspectRequest\x1a\x16.atoll.v1.InspectReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "atoll.protocols.wire_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atoll.protocols.wire_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_ORDER_EXTRAENTRY"]._loaded_options = None
-    _globals["_ORDER_EXTRAENTRY"]._serialized_options = b"8\001"
-    _globals["_RESULT_METRICSENTRY"]._loaded_options = None
-    _globals["_RESULT_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_EVALUATION_METRICSENTRY"]._loaded_options = None
-    _globals["_EVALUATION_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_CLIENTMESSAGE"]._serialized_start = 41
-    _globals["_CLIENTMESSAGE"]._serialized_end = 360
-    _globals["_SERVERMESSAGE"]._serialized_start = 363
-    _globals["_SERVERMESSAGE"]._serialized_end = 756
-    _globals["_HELLO"]._serialized_start = 759
-    _globals["_HELLO"]._serialized_end = 943
-    _globals["_WELCOME"]._serialized_start = 946
-    _globals["_WELCOME"]._serialized_end = 1148
-    _globals["_HEARTBEAT"]._serialized_start = 1150
-    _globals["_HEARTBEAT"]._serialized_end = 1190
-    _globals["_ORDER"]._serialized_start = 1193
-    _globals["_ORDER"]._serialized_end = 1430
-    _globals["_ORDER_EXTRAENTRY"]._serialized_start = 1386
-    _globals["_ORDER_EXTRAENTRY"]._serialized_end = 1430
-    _globals["_ASK"]._serialized_start = 1432
-    _globals["_ASK"]._serialized_end = 1528
-    _globals["_ASK_THEN"]._serialized_start = 1488
-    _globals["_ASK_THEN"]._serialized_end = 1528
-    _globals["_RESULT"]._serialized_start = 1531
-    _globals["_RESULT"]._serialized_end = 1789
-    _globals["_RESULT_METRICSENTRY"]._serialized_start = 1743
-    _globals["_RESULT_METRICSENTRY"]._serialized_end = 1789
-    _globals["_RECEIPT"]._serialized_start = 1791
-    _globals["_RECEIPT"]._serialized_end = 1846
-    _globals["_OUTCOME"]._serialized_start = 1849
-    _globals["_OUTCOME"]._serialized_end = 2009
-    _globals["_OUTCOME_FATE"]._serialized_start = 1962
-    _globals["_OUTCOME_FATE"]._serialized_end = 2009
-    _globals["_ACK"]._serialized_start = 2011
-    _globals["_ACK"]._serialized_end = 2033
-    _globals["_EVALUATE"]._serialized_start = 2035
-    _globals["_EVALUATE"]._serialized_end = 2093
-    _globals["_EVALUATION"]._serialized_start = 2096
-    _globals["_EVALUATION"]._serialized_end = 2243
-    _globals["_EVALUATION_METRICSENTRY"]._serialized_start = 1743
-    _globals["_EVALUATION_METRICSENTRY"]._serialized_end = 1789
-    _globals["_FAILURE"]._serialized_start = 2245
-    _globals["_FAILURE"]._serialized_end = 2300
-    _globals["_REFUSAL"]._serialized_start = 2302
-    _globals["_REFUSAL"]._serialized_end = 2409
-    _globals["_GOODBYE"]._serialized_start = 2411
-    _globals["_GOODBYE"]._serialized_end = 2473
-    _globals["_RELAY"]._serialized_start = 2475
-    _globals["_RELAY"]._serialized_end = 2513
-    _globals["_SECTION"]._serialized_start = 2515
-    _globals["_SECTION"]._serialized_end = 2585
-    _globals["_BLOB"]._serialized_start = 2587
-    _globals["_BLOB"]._serialized_end = 2688
-    _globals["_BLOBREQUEST"]._serialized_start = 2690
-    _globals["_BLOBREQUEST"]._serialized_end = 2746
-    _globals["_CHUNK"]._serialized_start = 2748
-    _globals["_CHUNK"]._serialized_end = 2844
-    _globals["_UPLOADOPEN"]._serialized_start = 2846
-    _globals["_UPLOADOPEN"]._serialized_end = 2905
-    _globals["_UPLOADSTATE"]._serialized_start = 2907
-    _globals["_UPLOADSTATE"]._serialized_end = 2969
-    _globals["_UPLOADCOMMIT"]._serialized_start = 2971
-    _globals["_UPLOADCOMMIT"]._serialized_end = 3032
-    _globals["_INSPECTREQUEST"]._serialized_start = 3034
-    _globals["_INSPECTREQUEST"]._serialized_end = 3083
-    _globals["_INSPECTREPLY"]._serialized_start = 3085
-    _globals["_INSPECTREPLY"]._serialized_end = 3113
-    _globals["_ATOLL"]._serialized_start = 3116
-    _globals["_ATOLL"]._serialized_end = 3480
+  DESCRIPTOR._loaded_options = None
+  _globals['_ORDER_EXTRAENTRY']._loaded_options = None
+  _globals['_ORDER_EXTRAENTRY']._serialized_options = b'8\001'
+  _globals['_RESULT_METRICSENTRY']._loaded_options = None
+  _globals['_RESULT_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_EVALUATION_METRICSENTRY']._loaded_options = None
+  _globals['_EVALUATION_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_CLIENTMESSAGE']._serialized_start=41
+  _globals['_CLIENTMESSAGE']._serialized_end=399
+  _globals['_SERVERMESSAGE']._serialized_start=402
+  _globals['_SERVERMESSAGE']._serialized_end=834
+  _globals['_HELLO']._serialized_start=837
+  _globals['_HELLO']._serialized_end=1021
+  _globals['_WELCOME']._serialized_start=1024
+  _globals['_WELCOME']._serialized_end=1226
+  _globals['_HEARTBEAT']._serialized_start=1228
+  _globals['_HEARTBEAT']._serialized_end=1268
+  _globals['_ORDER']._serialized_start=1271
+  _globals['_ORDER']._serialized_end=1508
+  _globals['_ORDER_EXTRAENTRY']._serialized_start=1464
+  _globals['_ORDER_EXTRAENTRY']._serialized_end=1508
+  _globals['_ASK']._serialized_start=1510
+  _globals['_ASK']._serialized_end=1606
+  _globals['_ASK_THEN']._serialized_start=1566
+  _globals['_ASK_THEN']._serialized_end=1606
+  _globals['_RESULT']._serialized_start=1609
+  _globals['_RESULT']._serialized_end=1867
+  _globals['_RESULT_METRICSENTRY']._serialized_start=1821
+  _globals['_RESULT_METRICSENTRY']._serialized_end=1867
+  _globals['_RECEIPT']._serialized_start=1869
+  _globals['_RECEIPT']._serialized_end=1924
+  _globals['_OUTCOME']._serialized_start=1927
+  _globals['_OUTCOME']._serialized_end=2087
+  _globals['_OUTCOME_FATE']._serialized_start=2040
+  _globals['_OUTCOME_FATE']._serialized_end=2087
+  _globals['_ACK']._serialized_start=2089
+  _globals['_ACK']._serialized_end=2111
+  _globals['_EVALUATE']._serialized_start=2113
+  _globals['_EVALUATE']._serialized_end=2171
+  _globals['_EVALUATION']._serialized_start=2174
+  _globals['_EVALUATION']._serialized_end=2321
+  _globals['_EVALUATION_METRICSENTRY']._serialized_start=1821
+  _globals['_EVALUATION_METRICSENTRY']._serialized_end=1867
+  _globals['_FAILURE']._serialized_start=2323
+  _globals['_FAILURE']._serialized_end=2378
+  _globals['_REFUSAL']._serialized_start=2380
+  _globals['_REFUSAL']._serialized_end=2487
+  _globals['_GOODBYE']._serialized_start=2489
+  _globals['_GOODBYE']._serialized_end=2551
+  _globals['_RELAY']._serialized_start=2553
+  _globals['_RELAY']._serialized_end=2591
+  _globals['_SECTION']._serialized_start=2593
+  _globals['_SECTION']._serialized_end=2663
+  _globals['_BLOB']._serialized_start=2665
+  _globals['_BLOB']._serialized_end=2766
+  _globals['_BLOBREQUEST']._serialized_start=2768
+  _globals['_BLOBREQUEST']._serialized_end=2824
+  _globals['_CHUNK']._serialized_start=2826
+  _globals['_CHUNK']._serialized_end=2922
+  _globals['_UPLOADOPEN']._serialized_start=2924
+  _globals['_UPLOADOPEN']._serialized_end=2983
+  _globals['_UPLOADSTATE']._serialized_start=2985
+  _globals['_UPLOADSTATE']._serialized_end=3047
+  _globals['_UPLOADCOMMIT']._serialized_start=3049
+  _globals['_UPLOADCOMMIT']._serialized_end=3110
+  _globals['_INSPECTREQUEST']._serialized_start=3112
+  _globals['_INSPECTREQUEST']._serialized_end=3161
+  _globals['_INSPECTREPLY']._serialized_start=3163
+  _globals['_INSPECTREPLY']._serialized_end=3191
+  _globals['_ATOLL']._serialized_start=3194
+  _globals['_ATOLL']._serialized_end=3558
 # @@protoc_insertion_point(module_scope)

@@ -195,6 +195,7 @@ class Assembly:
     async def begin(self) -> None:
         self.clock.start()
         self._loop = asyncio.get_running_loop()
+        self.driver.attach()
         if self.resumed:
             self._row(
                 {"t": self.clock.now(), "kind": "resumed", "version": self.host.run.published}

@@ -146,9 +146,14 @@ class Driver:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self.post, event)
 
+    def attach(self) -> None:
+        """Belong to the running loop: from now on inputs may be posted."""
+        self._loop = asyncio.get_running_loop()
+
     async def serve(self) -> None:
         """Handle inputs until the run has finished and its last merge is done."""
-        self._loop = asyncio.get_running_loop()
+        self.attach()
+        assert self._loop is not None
         for timer, at in sorted(self.run.timers.items()):
             self._arm(timer, at)
         self._arm_limit()
@@ -276,6 +281,10 @@ class Driver:
             assert self._loop is not None
             reason = f"{self.rules.seconds:g} seconds done"
             self._loop.call_later(self.clock.wall(self.rules.seconds), self.stop, reason)
+
+    def fail_threadsafe(self, error: AtollError) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.fail, error)
 
     def fail(self, error: AtollError) -> None:
         """The run cannot go on: `serve` returns, and what is durable stays."""

@@ -43,6 +43,7 @@ from atoll.server.workshop import Workshop
 logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
+BATCH = "batch"  # capability of clients that read several messages in one
 SAVE_PAUSE = 9.0  # times a save's duration, before the next
 
 
@@ -106,7 +107,10 @@ class Host:
 
     def merge(self, merge: Merge) -> None:
         self.workshop.stock.merges.append(merge)
-        self._spawn(self._merge(merge))
+        if self._model_size <= INLINE:  # quicker done than handed to a thread and back
+            self._merge_here(merge)
+        else:
+            self._spawn(self._merge(merge))
 
     def tell(self, client: str, outcome: Outcome) -> None:
         if outcome.fate != "used":
@@ -176,6 +180,7 @@ class Host:
         self._note_membership()
         session = self.sessions.open(hello.client, decision.fence)
         session.down_codec = self.spec.codec_down
+        session.batch = BATCH in hello.info.capabilities
         session.send(wire_pb2.ServerMessage(welcome=self._welcome(session)))
         match decision:
             case Joined(client, _, again, pace):
@@ -320,7 +325,7 @@ class Host:
         told = messages.Outcome(
             outcome.order, outcome.update, outcome.fate, outcome.version, outcome.reason
         )
-        session.send(wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told)))
+        session.send_later(wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told)))
 
     def _blob(self, version: int) -> Blob:
         return self.workshop.store.blob(self.workshop.store.open(version), self._down)
@@ -427,7 +432,7 @@ class Host:
         session = self.sessions.of.get(client)
         if session is not None:
             receipt = wire_pb2.Receipt(order=result.order, update=result.update, final=result.final)
-            session.send(wire_pb2.ServerMessage(receipt=receipt))
+            session.send_later(wire_pb2.ServerMessage(receipt=receipt))
 
     def _refuse_update(self, client: str, error: RemoteError) -> None:
         """What it sent can never be used: the run goes on without this client."""
@@ -438,15 +443,20 @@ class Host:
 
     async def _merge(self, merge: Merge) -> None:
         loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._merging, self._merge_here, merge)
+
+    def _merge_here(self, merge: Merge) -> None:
+        """In whichever thread: make the version, then tell the driver."""
         try:
-            merged = await loop.run_in_executor(self._merging, self.workshop.make, merge)
+            merged = self.workshop.make(merge)
         except AtollError as error:
-            self.driver.fail(error)
+            self.driver.fail_threadsafe(error)
         except Exception as error:
             logger.exception("run=%s version=%d could not be merged", self.spec.id, merge.version)
-            self.driver.fail(ServerError("FL-S100", f"merging failed: {error!r}", "report it"))
+            failed = ServerError("FL-S100", f"merging failed: {error!r}", "report it")
+            self.driver.fail_threadsafe(failed)
         else:
-            self.driver.post(merged)
+            self.driver.post_threadsafe(merged)
 
     def _published(self, version: int) -> None:
         if self._save_task is None and version % self.spec.save_every == 0:

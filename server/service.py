@@ -102,10 +102,12 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 
 async def _write(session: "Session", context: Any) -> None:
-    while (message := await session.out.get()) is not None:
+    while (message := await session.next()) is not None:
         await context.write(message)
 
 
 async def _read(host: "Host", session: "Session", context: Any) -> None:
     while (message := await context.read()) is not grpc.aio.EOF:
         host.message(session, message)
+        for further in message.more:
+            host.message(session, further)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from atoll.protocols import wire_pb2
 from atoll.protocols.errors import RemoteError
 
+LATER = 0.05  # seconds a receipt or an outcome may wait for company
 QUEUE = 256  # messages; a client that does not read is cut off rather than buffered without bound
 
 
@@ -23,12 +24,38 @@ class Session:
     out: "asyncio.Queue[wire_pb2.ServerMessage | None]" = field(
         default_factory=lambda: asyncio.Queue(QUEUE)
     )
+    batch: bool = False  # the client reads several messages in one
     step: int = 0  # local steps done of the order in training, as last heard
-    bytes_up: int = 0
-    bytes_down: int = 0
+    _later: list[wire_pb2.ServerMessage] = field(default_factory=list)
 
     def send(self, message: wire_pb2.ServerMessage) -> None:
-        """Queue a message; a full queue ends the session."""
+        """Queue a message, behind those that waited for one; a full queue ends the session."""
+        self.flush()
+        self._put(message)
+
+    def send_later(self, message: wire_pb2.ServerMessage) -> None:
+        """Queue a message that is not urgent: with the next that is, or within LATER seconds."""
+        if not self._later:
+            asyncio.get_running_loop().call_later(LATER, self.flush)
+        self._later.append(message)
+
+    def flush(self) -> None:
+        later, self._later = self._later, []
+        for message in later:
+            self._put(message)
+
+    async def next(self) -> wire_pb2.ServerMessage | None:
+        """What to write next: all that is queued in one message where the client reads that."""
+        first = await self.out.get()
+        while self.batch and first is not None and not self.out.empty():
+            other = self.out.get_nowait()
+            if other is None:
+                self.out.put_nowait(None)
+                break
+            first.more.append(other)
+        return first
+
+    def _put(self, message: wire_pb2.ServerMessage) -> None:
         try:
             self.out.put_nowait(message)
         except asyncio.QueueFull:
@@ -36,6 +63,9 @@ class Session:
 
     def close(self) -> None:
         """End the stream once what is queued has gone out."""
+        for message in self._later[: QUEUE - self.out.qsize()]:
+            self.out.put_nowait(message)
+        self._later = []
         if self.out.full():
             self.out.get_nowait()
         self.out.put_nowait(None)
