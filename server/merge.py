@@ -1,6 +1,6 @@
 """Merge: updates become the next version, in one pass over mapped bytes.
 
-For each tile of half a million elements: decode and sum the updates in their order, take the outer
+For each tile of a million elements: decode and sum the updates in their order, take the outer
 optimizer's step, write the tile of the new version. Tiles are spread over threads; nothing is
 model-sized but mapped files. Everything is elementwise and in a fixed order, so the result has the
 same bits whatever the tile size and the number of threads (tested). Where the process is ours,
