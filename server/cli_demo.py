@@ -22,7 +22,9 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
 
 
 @click.command()
-@click.option("--clients", default=4, show_default=True)
+@click.option(
+    "--clients", default=4, show_default=True, help="How many, each a process of its own."
+)
 @click.option(
     "--speeds",
     default="",
@@ -31,7 +33,12 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
     help="Relative throughput of each client: 4 is four times as fast as 1.  "
     "[default: 1,1,2,4, repeated]",
 )
-@click.option("--strategy", default="fedcompass", show_default=True)
+@click.option(
+    "--strategy",
+    default="fedcompass",
+    show_default=True,
+    help="fedcompass, fedavg, fedbuff, with parameters as fedavg:steps=50.",
+)
 @click.option(
     "--data",
     default="digits",
@@ -47,19 +54,30 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
     show_default=True,
     help="iid, dirichlet:0.5, classes:2, quantity:0.5, column:NAME.",
 )
-@click.option("--target-accuracy", default=0.95, show_default=True)
-@click.option("--timeout", default=300.0, show_default=True, metavar="SECONDS")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--target-accuracy", default=0.95, show_default=True, help="End when reached.")
+@click.option(
+    "--timeout",
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="End then, with exit code 5, if it was not.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the first model and of every split.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("atoll-demo"),
     show_default=True,
+    help="Model, history, plots and logs go there.",
 )
-@click.option("--aggregator", default="mean", show_default=True)
-@click.option("--outer", default="sgd", show_default=True)
-@click.option("--local", "algorithm", default="plain", show_default=True)
-@click.option("--codec", default="fp32", show_default=True)
+@click.option("--aggregator", default="mean", show_default=True, help="How updates are combined.")
+@click.option(
+    "--outer", default="sgd", show_default=True, help="The server's step, e.g. nesterov:lr=0.7."
+)
+@click.option(
+    "--local", "algorithm", default="plain", show_default=True, help="plain, fedprox:mu=0.1."
+)
+@click.option("--codec", default="fp32", show_default=True, help="fp32, fp16, bf16.")
 @click.option("--lr", type=float, default=None, help="Local learning rate.")
 @console.json_option
 def demo(
