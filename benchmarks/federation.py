@@ -49,8 +49,8 @@ def _measure(
         while not ready.exists():
             time.sleep(0.02)
         memory = _Memory(processes[0].pid)
-        for index in range(clients):
-            processes.append(subprocess.Popen([*base, "--client", str(index), address]))
+        commands = ([*base, "--client", str(index), address] for index in range(clients))
+        processes.extend(subprocess.Popen(command) for command in commands)
         for process in processes:
             if process.wait(LIMIT):
                 raise RuntimeError(f"process {process.args} failed")
