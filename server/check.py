@@ -1,10 +1,9 @@
 """Check: refuse what cannot be before a port is opened, a file written, or torch imported.
 
-A known name passes here without its module being imported; for any other the slot itself is asked,
-which takes seconds and says precisely what is wrong.
+Names are looked up, not made: their parameters are for the slots themselves, later. Only where data
+is not found is torch needed, to say precisely why.
 """
 
-import importlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,22 +13,14 @@ from atoll.protocols import slots
 from atoll.protocols.errors import UsageError
 from atoll.server.spec import STRATEGIES, RunSpec
 
-# The built-in names of each slot; a test holds them to the slots' own tables.
+# The built-in names, whose own tables lie beside torch; a test holds these to those.
 KNOWN: Mapping[str, frozenset[str]] = {
     "aggregator": frozenset({"mean"}),
     "outer": frozenset({"average", "sgd", "momentum", "nesterov", "adam", "yogi", "adagrad"}),
-    "algorithm": frozenset({"plain", "fedprox"}),
+    "local algorithm": frozenset({"plain", "fedprox"}),
     "model": frozenset({"linear", "mlp", "cnn", "resnet18", "charlm"}),
     "codec": frozenset({"fp32", "fp16", "bf16"}),
     "data": frozenset({"digits", "mnist", "cifar10", "text", "npz", "synthetic", "csv"}),
-}
-TABLES: Mapping[str, str] = {  # where these tables are
-    "aggregator": "atoll.aggregation.aggregator",
-    "outer": "atoll.aggregation.outer",
-    "algorithm": "atoll.client.algorithm",
-    "model": "atoll.client.models",
-    "codec": "atoll.protocols.codecs",
-    "data": "atoll.client.data",
 }
 FILES = ("mnist", "cifar10", "text", "csv", "npz")  # data that lies at a path
 
@@ -39,11 +30,13 @@ def check(spec: RunSpec, trains: bool = True) -> None:
     strategy_of(spec)
     if not trains:
         return
-    named = {"aggregator": spec.aggregator, "outer": spec.outer, "algorithm": spec.algorithm}
-    for slot, name in {**named, "model": spec.model}.items():
+    named = [
+        ("aggregator", spec.aggregator), ("outer", spec.outer),
+        ("local algorithm", spec.algorithm), ("model", spec.model),
+        ("codec", spec.codec_up), ("codec", spec.codec_down),
+    ]  # fmt: skip
+    for slot, name in named:
         _check_name(slot, name)
-    for name in sorted({spec.codec_up, spec.codec_down}):
-        _check_name("codec", name)
     _check_data(spec.data)
 
 
@@ -64,7 +57,7 @@ def _check_name(slot: str, spec: str) -> None:
         return
     if target and _importable(name):
         return
-    slots.find(slot, spec, getattr(importlib.import_module(TABLES[slot]), "BUILTIN"))  # noqa: B009
+    slots.find(slot, spec, dict.fromkeys(KNOWN[slot], ""))  # an entry point, or an error
 
 
 def _importable(module: str) -> bool:

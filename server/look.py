@@ -77,8 +77,12 @@ def served_at(state: Path) -> str | None:
 
 
 class Source(Protocol):
+    @property
+    def pause(self) -> float:
+        """Seconds to wait after a look at which there was nothing new."""
+
     def rows(self) -> list[Row]:
-        """New rows of the history; may wait a moment for one."""
+        """New rows of the history."""
 
 
 @dataclass
@@ -86,6 +90,7 @@ class FromFile:
     """The history file, as it grows."""
 
     path: Path
+    pause: float = PAUSE
     _read: int = 0  # bytes
 
     def rows(self) -> list[Row]:
@@ -97,8 +102,6 @@ class FromFile:
             text = b""
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
-        if not whole:
-            time.sleep(PAUSE)
         return [json.loads(line) for line in whole.splitlines() if line.strip()]
 
 
@@ -107,6 +110,7 @@ class FromServer:
     """The server's history, which it hands out as it grows."""
 
     address: str
+    pause: float = 0.0  # it waits in its answer
     _seen: int = 0  # rows
     _now: float = 0.0  # run clock of the last one
 
@@ -165,6 +169,8 @@ class Watch:
             yield status.elapsed_s + since, status, rows
             if self.history.finished is not None or not (served or rows):
                 return
+            if served and not rows:
+                time.sleep(source.pause)
 
     def _source(self) -> Source:
         if self.place.state is not None:

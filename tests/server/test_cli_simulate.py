@@ -1,0 +1,181 @@
+"""simulate: the options of a world, the hash that comes again, and what is left in --out."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from atoll.protocols import console
+from atoll.protocols.errors import AtollError
+from atoll.server.cli import cli
+from atoll.server.cli_simulate import bandwidth_of, clients_of, dropout_of, size_of
+from atoll.server.history import History
+
+Capsys = pytest.CaptureFixture[str]
+
+
+def simulated(capsys: Capsys, *arguments: str, code: int = 0) -> Any:
+    assert console.run(cli, ["simulate", *arguments, "--json"]) == code
+    told = json.loads(capsys.readouterr().out)
+    return told["data"] if told["ok"] else told["error"]
+
+
+NULL = ("--null", "--strategy", "fedavg:steps=10,min_clients=4", "--until", "50")
+
+
+def test_time_alone_is_what_the_strategy_makes_of_it(capsys: Capsys) -> None:
+    """FedAvg's round lasts as long as its slowest: 10 steps at 0.1 s, so 50 rounds in 50 s."""
+    told = simulated(capsys, *NULL)
+    assert (told["versions"], told["updates"], told["steps"]) == (50, 200, 2000)
+    assert (told["virtual_s"], told["reason"]) == (50.0, "50 seconds done")
+    assert [c["updates"] for c in told["clients"]] == [50, 50, 50, 50]
+    idle = [c["idle"] for c in told["clients"]]
+    assert idle == pytest.approx([0, 0, 0.5, 0.75], abs=1e-9)
+    assert (told["accuracy"], told["reached"], told["files"]) == (None, None, {})
+
+
+def test_the_same_command_gives_the_same_hash_and_another_seed_another(capsys: Capsys) -> None:
+    drawn = (*NULL, "--clients", "5", "--speeds", "exp", "--dropout", "20,5")
+    first, second = (simulated(capsys, *drawn, "--seed", "1")["hash"] for _ in range(2))
+    assert first == second
+    assert simulated(capsys, *drawn, "--seed", "2")["hash"] != first
+
+
+def test_digits_are_learned_and_everything_lies_in_out(tmp_path: Path, capsys: Capsys) -> None:
+    out = tmp_path / "made" / "here"
+    told = simulated(capsys, "--until", "6", "--out", str(out), "--evaluate-every", "2")
+    assert told["versions"] >= 4
+    assert told["best_accuracy"] > 0.7
+    assert sorted(told["files"]) == ["accuracy", "history", "model", "timeline"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "accuracy.png", "history.jsonl", "model.safetensors", "timeline.png",
+    ]  # fmt: skip
+    history = History.read(out / "history.jsonl")
+    assert history.version == told["versions"]
+    assert {point.version % 2 for point in history.series("accuracy")} == {0}
+    assert history.finished == told["reason"]
+    assert sum(t.numel() for t in load_file(out / "model.safetensors").values()) == 4810
+
+
+def test_the_target_decides_the_exit_code(capsys: Capsys) -> None:
+    told = simulated(capsys, "--until", "30", "--target-accuracy", "0.5")
+    assert told["reached"] is True
+    assert 0 < told["seconds_to_target"] == told["virtual_s"] < 30
+    assert simulated(capsys, "--until", "2", "--target-accuracy", "1", code=5)["reached"] is False
+
+
+def test_bandwidth_and_model_size_cost_virtual_time(capsys: Capsys) -> None:
+    """4 MB at 8 Mbit/s are 4 s each way, and 1 s of training: a round lasts 9 s."""
+    told = simulated(capsys, *NULL, "--bandwidth", "8mbit", "--model-size", "4MB")
+    assert told["versions"] == math.floor(50 / 9)
+
+
+def test_a_lossy_codec_up_changes_what_is_learned(capsys: Capsys) -> None:
+    plain = simulated(capsys, "--until", "3")
+    lossy = simulated(capsys, "--until", "3", "--codec", "up=bf16")
+    assert plain["versions"] == lossy["versions"]
+    assert plain["hash"] != lossy["hash"]
+
+
+def test_a_strategy_of_the_users_own_runs(
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "strategy_of_mine.py").write_text(
+        "from atoll.aggregation import FedAvg\n"
+        "class Twice(FedAvg):\n"
+        "    def __init__(self, steps: int = 5) -> None:\n"
+        "        super().__init__(steps=2 * steps)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ("--null", "--until", "50", "--strategy", "strategy_of_mine:Twice:steps=10")
+    assert simulated(capsys, *own)["versions"] == 25
+
+
+def test_people_read_a_summary_with_the_hash(capsys: Capsys) -> None:
+    assert console.run(cli, ["simulate", *NULL]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("FedAvg: 50 versions in 50 virtual seconds (50 seconds done)")
+    assert "\n  hash " in out
+
+
+# ---- what cannot be ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "exit_code"),
+    [
+        (["--null", "--target-accuracy", "0.9"], "FL-S104", 78),
+        (["--null", "--bandwidth", "20mbit"], "FL-S108", 2),
+        (["--clients", "0"], "FL-S108", 2),
+        (["--pace", "0"], "FL-S108", 2),
+        (["--pace", "nan"], "FL-S108", 2),
+        (["--speeds", "1,2", "--clients", "3"], "FL-S108", 2),
+        (["--speeds", "1,2", "--change", "0.1"], "FL-S104", 78),
+        (["--speeds", "tachyons"], "FL-S101", 78),
+        (["--speeds", "trace:no-such.json"], "FL-D101", 3),
+        (["--dropout", "never"], "FL-S108", 2),
+        (["--dropout", "10,0"], "FL-S108", 2),
+        (["--bandwidth", "sideways=1mbit"], "FL-S108", 2),
+        (["--codec", "bf16"], "FL-S104", 78),
+        (["--strategy", "fedavgg"], "FL-S101", 78),
+        (["--partition", "fairly"], "FL-D104", 78),
+        (["--seconds", "-1"], "FL-S108", 2),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    arguments: list[str], code: str, exit_code: int, capsys: Capsys
+) -> None:
+    assert simulated(capsys, *arguments, code=exit_code)["code"] == code
+
+
+def given(**options: object) -> dict[str, object]:
+    unset = {"clients": None, "speeds": None, "pace": 0.1, "change": None}
+    return {**unset, "bandwidth": "", "dropout": "", **options}
+
+
+def test_four_clients_by_default_and_a_crowd_where_a_number_is_given() -> None:
+    assert [c.seconds_per_step for c in clients_of(given(), 0)] == [0.1, 0.1, 0.05, 0.025]
+    crowd = clients_of(given(clients=50), 0)
+    assert len({c.seconds_per_step for c in crowd}) == 50
+
+
+def test_speeds_may_be_written_as_in_the_demo() -> None:
+    assert clients_of(given(speeds="1,4", pace=0.2), 0) == clients_of(
+        given(speeds="speeds:1,4", pace=0.2, clients=2), 0
+    )
+
+
+@pytest.mark.parametrize("speeds", ["exp", "lognormal:0.6"])
+def test_change_is_passed_on_to_every_client(speeds: str) -> None:
+    crowd = clients_of(given(clients=3, speeds=speeds, change=0.25), 0)
+    assert [c.change for c in crowd] == [0.25] * 3
+    assert all(c.draw is not None for c in crowd)
+
+
+def test_every_client_has_the_bandwidth_and_the_life_that_were_given() -> None:
+    one, *_ = clients_of(given(bandwidth="down=16mbit,up=1MB", dropout="600,30"), 0)
+    assert (one.down, one.up, one.uptime, one.downtime) == (2e6, 1e6, 600.0, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5", 5), ("5 kB", 5000), ("100MB", 1e8), ("1.5gb", 1.5e9), ("20mbit", 2.5e6), ("8kbit", 1e3)],
+)
+def test_sizes_have_units_of_1000(text: str, size: float) -> None:
+    assert size_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "fast", "5 parsec", "-1MB", "0", "inf", "MB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(AtollError, match="no size or rate"):
+        size_of(text)
+
+
+def test_nothing_given_is_no_limit() -> None:
+    assert bandwidth_of("") == (math.inf, math.inf)
+    assert bandwidth_of("up=1MB") == (math.inf, 1e6)
+    assert dropout_of("") == (math.inf, 60.0)
+    assert dropout_of("5") == (5.0, 60.0)
