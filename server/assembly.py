@@ -14,6 +14,7 @@ from atoll.aggregation.outer import outer
 from atoll.aggregation.strategy import Strategy
 from atoll.client.models import manifest_of
 from atoll.protocols import slots as slot
+from atoll.protocols import state
 from atoll.protocols.codecs import codec
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.events import Evaluated
@@ -26,7 +27,7 @@ from atoll.server.host import Host
 from atoll.server.journal import Journal
 from atoll.server.merge import Buffers, Merger
 from atoll.server.recover import Recovered, recover
-from atoll.server.rules import Rules
+from atoll.server.rules import LIMITS, Rules
 from atoll.server.run import Run
 from atoll.server.server import Summary
 from atoll.server.spec import STRATEGIES, RunSpec
@@ -69,6 +70,7 @@ class Assembly:
         if fresh:
             self._first_version(module, init)
         membership = Membership(lease=spec.lease)
+        self._limits(rules)
         found = recover(self.journal, strategy, rules, membership)
         self._restore(found, uploads)
         self.resumed = not fresh
@@ -111,14 +113,22 @@ class Assembly:
             first = self.store.initial(module.state_dict())
         self.store.save(first)
 
+    def _limits(self, rules: Rules) -> None:
+        """Limits that were not given this time are those of the last."""
+        told = self.journal.meta("limits")
+        if told is not None:
+            former = state.loads(Rules, told)
+            for name in LIMITS:
+                if getattr(rules, name) is None:
+                    setattr(rules, name, getattr(former, name))
+        self.journal.note("limits", state.dumps(rules))
+
     def _restore(self, found: Recovered, uploads: Uploads) -> None:
         """Take up kept updates, make unsaved versions again; the rest is forgotten."""
         run: Run = found.run
-        newest = max(self.store.saved(), default=0)
-        keep = set(run.held)
-        for merge in found.stock.merges:
-            if merge.version > newest or merge.version > run.published:
-                keep.update(update for update, _ in merge.items)
+        newest = self._newest(run.published)
+        merges = [m for m in found.stock.merges if m.version > newest]
+        keep = set(run.held) | {update for merge in merges for update, _ in merge.items}
         gone = []
         for payload in self.journal.payloads():
             if payload.id not in keep:
@@ -131,15 +141,21 @@ class Assembly:
                 uploads.restore(payload.id, payload.info.size, payload.info.sha256)
         uploads.sweep(keep)
         self.journal.append([], forget=gone)
-        merges = [m for m in found.stock.merges if m.version > newest]
         self.workshop.stock = Stock([m for m in merges if m.version <= run.published])
         self._redo = [m for m in merges if m.version > run.published]
         self.workshop.rebuild(self.workshop.stock.merges)
         self.workshop.best = found.rules.best_version
-        if self.store.latest() is None:
-            raise ServerError(
-                "FL-S206", f"no whole version in {self.folder}", "restore it from a backup"
-            )
+
+    def _newest(self, published: int) -> int:
+        """The newest whole version on disk that the journal knows of: a later one was made when
+        the process died, and is made again. Damaged ones are set aside."""
+        for number in reversed(self.store.saved()):
+            if number <= published:
+                with contextlib.suppress(ServerError):
+                    return self.store.open(number).number
+        raise ServerError(
+            "FL-S206", f"no whole version in {self.folder}", "restore it from a backup"
+        )
 
     def _evaluator(self, judge: Judge | None) -> Evaluator | None:
         if judge is None:
@@ -148,10 +164,13 @@ class Assembly:
         def report(version: int, metrics: Mapping[str, float]) -> None:
             self.driver.post_threadsafe(Evaluated(version, metrics))
 
+        def failed(version: int) -> None:
+            self.host.unjudged(version)
+
         def read(version: int) -> Mapping[str, torch.Tensor]:
             return self.workshop.pin(version).tensors()
 
-        return Evaluator(judge, read, report)
+        return Evaluator(judge, read, report, failed)
 
     # ---- history -------------------------------------------------------------------------------
 
@@ -200,16 +219,14 @@ class Assembly:
             self._row(
                 {"t": self.clock.now(), "kind": "resumed", "version": self.host.run.published}
             )
-        if self.evaluator is not None and not self.resumed:
-            self.evaluator.offer(0)
+        if self.driver.rules.latest_version < self.host.run.published or not self.resumed:
+            self.host.evaluate(self.host.run.published)  # its evaluation died with the process
         for merge in self._redo:
             self.host.merge(merge)
         self.host.begin()
 
     async def end(self, over: bool) -> None:
         """Goodbye to the clients; `over`: for good."""
-        if self.evaluator is not None and over:
-            self.evaluator.offer(self.host.run.published)
         reason = self.host.run.finished if over else "the server stops for now"
         self.host.farewell(reason or "", over, retry_seconds=1.0)
         await self.host.close()

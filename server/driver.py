@@ -27,6 +27,7 @@ from atoll.protocols.events import (
     UpdateReceived,
 )
 from atoll.server.journal import Journal, Payload
+from atoll.server.recover import failed
 from atoll.server.rules import Rules
 from atoll.server.run import (
     Arm,
@@ -73,6 +74,9 @@ class World(Protocol):
     def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
         """Payloads no longer needed, and meta rows, to be written with the next batch."""
 
+    def busy(self) -> bool:
+        """Whether something will still be posted that a finished run should hear."""
+
 
 class Clock:
     """The run's clock, seconds: stands still while the server is down or the run is paused."""
@@ -112,12 +116,13 @@ class Driver:
         self.rules = rules
         self.clock = clock
         self.error: AtollError | None = None
-        self.snapshot: Callable[[], str] | None = None  # what to write every `snapshot_every`
+        self.snapshot: Callable[[], str | None] | None = None  # to write every `snapshot_every`
         self.snapshot_every = 2000  # inputs
         self._since_snapshot = 0
         self._last = clock.now()
         self._queue: asyncio.Queue[_Input | None] = asyncio.Queue()  # None: look at `error`
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._limit: asyncio.TimerHandle | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
@@ -151,22 +156,39 @@ class Driver:
         self._loop = asyncio.get_running_loop()
 
     async def serve(self) -> None:
-        """Handle inputs until the run has finished and its last merge is done."""
+        """Handle inputs until the run has finished and its last merge is done.
+
+        Raises what ended it otherwise, an AtollError that `error` holds too.
+        """
         self.attach()
         assert self._loop is not None
         for timer, at in sorted(self.run.timers.items()):
             self._arm(timer, at)
         self._arm_limit()
+        self._check_rules(self.clock.now())  # it may have ended just before a restart
         try:
             while not self._over():
                 await self._handle(await self._batch())
-                if self.error is not None:
-                    raise self.error
+        except AtollError as error:
+            self.fail(error)
+        except Exception as error:  # whatever it is, it is no good end
+            logger.exception("run=%s failed", self.journal.run)
+            self.fail(ServerError("FL-S100", f"unexpected error: {error!r}", "report it"))
         finally:
-            for handle in self._timers.values():
+            await self._close()
+        if self.error is not None:
+            raise self.error
+
+    async def _close(self) -> None:
+        for handle in (*self._timers.values(), self._limit):
+            if handle is not None:
                 handle.cancel()
+        assert self._loop is not None
+        try:
             await self._loop.run_in_executor(self._disk, self.journal.flush)
-            self._disk.shutdown()
+        except AtollError as error:
+            self.fail(error)
+        self._disk.shutdown()
 
     def stop(self, reason: str) -> None:
         """End the run from outside: a rule, the user."""
@@ -181,25 +203,26 @@ class Driver:
     def _over(self) -> bool:
         if self.error is not None:
             return True
-        return self.run.finished is not None and not self.run.merging
+        return self.run.finished is not None and not self.run.merging and not self.world.busy()
+
+    def wake(self) -> None:
+        """Look again whether all is over; from any thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
     async def _batch(self) -> list[_Input]:
         batch = [await self._queue.get()]
         while not self._queue.empty():
             batch.append(self._queue.get_nowait())
         inputs = [one for one in batch if one is not None]
-        inputs.sort(key=lambda i: (i.now, RANK[type(i.event)]))
-        return inputs
+        return in_order(inputs)
 
     async def _handle(self, batch: list[_Input]) -> None:
         assert self._loop is not None
         if not batch:
             return
-        try:
-            first = await self._loop.run_in_executor(self._disk, self._write, batch)
-        except ServerError as error:
-            self.fail(error)
-            return
+        forget, meta = self.world.spent()
+        first = await self._loop.run_in_executor(self._disk, self._write, batch, forget, meta)
         for i, one in enumerate(batch):
             if not self._one(first + i, one):
                 return
@@ -207,10 +230,10 @@ class Driver:
         if self.snapshot is not None and self._since_snapshot >= self.snapshot_every:
             self._since_snapshot = 0
             text, now = self.snapshot(), batch[-1].now
-            await self._loop.run_in_executor(self._disk, self.journal.snapshot, now, text)
+            if text is not None:
+                await self._loop.run_in_executor(self._disk, self.journal.snapshot, now, text)
 
-    def _write(self, batch: list[_Input]) -> int:
-        forget, meta = self.world.spent()
+    def _write(self, batch: list[_Input], forget: list[str], meta: list[tuple[str, str]]) -> int:
         payloads = [i.payload for i in batch if i.payload is not None]
         return self.journal.append([(i.now, i.event) for i in batch], payloads, forget, meta)
 
@@ -219,13 +242,8 @@ class Driver:
             heard, actions, effects = self.run.handle(one.event, one.now)
         except Exception as error:  # a strategy may raise anything; the run ends with it
             logger.exception("run=%s the strategy failed", self.journal.run)
-            self.fail(
-                ServerError(
-                    "FL-S204",
-                    f"the strategy failed on {type(one.event).__name__}: {error!r}",
-                    "mend the strategy and start again on the same state directory",
-                )
-            )
+            self.journal.fail(seq, repr(error))
+            self.fail(failed(type(one.event).__name__, error))
             return False
         self.journal.decide(seq, actions)
         if isinstance(one.event, Evaluated):
@@ -235,14 +253,13 @@ class Driver:
             self._perform(effect)
         if one.then is not None:
             one.then()
-        self._check_rules(one)
+        if isinstance(one.event, Merged | Evaluated | TimerFired):
+            self._check_rules(one.now)
         return True
 
-    def _check_rules(self, one: _Input) -> None:
+    def _check_rules(self, now: float) -> None:
         run = self.run
-        if not isinstance(one.event, Merged | Evaluated | TimerFired):
-            return
-        reason = self.rules.reason(run.published, run.updates_used, run.steps_used, one.now)
+        reason = self.rules.reason(run.published, run.updates_used, run.steps_used, now)
         if reason is not None:
             self.stop(reason)
 
@@ -280,7 +297,8 @@ class Driver:
         if self.rules.seconds is not None:
             assert self._loop is not None
             reason = f"{self.rules.seconds:g} seconds done"
-            self._loop.call_later(self.clock.wall(self.rules.seconds), self.stop, reason)
+            wait = self.clock.wall(self.rules.seconds)
+            self._limit = self._loop.call_later(wait, self.stop, reason)
 
     def fail_threadsafe(self, error: AtollError) -> None:
         assert self._loop is not None
@@ -290,3 +308,20 @@ class Driver:
         """The run cannot go on: `serve` returns, and what is durable stays."""
         self.error = self.error or error
         self._queue.put_nowait(None)
+
+
+def in_order(inputs: list[_Input]) -> list[_Input]:
+    """As a strategy hears them: by time, then leave, join, update, timer, then by arrival.
+
+    A client that joins and leaves at one instant has done so in this order.
+    """
+    joined: set[tuple[float, str]] = set()
+    keys: list[tuple[float, int]] = []
+    for one in inputs:
+        rank = RANK[type(one.event)]
+        if isinstance(one.event, ClientJoined):
+            joined.add((one.now, one.event.client))
+        elif isinstance(one.event, ClientLeft) and (one.now, one.event.client) in joined:
+            rank = RANK[ClientJoined]
+        keys.append((one.now, rank))
+    return [inputs[i] for i in sorted(range(len(inputs)), key=keys.__getitem__)]

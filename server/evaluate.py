@@ -23,17 +23,20 @@ class Judge(Protocol):
 
 
 class Evaluator:
-    """`read` gives a version's tensors; `report` is called, in this thread, with its metrics."""
+    """`read` gives a version's tensors; `report` is called, in this thread, with its metrics, or
+    `failed` where it could not be evaluated."""
 
     def __init__(
         self,
         judge: Judge,
         read: Callable[[int], Mapping[str, Tensor]],
         report: Callable[[int, Mapping[str, float]], None],
+        failed: Callable[[int], None],
     ) -> None:
         self._judge = judge
         self._read = read
         self._report = report
+        self._failed = failed
         self._waiting: int | None = None
         self._closed = False
         self._news = threading.Condition()
@@ -47,9 +50,10 @@ class Evaluator:
             self._news.notify()
 
     def close(self, seconds: float = 60.0) -> None:
-        """End once what waits has been evaluated."""
+        """End after the version in work; one that waits is left."""
         with self._news:
             self._closed = True
+            self._waiting = None
             self._news.notify()
         self._thread.join(seconds)
 
@@ -63,6 +67,9 @@ class Evaluator:
                 return
             try:
                 self._judge.load(self._read(version))
-                self._report(version, dict(self._judge.evaluate()))
+                metrics = dict(self._judge.evaluate())
             except Exception:  # a user's model may raise anything; training goes on
                 logger.exception("version=%d could not be evaluated", version)
+                self._failed(version)
+            else:
+                self._report(version, metrics)

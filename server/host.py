@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 from atoll.protocols import messages, state, tensors, wire_pb2
 from atoll.protocols.blobs import CHUNK, INLINE, Blob
@@ -18,6 +18,7 @@ from atoll.protocols.codecs import codec
 from atoll.protocols.errors import AtollError, RemoteError, ServerError
 from atoll.protocols.events import (
     Action,
+    ClientInfo,
     ClientJoined,
     ClientLeft,
     Evaluated,
@@ -32,7 +33,7 @@ from atoll.protocols.messages import Result
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
 from atoll.server.history import History
-from atoll.server.journal import Payload
+from atoll.server.journal import ACKS, Payload
 from atoll.server.rows import Recorder
 from atoll.server.run import Effect, Merge, Order, Outcome, Run
 from atoll.server.sessions import Session, Sessions
@@ -81,10 +82,12 @@ class Host:
         self._recorder = Recorder()
         self._groups: dict[str, tuple[tuple[str, ...], float, float]] = {}
         self._down = codec(spec.codec_down)
+        self._manifest = json.dumps(workshop.store.manifest.to_json())
         sections = tensors.sections_of(workshop.store.manifest, self._down)
         self._model_size = sum(s.length for s in sections)
         self._spent: list[str] = []
         self._meta: list[tuple[str, str]] = []
+        self._acks: list[tuple[str, str]] = []  # (client, update), not yet written down
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="merge")
         self._saving = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._save_task: asyncio.Task[None] | None = None
@@ -92,6 +95,9 @@ class Host:
         self._closing = asyncio.Event()
         self._lease: asyncio.TimerHandle | None = None
         self._asked_clients = -1  # newest version that clients were asked to evaluate
+        self._offered = self._judged = -1  # newest versions given to the evaluator, heard from it
+        self._bye: wire_pb2.Goodbye | None = None  # said for good
+        self._told: set[str] = set()  # who heard it
 
     # ---- the driver's world --------------------------------------------------------------------
 
@@ -131,8 +137,10 @@ class Host:
             self.history.append(row)
             self._on_row(dict(row))
         if isinstance(event, Merged):
+            self.workshop.stock.published(event)
             self._published(event.version)
         elif isinstance(event, Evaluated):
+            self._judged = max(self._judged, event.version)
             self.workshop.unpin(event.version, self.driver.rules.best_version)
 
     def _new_groups(self, now: float) -> Iterator[dict[str, object]]:
@@ -152,10 +160,31 @@ class Host:
     def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
         spent, self._spent = self._spent, []
         meta, self._meta = self._meta, []
+        acks, self._acks = self._acks, []
+        if acks:
+            meta.append((ACKS + acks[0][1], json.dumps(acks)))
         return spent, meta
 
-    def snapshot(self) -> str:
-        """Everything that recovery needs besides the journal's later inputs."""
+    def busy(self) -> bool:
+        return self._judged < self._offered
+
+    def evaluate(self, version: int) -> None:
+        """Let the server's own test data judge a version."""
+        if self.evaluator is not None:
+            self._offered = max(self._offered, version)
+            self.evaluator.offer(version)
+
+    def unjudged(self, version: int) -> None:
+        """It could not be evaluated; called from any thread."""
+        self._judged = max(self._judged, version)
+        self.driver.wake()
+
+    def snapshot(self) -> str | None:
+        """Everything that recovery needs besides the journal's later inputs; None where a strategy
+        keeps state beside its dataclass fields: then recovery reads all inputs again."""
+        strategy = self.run.strategy
+        if not is_dataclass(strategy) or vars(strategy).keys() - {f.name for f in fields(strategy)}:
+            return None
         return json.dumps(
             {
                 "run": state.dump(self.run),
@@ -175,32 +204,56 @@ class Host:
     def hello(self, hello: messages.Hello) -> Session:
         """Take a client in. RemoteError where it cannot take part."""
         self._check_hello(hello)
-        now = self.driver.clock.now()
-        decision = self.membership.hello(hello.client, hello.node, now)
-        self._note_membership()
+        decision = self.membership.hello(hello.client, hello.node, self.driver.clock.now())
         session = self.sessions.open(hello.client, decision.fence)
         session.down_codec = self.spec.codec_down
         session.batch = BATCH in hello.info.capabilities
         session.send(wire_pb2.ServerMessage(welcome=self._welcome(session)))
-        match decision:
-            case Joined(client, _, again, pace):
-                known = hello.info.seconds_per_step or pace
-                info = type(hello.info)(hello.info.examples, known, hello.info.capabilities)
-                logger.info("client=%s joined%s", client, " again" if again else "")
-                self.driver.post(ClientJoined(client, info))
-            case Back(client, _, silent):
-                logger.info("client=%s is back after %.1f s", client, silent)
-                self._on_row(
-                    {"t": now, "kind": "back", "client": client, "silent": round(silent, 3)}
-                )
-        for outcome in list(self.run.untold.get(hello.client, {}).values()):
+        untold = list(self.run.untold.get(hello.client, {}).values())
+        session.room += len(untold)
+        for outcome in untold:
             self._send_outcome(session, outcome)
-        order = self.run.open.get(hello.client)
-        waits = isinstance(decision, Back) and order is not None and order.started is not None
-        if order is not None and waits and order.id not in hello.holding:
-            self._send_order(session, order)
+        if isinstance(decision, Joined):
+            self._joined(hello, decision)
+        else:
+            self._back(hello, decision, session)
+        if self._bye is not None:
+            self._say_bye(session, self._bye)
         self._arm_lease()
         return session
+
+    def _joined(self, hello: messages.Hello, joined: Joined) -> None:
+        self._note_membership()
+        known = hello.info.seconds_per_step or joined.seconds_per_step
+        info = ClientInfo(hello.info.examples, known, hello.info.capabilities)
+        logger.info("client=%s joined%s", joined.name, " again" if joined.again else "")
+        self.driver.post(ClientJoined(joined.name, info))
+
+    def _back(self, hello: messages.Hello, back: Back, session: Session) -> None:
+        """Within its lease: its order goes on, or is sent again where it was lost on the way."""
+        now = self.driver.clock.now()
+        logger.info("client=%s is back after %.1f s", back.name, back.silent)
+        self._on_row(
+            {"t": now, "kind": "back", "client": back.name, "silent": round(back.silent, 3)}
+        )
+        order = self.run.open.get(back.name)
+        if order is None or order.started is None or order.id in hello.holding:
+            return
+        if order.version in self.workshop.store.numbers():
+            self._send_order(session, order)
+        else:
+            self._renew(hello, session, f"version {order.version} of its order is gone")
+
+    def _renew(self, hello: messages.Hello, session: Session, reason: str) -> None:
+        """Let a client leave and join in one breath: its open order cannot be done any more."""
+        now = self.driver.clock.now()
+        left = self.membership.expel(session.client, now, reason)
+        if left is not None:
+            self._left(left)
+        again = self.membership.hello(hello.client, hello.node, now)
+        assert isinstance(again, Joined)
+        session.fence = again.fence
+        self._joined(hello, again)
 
     def gone(self, session: Session, reason: str) -> None:
         """A control stream ended. Within its lease the client may come back."""
@@ -218,16 +271,17 @@ class Host:
                 session.step = message.heartbeat.step
             case "ack":
                 for update in message.ack.updates[:64]:
-                    self.run.acknowledge(session.client, update)
+                    if self.run.acknowledge(session.client, update):
+                        self._acks.append((session.client, update))
             case "failure":
                 told = message.failure
                 why = f"{messages.text(told.code, 16)}: {messages.text(told.message)}"
                 logger.warning("client=%s order=%s failed: %s", session.client, told.order, why)
-                self._expel(session.client, f"it could not train: {why}")
-                raise RemoteError(
+                error = RemoteError(
                     "FL-C104", f"order {messages.text(told.order, 24)} was given up: {why}",
                     "mend the trainer and start this client again",
                 )  # fmt: skip
+                self._expel(session.client, f"it could not train: {why}", error)
             case "evaluation":
                 found = messages.metrics_from_wire(message.evaluation.metrics)
                 self._evaluation(message.evaluation.version, found, message.evaluation.examples)
@@ -265,7 +319,7 @@ class Host:
                     f"{', '.join(hello.info.capabilities) or 'none'}",
                     "install a newer client, or run with --codec fp32",
                 )
-        if self.run.finished is not None:
+        if self.run.finished is not None and hello.client not in self.membership.alive():
             raise RemoteError("FL-S107", f"the run is over: {self.run.finished}", "start a new one")
 
     def _welcome(self, session: Session) -> wire_pb2.Welcome:
@@ -278,6 +332,8 @@ class Host:
             heartbeat_seconds=max(0.5, self.spec.lease / 20),  # also how fresh progress bars are
             up_codec=self.spec.codec_up,
             down_codec=self.spec.codec_down,
+            spec=self.spec.for_clients(),
+            manifest=self._manifest,
         )
 
     def _left(self, left: Left) -> None:
@@ -285,10 +341,16 @@ class Host:
         self._note_membership()
         self.driver.post(ClientLeft(left.name, left.reason))
 
-    def _expel(self, client: str, reason: str) -> None:
+    def _expel(self, client: str, reason: str, error: RemoteError) -> None:
+        """It has left, whether it likes it or not; `error` is the last it hears."""
         left = self.membership.expel(client, self.driver.clock.now(), reason)
         if left is not None:
             self._left(left)
+        session = self.sessions.of.get(client)
+        if session is not None:
+            session.send(wire_pb2.ServerMessage(refusal=messages.error_to_wire(error)))
+            self.sessions.drop(session)
+            session.close()
 
     def _note_membership(self) -> None:
         self._meta.append(("membership", state.dumps(self.membership)))
@@ -437,7 +499,7 @@ class Host:
     def _refuse_update(self, client: str, error: RemoteError) -> None:
         """What it sent can never be used: the run goes on without this client."""
         logger.warning("client=%s update refused: %s", client, error)
-        self._expel(client, f"its update was refused: {error.code} {error.message}")
+        self._expel(client, f"its update was refused: {error.code} {error.message}", error)
 
     # ---- versions ------------------------------------------------------------------------------
 
@@ -465,7 +527,7 @@ class Host:
         if not every or version % every:
             return
         if self.evaluator is not None:
-            self.evaluator.offer(version)
+            self.evaluate(version)
         elif self.driver.run.finished is None and version > self._asked_clients:
             self._ask_clients(version)
 
@@ -484,7 +546,8 @@ class Host:
                 self.workshop.forget(spent)
                 self._spent.extend(spent)
                 await self._save_best()
-                await loop.run_in_executor(self._saving, self.workshop.prune)
+                ordered = {order.version for order in self.run.open.values()}
+                await loop.run_in_executor(self._saving, self.workshop.prune, ordered)
                 with contextlib.suppress(TimeoutError):
                     pause = SAVE_PAUSE * (loop.time() - began)
                     await asyncio.wait_for(self._closing.wait(), pause)
@@ -515,16 +578,30 @@ class Host:
         if self.driver.error is None:
             await self._save()
         if self.evaluator is not None:
-            self.evaluator.close()
+            await asyncio.to_thread(self.evaluator.close)
         self._merging.shutdown()
         self._saving.shutdown()
         self.workshop.merger.close()
 
     def farewell(self, reason: str, done: bool, retry_seconds: float = 1.0) -> None:
+        """Say goodbye to all who are here; `done`: also to those who come from now on."""
         bye = wire_pb2.Goodbye(reason=reason, done=done, retry_seconds=retry_seconds)
+        if done:
+            self._bye = bye
         for session in list(self.sessions.of.values()):
-            session.send(wire_pb2.ServerMessage(goodbye=bye))
-            session.close()
+            self._say_bye(session, bye)
+
+    def _say_bye(self, session: Session, bye: wire_pb2.Goodbye) -> None:
+        self._told.add(session.client)
+        session.send(wire_pb2.ServerMessage(goodbye=bye))
+        session.close()
+
+    async def linger(self) -> None:
+        """Until all members have heard the goodbye, or their leases end: one that lost us for a
+        moment would look for us for ever."""
+        while set(self.membership.alive()) - self._told:
+            await asyncio.sleep(0.05)
+            self.membership.tick(self.driver.clock.now())
 
     # ---- evaluation by clients -----------------------------------------------------------------
 

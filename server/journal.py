@@ -5,6 +5,7 @@ a WAL that two connections write). A batch of inputs is one transaction, so rece
 together; decisions about a batch ride in the next transaction: they can be worked out again.
 """
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,9 @@ from atoll.protocols.events import (
     TimerFired,
     UpdateReceived,
 )
+
+ACKS = "acks/"  # meta keys: outcomes acknowledged since the last snapshot
+FAILED = "failed"
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS event (
@@ -65,7 +69,7 @@ class Row:
     seq: int
     now: float
     event: Event
-    actions: str | None  # JSON; None where the process died before they were written
+    actions: str | None  # JSON; None where the process died before them, or the strategy failed
 
 
 class Journal:
@@ -84,13 +88,20 @@ class Journal:
             self.base.executescript(SCHEMA)
             found = self.base.execute("SELECT coalesce(max(seq), 0) FROM event").fetchone()
         except sqlite3.DatabaseError as error:
+            full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
             raise ServerError(
-                "FL-S206",
-                f"journal {path} cannot be read: {error}",
-                "restore it from a backup, or start with a new state directory",
+                "FL-S203" if full else "FL-S206",
+                f"journal {path} cannot be {'written' if full else 'read'}: {error}",
+                "free space on its disk and start again"
+                if full
+                else "restore it from a backup, or start with a new state directory",
             ) from error
         self.seq = int(found[0])
         self._undecided: list[tuple[str, int]] = []
+
+    def note(self, key: str, value: str) -> None:
+        """Write one meta row down. Raises ServerError FL-S203."""
+        self.append([], meta=[(key, value)])
 
     def append(
         self,
@@ -106,8 +117,7 @@ class Journal:
             (first + i, self.run, now, type(event).__name__, state.dumps(event))
             for i, (now, event) in enumerate(events)
         ]
-        try:
-            self.base.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             self.base.executemany(
                 "INSERT INTO event (seq, run, now, kind, event) VALUES (?, ?, ?, ?, ?)", rows
             )
@@ -118,15 +128,6 @@ class Journal:
             )
             self.base.executemany("DELETE FROM payload WHERE id = ?", [(i,) for i in forget])
             self.base.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta))
-            self.base.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            if self.base.in_transaction:
-                self.base.execute("ROLLBACK")
-            raise ServerError(
-                "FL-S203",
-                f"the journal cannot be written: {error}",
-                "free space on its disk and start again: nothing acknowledged is lost",
-            ) from error
         self.seq += len(rows)
         self._undecided = []
         return first
@@ -135,12 +136,19 @@ class Journal:
         """What was decided about input `seq`; written with the next batch."""
         self._undecided.append((dump_actions(actions), seq))
 
+    def fail(self, seq: int, error: str) -> None:
+        """Nothing was decided about input `seq`: the strategy failed on it."""
+        self._undecided.append((json.dumps({FAILED: error}), seq))
+
     def snapshot(self, now: float, text: str) -> None:
-        """A state from which reading may start, instead of from the beginning."""
-        self.base.execute(
-            "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?, ?)", (self.seq, self.run, now, text)
-        )
-        self.base.execute("DELETE FROM snapshot WHERE seq < ?", (self.seq,))
+        """A state from which reading may start, instead of from the beginning. FL-S203."""
+        with self._transaction():
+            self.base.execute(
+                "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?, ?)",
+                (self.seq, self.run, now, text),
+            )
+            self.base.execute("DELETE FROM snapshot WHERE seq < ?", (self.seq,))
+            self.base.execute("DELETE FROM meta WHERE key LIKE ?", (ACKS + "%",))
 
     def last_snapshot(self) -> tuple[int, float, str] | None:
         row = self.base.execute(
@@ -153,7 +161,21 @@ class Journal:
         for seq, now, kind, event, actions in self.base.execute(
             "SELECT seq, now, kind, event, actions FROM event WHERE seq > ? ORDER BY seq", (after,)
         ):
-            yield Row(int(seq), float(now), load_event(kind, event), actions)
+            decided = None if actions is None or actions.startswith("{") else actions
+            yield Row(int(seq), float(now), load_event(kind, event), decided)
+
+    def failures(self) -> Iterator[tuple[int, str]]:
+        """Inputs on which the strategy failed, and how."""
+        for seq, text in self.base.execute(
+            "SELECT seq, actions FROM event WHERE actions LIKE '{%' ORDER BY seq"
+        ):
+            yield int(seq), str(json.loads(text)[FAILED])
+
+    def acknowledged(self) -> Iterator[tuple[str, str]]:
+        """(client, update) of outcomes acknowledged since the last snapshot."""
+        for (text,) in self.base.execute("SELECT value FROM meta WHERE key LIKE ?", (ACKS + "%",)):
+            for client, update in json.loads(text):
+                yield str(client), str(update)
 
     def payloads(self) -> Iterator[Payload]:
         for update, info, data in self.base.execute("SELECT id, info, data FROM payload"):
@@ -165,6 +187,24 @@ class Journal:
     def meta(self, key: str) -> str | None:
         row = self.base.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of it or nothing. ServerError FL-S203 where the disk does not take it."""
+        try:
+            self.base.execute("BEGIN IMMEDIATE")
+            yield
+            self.base.execute("COMMIT")
+        except BaseException as error:
+            if self.base.in_transaction:
+                self.base.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.OperationalError):
+                raise
+            raise ServerError(
+                "FL-S203",
+                f"the journal cannot be written: {error}",
+                "free space on its disk and start again: nothing acknowledged is lost",
+            ) from error
 
     def flush(self) -> None:
         """Write decisions that have not ridden along yet."""

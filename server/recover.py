@@ -6,12 +6,12 @@ is found out before it does harm.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols import state
 from atoll.protocols.errors import ServerError
-from atoll.protocols.events import Evaluated
+from atoll.protocols.events import Evaluated, Merged
 from atoll.protocols.membership import Membership
 from atoll.server.journal import Journal, Row, dump_actions
 from atoll.server.rules import Rules
@@ -46,11 +46,9 @@ def recover(
         if told is not None:
             state.restore(membership, json.loads(told))
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ServerError(
-            "FL-S206",
-            f"the journal cannot be replayed: {error}",
-            "start with the version of the software and of the strategy that wrote it",
-        ) from error
+        raise _unlike(str(error)) from error
+    for client, update in journal.acknowledged():
+        found.run.acknowledge(client, update)
     membership.restart(found.now)
     return found
 
@@ -59,18 +57,20 @@ def _load(found: Recovered, data: dict[str, state.Json]) -> None:
     state.restore(found.run, data["run"])
     state.restore(found.run.strategy, data["strategy"])
     state.restore(found.membership, data["membership"])
-    limits = {name: getattr(found.rules, name) for name in LIMITS}
+    limits = replace(found.rules)
     state.restore(found.rules, data["rules"])
-    for name, value in limits.items():  # what the user asks for now, not then
-        setattr(found.rules, name, value)
+    found.rules.take_limits(limits)  # what the user asks for now, not then
     found.stock = state.load(Stock, data["stock"])
 
 
-LIMITS = ("target", "metric", "versions", "updates", "steps", "seconds", "patience")
-
-
 def _again(found: Recovered, row: Row) -> None:
-    _, actions, effects = found.run.handle(row.event, row.now)
+    try:
+        _, actions, effects = found.run.handle(row.event, row.now)
+    except Exception as error:  # a strategy may raise anything
+        heard = f"input {row.seq} ({type(row.event).__name__} at {row.now:.3f} s)"
+        if row.actions is not None:
+            raise _unlike(f"{heard} was answered before, and now fails: {error!r}") from error
+        raise failed(heard, error) from error
     if row.actions is not None and dump_actions(actions) != row.actions:
         raise ValueError(
             f"input {row.seq} ({type(row.event).__name__} at {row.now:.3f} s) was answered with "
@@ -78,6 +78,25 @@ def _again(found: Recovered, row: Row) -> None:
         )
     if isinstance(row.event, Evaluated):
         found.rules.evaluated(row.event.version, row.event.metrics, row.now)
+    if isinstance(row.event, Merged):
+        found.stock.published(row.event)
     found.stock.merges.extend(e for e in effects if isinstance(e, Merge))
     found.now = row.now
     found.inputs += 1
+
+
+def failed(heard: str, error: Exception) -> ServerError:
+    """The run cannot go on: its strategy raised `error`."""
+    return ServerError(
+        "FL-S204",
+        f"the strategy failed on {heard}: {error!r}",
+        "mend the strategy and start again on the same state directory",
+    )
+
+
+def _unlike(what: str) -> ServerError:
+    return ServerError(
+        "FL-S206",
+        f"the journal cannot be replayed: {what}",
+        "start with the version of the software and of the strategy that wrote it",
+    )

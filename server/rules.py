@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from atoll.protocols.errors import UsageError
 
+LIMITS = ("target", "metric", "versions", "updates", "steps", "seconds", "patience")
+
 
 @dataclass
 class Rules:
@@ -49,6 +51,13 @@ class Rules:
         met = self.target is not None and not self._better(self.target, value)
         if met and self.reached_at is None:
             self.reached_at = now
+
+    def take_limits(self, limits: "Rules") -> None:
+        """Ask for what `limits` asks for from now on; a target reached before is forgotten."""
+        if (limits.target, limits.metric) != (self.target, self.metric):
+            self.reached_at = None
+        for name in LIMITS:
+            setattr(self, name, getattr(limits, name))
 
     def reason(self, versions: int, updates: int, steps: int, now: float) -> str | None:
         """Why the run ends now; None: it goes on."""

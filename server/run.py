@@ -169,11 +169,14 @@ class Run:
             return current
         return next((o for o in self.former.get(client, ()) if o.id == order), None)
 
-    def acknowledge(self, client: str, update: str) -> None:
-        """The client knows this outcome; it need not be told again."""
-        told = self.untold.get(client)
-        if told is not None and told.pop(update, None) is not None and not told:
+    def acknowledge(self, client: str, update: str) -> bool:
+        """The client knows this outcome; it need not be told again. False where it had no need."""
+        told = self.untold.get(client, {})
+        if told.pop(update, None) is None:
+            return False
+        if not told:
             del self.untold[client]
+        return True
 
     # ---- before the strategy hears ----------------------------------------------------------
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, object]
 
+LINGER = 10.0  # seconds at most, after the end of a run, for clients that have not heard of it
 MOST_WAIT = 10.0  # seconds that a question waits for news
 
 
@@ -133,10 +134,11 @@ class Server:
         try:
             await asyncio.wait((driving, stopping), return_when=asyncio.FIRST_COMPLETED)
             over = driving.done() and assembly.driver.error is None
-            await assembly.end(over)
-            if not driving.done():
-                driving.cancel()
+            driving.cancel()  # what comes from now on is not handled: it will be sent again
             await asyncio.gather(driving, return_exceptions=True)
+            await assembly.end(over)
+            if over:
+                await self._linger(assembly.host, stopping)
             await asyncio.to_thread(assembly.close)
             if assembly.driver.error is not None:
                 raise assembly.driver.error
@@ -144,6 +146,13 @@ class Server:
         finally:
             stopping.cancel()
             self._signals(False)
+
+    async def _linger(self, host: "Host", stopping: "asyncio.Task[bool]") -> None:
+        lingering = asyncio.create_task(host.linger())
+        await asyncio.wait(
+            (lingering, stopping), timeout=LINGER, return_when=asyncio.FIRST_COMPLETED
+        )
+        lingering.cancel()
 
     def _assemble(self, uploads: Uploads) -> "Assembly":
         from atoll.server.assembly import Assembly  # imports torch: only now that the port accepts

@@ -70,8 +70,9 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         reason = "its connection broke"
         writer = asyncio.create_task(_write(session, context))
         reader = asyncio.create_task(_read(host, session, context))
+        cut = asyncio.create_task(session.cut.wait())
         try:
-            await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((writer, reader, cut), return_when=asyncio.FIRST_COMPLETED)
             if reader.done() and (error := reader.exception()) is not None:
                 if isinstance(error, AtollError):
                     reason = str(error)
@@ -79,9 +80,9 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                 raise error
         finally:
             host.gone(session, reason)
-            writer.cancel()
-            reader.cancel()
-            await asyncio.gather(writer, reader, return_exceptions=True)
+            for task in (writer, reader, cut):
+                task.cancel()
+            await asyncio.gather(writer, reader, cut, return_exceptions=True)
 
     async def inspect(self, request: wire_pb2.InspectRequest, context: Any) -> Any:
         await asyncio.shield(self._host)

@@ -9,6 +9,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from atoll.protocols import wire_pb2
+from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import RemoteError
 
 LATER = 0.05  # seconds a receipt or an outcome may wait for company
@@ -21,9 +22,9 @@ class Session:
     fence: int
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     down_codec: str = "fp32"
-    out: "asyncio.Queue[wire_pb2.ServerMessage | None]" = field(
-        default_factory=lambda: asyncio.Queue(QUEUE)
-    )
+    out: "asyncio.Queue[wire_pb2.ServerMessage | None]" = field(default_factory=asyncio.Queue)
+    room: int = QUEUE  # messages that may wait to be written
+    cut: asyncio.Event = field(default_factory=asyncio.Event)  # it does not read: end it now
     batch: bool = False  # the client reads several messages in one
     step: int = 0  # local steps done of the order in training, as last heard
     _later: list[wire_pb2.ServerMessage] = field(default_factory=list)
@@ -47,27 +48,25 @@ class Session:
     async def next(self) -> wire_pb2.ServerMessage | None:
         """What to write next: all that is queued in one message where the client reads that."""
         first = await self.out.get()
-        while self.batch and first is not None and not self.out.empty():
+        size = 0 if first is None else first.ByteSize()
+        while self.batch and first is not None and size < INLINE and not self.out.empty():
             other = self.out.get_nowait()
             if other is None:
                 self.out.put_nowait(None)
                 break
             first.more.append(other)
+            size += other.ByteSize()
         return first
 
     def _put(self, message: wire_pb2.ServerMessage) -> None:
-        try:
+        if self.out.qsize() < self.room:
             self.out.put_nowait(message)
-        except asyncio.QueueFull:
-            self.close()
+        else:
+            self.cut.set()
 
     def close(self) -> None:
         """End the stream once what is queued has gone out."""
-        for message in self._later[: QUEUE - self.out.qsize()]:
-            self.out.put_nowait(message)
-        self._later = []
-        if self.out.full():
-            self.out.get_nowait()
+        self.flush()
         self.out.put_nowait(None)
 
 

@@ -4,8 +4,9 @@ The same spec drives a demo, a simulation and a server, and a restarted server r
 """
 
 import json
+import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from atoll.protocols import state
@@ -60,7 +61,16 @@ class RunSpec:
         return json.dumps({key: whole[key] for key in told})
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(state.dump(self), indent=1) + "\n")
+        """Whole or not at all. ServerError FL-S203."""
+        beside = path.with_name(path.name + ".tmp")
+        try:
+            beside.write_text(json.dumps(state.dump(self), indent=1) + "\n")
+            os.replace(beside, path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise ServerError(
+                "FL-S203", f"{path} cannot be written: {error.strerror}", "free space on its disk"
+            ) from error
 
     @classmethod
     def read(cls, path: Path) -> "RunSpec":
@@ -73,14 +83,22 @@ class RunSpec:
             ) from error
 
 
-FIXED = ("strategy", "aggregator", "outer", "algorithm", "model", "data", "buffers", "seed")
+FIXED = (
+    *("strategy", "aggregator", "outer", "algorithm", "model", "data", "buffers", "seed"),
+    *("codec_up", "codec_down", "local"),
+)
+LOOSE = ("lease", "save_every", "keep", "name")  # may change from start to start
+OPTIONS = {  # what the command line calls them, where it is not the field's name
+    "codec": ("codec_up", "codec_down"),
+    **dict.fromkeys(("lr", "batch", "local_optimizer", "local_momentum", "clip"), ("local",)),
+}
 
 
 def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> RunSpec:
     """The spec of the run in `folder`, written there if it is new.
 
     An existing run is what it is: ServerError FL-S109 where a field of `given` (those the user
-    spelled out) differs from it.
+    spelled out) differs from it. What is no part of the run, as the lease, is taken from `given`.
     """
     path = folder / "run.json"
     if not path.exists():
@@ -88,15 +106,16 @@ def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> Run
         wanted.write(path)
         return wanted
     found = RunSpec.read(path)
-    for name in sorted(given):
-        if name in FIXED and getattr(found, name) != getattr(wanted, name):
+    fields = {field for option in given for field in OPTIONS.get(option, (option,))}
+    for name in sorted(fields.intersection(FIXED)):
+        if getattr(found, name) != getattr(wanted, name):
             raise ServerError(
                 "FL-S109",
                 f"{folder} holds a run with {name}={getattr(found, name)!r}, "
                 f"not {getattr(wanted, name)!r}",
                 "leave the option out to go on with that run, or give another --state",
             )
-    return found
+    return replace(found, **{name: getattr(wanted, name) for name in fields.intersection(LOOSE)})
 
 
 def withdraw(folder: Path) -> None:

@@ -5,8 +5,9 @@ so a crash, or one damaged version, costs a merge done again and nothing else.
 """
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecs import Codec
@@ -28,6 +29,17 @@ class Stock:
 
     merges: list[Merge] = field(default_factory=list)
 
+    def published(self, merged: Merged) -> None:
+        """What a merge could not use is not kept: made again, the version has the same bytes."""
+        gone = {update for update, _ in merged.dropped}
+        if gone:
+            self.merges = [
+                replace(m, items=tuple(i for i in m.items if i[0] not in gone))
+                if m.version == merged.version
+                else m
+                for m in self.merges
+            ]
+
 
 class Workshop:
     """`make` and `save` block; each is called from a worker thread of its own."""
@@ -44,6 +56,8 @@ class Workshop:
         self.stock = Stock()
         self.best: int | None = None  # version to keep besides the newest
         self._pinned: set[int] = set()  # being evaluated: one of them may turn out the best
+        self._lock = threading.Lock()  # of the pins
+        self._durable: list[int] = []  # versions saved in this life, in order
 
     def make(self, merge: Merge) -> Merged:
         """The version that `merge` asks for, sealed. ServerError FL-S203 where the disk is full."""
@@ -82,36 +96,42 @@ class Workshop:
 
     def pin(self, number: int) -> Version:
         """A version for the evaluator, kept until `unpin`."""
-        self._pinned.add(number)
+        with self._lock:
+            self._pinned.add(number)
         return self.store.open(number)
 
     def unpin(self, number: int, best: int | None) -> None:
         """It has been evaluated. The best one stays pinned until it is saved as such."""
-        self._pinned = {n for n in self._pinned if n > number or n == best}
+        with self._lock:
+            self._pinned = {n for n in self._pinned if n > number or n == best}
 
     def save(self, number: int, *, durable: bool = True) -> Version:
         """Version `number` on disk for good."""
         version = self.store.open(number)
         self.store.save(version, durable=durable)
+        self._durable = sorted({*self._durable, number})[-2:]
         return version
 
     def settle(self) -> list[str]:
         """After a save, in the loop's thread: updates whose bytes need not be kept any longer."""
-        saved = self.store.saved()
-        safe = saved[-2] if len(saved) > 1 else 0
+        safe = self._durable[0] if len(self._durable) > 1 else 0
         gone = [m for m in self.stock.merges if m.version <= safe]
         self.stock.merges = [m for m in self.stock.merges if m.version > safe]
         return [update for m in gone for update, _ in m.items]
 
-    def prune(self) -> None:
-        """Forget old versions; the first, the best and those to rebuild from stay."""
+    def prune(self, ordered: Collection[int] = ()) -> None:
+        """Forget old versions; the first, the best and those to rebuild from stay, and those that
+        open orders start from: their clients may have to fetch them, again or for the first time.
+        """
         numbers = self.store.numbers()
         needed = [m.version - 1 for m in self.stock.merges]
         oldest = min(needed, default=max(numbers, default=0))
-        stay = kept(numbers, self.keep) | self._pinned | {0, *(n for n in numbers if n >= oldest)}
+        stay = kept(numbers, self.keep) | {0, *ordered, *(n for n in numbers if n >= oldest)}
+        with self._lock:
+            stay |= self._pinned
         if self.best is not None:
             stay.add(self.best)
-        if len(numbers) > len(stay):
+        if not stay.issuperset(numbers):
             self.store.prune(stay)
 
     def forget(self, updates: Iterable[str]) -> None:
