@@ -400,6 +400,26 @@ def test_only_every_so_many_versions_are_evaluated() -> None:
     assert never.accuracy == []
 
 
+def test_metrics_without_accuracy_are_heard_all_the_same() -> None:
+    class Losses(NoLearning):
+        def evaluate(self, version: int) -> Mapping[str, float]:
+            return {"loss": 1.0 / version}
+
+    rules = Rules(target=0.25, metric="loss")
+    made = simulate(FedAvg(steps=10), {"a": 0.5}, 1000.0, learning=Losses(), rules=rules)
+    assert (made.accuracy, made.versions) == ([], 4)
+
+
+def test_an_order_that_its_own_breath_drops_leaves_no_row() -> None:
+    class Fickle(Orders):
+        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+            yield Train(client, 10)
+            yield Ask(client, "drop")
+
+    made = simulate(Fickle(), {"a": 1.0}, 5.0)
+    assert [row["kind"] for row in made.history] == ["join", "started", "finish"]
+
+
 def test_a_stop_merges_what_a_strategy_gives_at_the_end() -> None:
     class Flush(Orders):
         def __init__(self) -> None:
