@@ -12,6 +12,8 @@ STAMP := .venv/.installed
 # Without a GPU the constraints hold torch at the release whose CPU build we test; with one, any torch.
 CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The other files in benchmarks/ are their tools.
+BENCHMARKS := merge rate round simulator time_to_target
 # One thread a process: the tests' models are small, and processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
@@ -48,7 +50,7 @@ check: lint  ## lint, then the fast tests with branch coverage
 	  --cov-branch --cov-report=term:skip-covered $(ARGS)
 
 bench: $(STAMP)  ## Every benchmark, one JSON line each (ARGS=--quick); fails where a limit is missed
-	@failed=0; for b in benchmarks/[a-z]*.py; do $(BIN)/python $$b $(ARGS) || failed=1; done; exit $$failed
+	@failed=0; for b in $(BENCHMARKS); do $(BIN)/python benchmarks/$$b.py $(ARGS) || failed=1; done; exit $$failed
 
 proto: build/proto/.installed  ## Regenerate the protobuf stubs from protocols/wire.proto
 	@build/proto/bin/python -m grpc_tools.protoc -I.types --python_out=.types --pyi_out=.types \
