@@ -73,7 +73,11 @@ def own_trainer(spec: str) -> Trainer:
     made = found
     if isinstance(found, type) or not hasattr(found, "train"):
         if not callable(found):
-            raise UsageError("FL-S102", f"trainer {spec!r} is no Trainer", "see docs/trainers.md")
+            raise UsageError(
+                "FL-S102",
+                f"trainer {spec!r} is no Trainer",
+                "give it load, train and evaluate: see atoll.client.Trainer",
+            )
         made = slots.call("trainer", spec, found, slots.split(spec)[2])
     missing = [name for name in ("load", "train", "evaluate") if not hasattr(made, name)]
     if missing:

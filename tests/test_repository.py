@@ -194,6 +194,12 @@ def test_no_file_names_a_path_of_somebodys_machine() -> None:
             assert not machine.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
 
 
+def test_a_page_that_the_code_names_is_there() -> None:
+    for file in files(*PRODUCT, "examples"):
+        for page in re.findall(r"docs/[\w./-]+\.md", file.read_text()):
+            assert (ROOT / page).exists(), f"{file.name} sends its reader to {page}"
+
+
 def code_strings(folder: str) -> set[str]:
     """FL-… codes written as strings in a folder's code, error catalogue left out."""
     found: set[str] = set()

@@ -62,6 +62,16 @@ def test_mean_staleness_counts_merged_updates_only() -> None:
     assert history.clients["fast"].mean_staleness == 0.0
 
 
+def test_mean_staleness_is_over_all_merges_of_a_client() -> None:
+    history = History.of(rows())
+    history.append(update(4.0, "slow", "o3", 10, 1.0))
+    history.append(
+        {"t": 4.0, "kind": "aggregate", "version": 6, "items": [["o3.0", 1.0]],
+         "staleness": {"o3.0": 4}}
+    )  # fmt: skip
+    assert history.clients["slow"].mean_staleness == (1 + 4) / 2
+
+
 def test_series_follow_time_and_version() -> None:
     history = History.of(rows())
     assert history.series("accuracy") == [Point(1.3, 1, 0.5), Point(2.3, 2, 0.75)]
