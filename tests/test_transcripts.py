@@ -10,8 +10,17 @@ import pytest
 
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols import slots, state
+from atoll.protocols.events import (
+    Aggregate,
+    Ask,
+    ClientInfo,
+    ClientJoined,
+    Discard,
+    Evaluated,
+    Merged,
+)
 from atoll.server.replay import replay
-from atoll.server.scenario import LINE, Scenario
+from atoll.server.scenario import LINE, Scenario, Transcript
 from atoll.server.spec import STRATEGIES
 
 FOLDER = Path(__file__).parent / "transcripts"
@@ -47,3 +56,19 @@ def test_a_strategy_dumped_and_loaded_before_every_event_decides_the_same(file: 
 def test_a_line_that_is_none_is_named() -> None:
     with pytest.raises(ValueError, match="'clients a'"):
         Scenario.parse("strategy fedavg\nclients a\n")
+
+
+def test_a_transcript_says_everything_that_can_happen() -> None:
+    transcript = Transcript()
+    transcript.hear(1.0, ClientJoined("a", ClientInfo(3, 0.5)), [Ask("a", "send")])
+    transcript.hear(2.0, Evaluated(1, {"accuracy": 0.5}), [Discard("o0.0", "no")])
+    transcript.hear(3.0, Merged(1, ("o1.0",)), [Aggregate((("o1.0", 0.5),), outer=False)])
+    transcript.hear(4.0, Merged(2, ("o1.0",)), [])
+    assert transcript.text.splitlines() == [
+        "   1.00  a joins with 3 examples, 0.5 s a step",
+        "         ask a to send",
+        "   2.00  v1 evaluated: {'accuracy': 0.5}",
+        "         discard o0.0: no",
+        "   3.00  v1 exists",
+        "         aggregate o1.0:0.5 -> v1, past the outer optimizer",
+    ]

@@ -126,6 +126,9 @@ def test_an_order_said_behind_a_merge_waits_until_its_version_exists(book: Book)
         told("a", "o0.0", "used", 1, ""),
         Deliver(Order("o1", "a", 1, 5, {}, 4.5)),
     ]
+    book.bring("o1", "a", 9.0)
+    assert isinstance(book.last, UpdateReceived)
+    assert (book.last.update.base, book.last.update.started) == (1, 4.5)
 
 
 def test_an_order_that_was_dropped_before_its_version_existed_is_never_delivered(

@@ -308,9 +308,12 @@ def test_two_clients_of_one_name_are_refused() -> None:
 
 
 def test_asked_to_send_a_client_finishes_its_step_and_sends_what_it_has() -> None:
-    ((now, update),) = play(AskAt(3.5, "send"), ClientModel("a", 1.0)).updates()
+    log = Log()
+    made = simulate(AskAt(3.5, "send"), {"a": 1.0}, 9.0, listen=log.hear)
+    ((now, update),) = log.updates()
     assert (now, update.steps, update.train_seconds) == (4.0, 4, 4.0)
     assert update.final
+    assert made.clients["a"].steps == 4
 
 
 def test_asked_to_send_before_its_first_step_a_client_does_that_one() -> None:
@@ -346,6 +349,16 @@ def test_asked_to_drop_a_client_sends_nothing() -> None:
 def test_an_ask_that_comes_after_the_work_changes_nothing(then: Then) -> None:
     log = play(AskAt(10.5, then), ClientModel("a", 1.0, latency=0.6))
     assert arrivals(log) == [(11.2, "o0.0", then == "send")]
+
+
+def test_a_result_on_its_way_arrives_though_its_order_was_dropped_and_a_new_one_given() -> None:
+    class Anew(AskAt):
+        def on_timer(self, timer: str, now: float) -> Actions:
+            yield Ask("a", "drop")
+            yield Train("a", 10)
+
+    log = play(Anew(11.0, "drop"), ClientModel("a", 1.0, up=10.0), up=20)  # uploads from 10 to 12
+    assert arrivals(log) == [(12.0, "o0.0", False), (23.0, "o1.0", True)]
 
 
 def test_an_ask_does_not_reach_a_client_that_is_away() -> None:

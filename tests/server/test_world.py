@@ -5,6 +5,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_names_sort_as_numbers_do() -> None:
 def test_a_speed_changes_with_its_probability_and_not_before_the_first_order() -> None:
     (model,) = speed_change([ClientModel("a", 7.0)], 0.1, exponential(1.0))
     values = paces(model, MANY)
-    assert values[0] == 7.0
+    assert paces(replace(model, change=1.0), 3)[0] == values[0] == 7.0
     changes = sum(a != b for a, b in itertools.pairwise(values))
     assert changes == pytest.approx(0.1 * MANY, abs=4 * math.sqrt(0.09 * MANY))
 
