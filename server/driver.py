@@ -196,10 +196,6 @@ class Driver:
             self._stopping = True
             self.post(Stopping(reason))
 
-    async def on_disk(self, work: Callable[[], None]) -> None:
-        """Run `work` in the journal's thread."""
-        await asyncio.get_running_loop().run_in_executor(self._disk, work)
-
     def _over(self) -> bool:
         if self.error is not None:
             return True
@@ -277,7 +273,7 @@ class Driver:
                 self._arm(timer, at)
             case Disarm(timer):
                 self._disarm(timer)
-            case Stop(reason):
+            case Stop(reason):  # pragma: no branch
                 logger.info("run=%s finished: %s", self.journal.run, reason)
 
     def _arm(self, timer: str, at: float) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 
 from atoll.protocols import messages, state, tensors, wire_pb2
 from atoll.protocols.blobs import CHUNK, INLINE, Blob
@@ -34,6 +34,7 @@ from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
 from atoll.server.history import History
 from atoll.server.journal import ACKS, Payload
+from atoll.server.recover import snapshot
 from atoll.server.rows import Recorder
 from atoll.server.run import Effect, Merge, Order, Outcome, Run
 from atoll.server.sessions import Session, Sessions
@@ -180,20 +181,7 @@ class Host:
         self.driver.wake()
 
     def snapshot(self) -> str | None:
-        """Everything that recovery needs besides the journal's later inputs; None where a strategy
-        keeps state beside its dataclass fields: then recovery reads all inputs again."""
-        strategy = self.run.strategy
-        if not is_dataclass(strategy) or vars(strategy).keys() - {f.name for f in fields(strategy)}:
-            return None
-        return json.dumps(
-            {
-                "run": state.dump(self.run),
-                "strategy": state.dump(self.run.strategy),
-                "membership": state.dump(self.membership),
-                "rules": state.dump(self.driver.rules),
-                "stock": state.dump(self.workshop.stock),
-            }
-        )
+        return snapshot(self.run, self.membership, self.driver.rules, self.workshop.stock)
 
     def begin(self) -> None:
         """The run starts, or goes on: leases run, and what came before is written."""

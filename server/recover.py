@@ -6,7 +6,7 @@ is found out before it does harm.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols import state
@@ -51,6 +51,23 @@ def recover(
         found.run.acknowledge(client, update)
     membership.restart(found.now)
     return found
+
+
+def snapshot(run: Run, membership: Membership, rules: Rules, stock: Stock) -> str | None:
+    """Everything that recovery needs besides the journal's later inputs; None where a strategy
+    keeps state beside its dataclass fields: then recovery reads all inputs again."""
+    strategy = run.strategy
+    if not is_dataclass(strategy) or vars(strategy).keys() - {f.name for f in fields(strategy)}:
+        return None
+    return json.dumps(
+        {
+            "run": state.dump(run),
+            "strategy": state.dump(strategy),
+            "membership": state.dump(membership),
+            "rules": state.dump(rules),
+            "stock": state.dump(stock),
+        }
+    )
 
 
 def _load(found: Recovered, data: dict[str, state.Json]) -> None:

@@ -1,0 +1,572 @@
+"""The real-time driver: the same decisions as virtual time, everything written down first."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from atoll.aggregation.fedavg import FedAvg
+from atoll.aggregation.fedbuff import FedBuff
+from atoll.aggregation.fedcompass import FedCompass
+from atoll.aggregation.strategy import Actions, Strategy
+from atoll.protocols.errors import AtollError, ServerError
+from atoll.protocols.events import (
+    Action,
+    CancelTimer,
+    ClientInfo,
+    ClientJoined,
+    ClientLeft,
+    Evaluated,
+    Event,
+    Finish,
+    Merged,
+    SetTimer,
+    Stopping,
+    Then,
+    TimerFired,
+    Train,
+    Update,
+    UpdateReceived,
+)
+from atoll.server.driver import Clock, Driver, in_order
+from atoll.server.driver import _Input as Input
+from atoll.server.journal import Journal, dump_actions
+from atoll.server.replay import replay
+from atoll.server.rules import Rules
+from atoll.server.run import Effect, Interrupt, Merge, Order, Outcome, Run
+from atoll.server.simulator import simulate
+from atoll.server.world import Absence, ClientModel
+
+Heard = tuple[float, Event, list[Action]]
+
+
+class Hand(Clock):
+    """A clock that shows what it is told. A timer in its future never comes by itself."""
+
+    shown = 0.0
+
+    def now(self) -> float:
+        return self.shown
+
+    def wall(self, at: float) -> float:
+        return 0.0 if at <= self.shown else 3600.0
+
+
+@dataclass
+class Answering:
+    """A world that merges at once and, where it is given paces, trains in real time."""
+
+    paces: dict[str, float] = field(default_factory=dict)  # seconds per step
+    heard_: list[Heard] = field(default_factory=list)
+    interrupts: list[tuple[str, Then]] = field(default_factory=list)
+    told: list[Outcome] = field(default_factory=list)
+    forget: list[str] = field(default_factory=list)
+    meta: list[tuple[str, str]] = field(default_factory=list)
+    unfinished: bool = False
+    dropped: tuple[str, ...] = ()
+    driver: Driver = field(init=False)
+
+    def deliver(self, order: Order) -> None:
+        if self.paces:
+            loop = asyncio.get_running_loop()
+            seconds = order.steps * self.paces[order.client]
+            loop.call_later(seconds, lambda: self.driver.post(result(order)))
+
+    def interrupt(self, order: Order, then: Then) -> None:
+        self.interrupts.append((order.id, then))
+
+    def merge(self, merge: Merge) -> None:
+        dropped = tuple((u, "bad") for u, _ in merge.items if u in self.dropped)
+        used = tuple(u for u, _ in merge.items if u not in self.dropped)
+        self.driver.post(Merged(merge.version, used, dropped))
+
+    def tell(self, client: str, outcome: Outcome) -> None:
+        self.told.append(outcome)
+
+    def heard(self, now: float, event: Event, actions: list[Action], effects: list[Effect]) -> None:
+        self.heard_.append((now, event, actions))
+
+    def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
+        forget, self.forget = self.forget, []
+        meta, self.meta = self.meta, []
+        return forget, meta
+
+    def busy(self) -> bool:
+        return self.unfinished
+
+
+def result(order: Order, steps: int | None = None) -> UpdateReceived:
+    done = order.steps if steps is None else steps
+    return UpdateReceived(Update(f"{order.id}.0", order.id, order.client, 0, done, done, 0.0, 0.1))
+
+
+@contextmanager
+def driven(
+    folder: Path,
+    strategy: Strategy,
+    world: Answering | None = None,
+    rules: Rules | None = None,
+    clock: Clock | None = None,
+) -> Iterator[Driver]:
+    journal = Journal(folder / "journal.sqlite", "r", durable=False)
+    world = world or Answering()
+    driver = Driver(Run(strategy), journal, world, rules or Rules(), clock or Hand())
+    world.driver = driver
+    yield driver
+    journal.close()
+
+
+def world_of(driver: Driver) -> Answering:
+    assert isinstance(driver.world, Answering)
+    return driver.world
+
+
+async def serving(driver: Driver, *events: Event) -> None:
+    """Post these and serve until the run is over."""
+    driver.attach()
+    for event in events:
+        driver.post(event)
+    async with asyncio.timeout(10):
+        await driver.serve()
+
+
+def rows(driver: Driver) -> list[tuple[float, Event, str | None]]:
+    return [(row.now, row.event, row.actions) for row in driver.journal.rows()]
+
+
+JOINED = ClientJoined("a", ClientInfo(10))
+
+
+# ---- the same decisions as the simulator -----------------------------------------------------
+
+CLIENTS = [
+    ClientModel("a", 0.11, noise=0.05, examples=30),
+    ClientModel("b", 0.27, noise=0.05, absences=(Absence(11.0, 55.0), Absence(90.0, 95.0))),
+    ClientModel("c", 0.8, examples=5, absences=(Absence(30.0, 42.0, "goodbye"),)),
+    ClientModel("d", 0.5, joins=20.0, absences=(Absence(40.0, 70.0, "offline"),)),
+]
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "fedavg": lambda: FedAvg(steps=10, cohort=2, deadline=6.0, min_clients=2),
+    "fedbuff": lambda: FedBuff(size=3, steps=9, max_age=4.0),
+    "fedcompass": lambda: FedCompass(min_steps=5, max_steps=30),
+}
+
+
+def arrivals(made: Callable[[], Strategy]) -> list[Heard]:
+    """What a strategy hears and says in 120 virtual seconds of clients that come and go."""
+    heard: list[Heard] = []
+    simulate(
+        made(), CLIENTS, 120.0, lease=10.0, listen=lambda now, e, actions: heard.append((now, e, actions))
+    )  # fmt: skip
+    return heard
+
+
+async def fed(driver: Driver, recorded: list[Heard]) -> list[Heard]:
+    """Feed the same arrivals to a real driver, each when it came; merges are the world's."""
+    driver.attach()
+    world, clock = world_of(driver), driver.clock
+    assert isinstance(clock, Hand)
+    serving = asyncio.create_task(driver.serve())
+    for at, (now, event, _) in enumerate(recorded):
+        clock.shown = now
+        if not isinstance(event, Merged):
+            driver.post(event)
+        async with asyncio.timeout(5):
+            while len(world.heard_) <= at and not serving.done():
+                await asyncio.sleep(0)
+    await asyncio.wait_for(serving, 5)
+    return world.heard_
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_driver_and_simulator_decide_the_same_on_the_same_arrivals(
+    name: str, tmp_path: Path
+) -> None:
+    recorded = arrivals(STRATEGIES[name])
+    kinds = {type(event) for _, event, _ in recorded}
+    assert {ClientJoined, ClientLeft, UpdateReceived, Merged, Stopping} <= kinds
+    with driven(tmp_path, STRATEGIES[name]()) as driver:
+        heard = asyncio.run(fed(driver, recorded))
+        assert [said(row) for row in heard] == [said(row) for row in recorded]
+        assert [row[2] for row in rows(driver)] == [dump_actions(row[2]) for row in recorded]
+
+
+def said(row: Heard) -> tuple[float, Event, str]:
+    """Updates but for what only a real client knows."""
+    now, event, actions = row
+    return now, event, dump_actions(actions)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_was_decided_in_real_time_comes_again_from_the_journal(
+    name: str, tmp_path: Path
+) -> None:
+    paces = {"a": 0.0002, "b": 0.0004, "c": 0.0011}
+    made: dict[str, Callable[[], Strategy]] = {
+        "fedavg": lambda: FedAvg(steps=10, deadline=0.005, min_clients=1),
+        "fedbuff": lambda: FedBuff(size=3, steps=9, max_age=0.002),
+        "fedcompass": lambda: FedCompass(min_steps=5, max_steps=30),
+    }
+    world = Answering(paces)
+    clock = Clock()
+    clock.start()
+    with driven(tmp_path, made[name](), world, Rules(versions=12), clock) as driver:
+        joins = [ClientJoined(c, ClientInfo(10, paces[c])) for c in sorted(paces)]
+        asyncio.run(serving(driver, *joins))
+        assert driver.run.version >= 12
+        assert replay(made[name](), world.heard_) == len(world.heard_)
+        run = Run(made[name]())
+        for now, event, actions in rows(driver):
+            _, again, _ = run.handle(event, now)
+            assert dump_actions(again) == actions
+        times = [now for now, _, _ in rows(driver)]
+        assert times == sorted(times)
+
+
+# ---- ties ------------------------------------------------------------------------------------
+
+
+def test_ties_are_leave_join_update_timer_then_by_arrival() -> None:
+    update = UpdateReceived(Update("o1.0", "o1", "a", 0, 1, 1, 0.0, 0.1))
+    other = UpdateReceived(Update("o2.0", "o2", "b", 0, 1, 1, 0.0, 0.1))
+    events: list[Event] = [
+        Stopping("over"), TimerFired("t"), other, update, ClientJoined("c", ClientInfo(1)),
+        ClientLeft("b", "gone"), Evaluated(1, {}),
+    ]  # fmt: skip
+    inputs = [Input(3.0, event, None, None) for event in events]
+    early = Input(2.0, TimerFired("early"), None, None)
+    ordered = [one.event for one in in_order([*inputs, early])]
+    assert ordered == [
+        TimerFired("early"), events[5], events[4], other, update, events[6], events[1], events[0],
+    ]  # fmt: skip
+
+
+def test_a_client_that_joins_and_leaves_at_one_instant_has_done_so_in_this_order() -> None:
+    """Sorted by rank alone it left first, and the run died of a leave without a join."""
+    events: list[Event] = [JOINED, ClientLeft("a", "gone"), JOINED, ClientLeft("b", "gone")]
+    ordered = [one.event for one in in_order([Input(1.0, e, None, None) for e in events])]
+    assert ordered == [events[3], events[0], events[1], events[2]]
+
+
+@dataclass
+class Deadline(Strategy):
+    """Gives one order with a deadline, and remembers what it heard first."""
+
+    at: float = 1.0
+    heard: list[str] = field(default_factory=list, init=False)
+
+    def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+        yield Train(client, 5)
+        yield SetTimer("deadline", self.at)
+
+    def on_update(self, update: Update, now: float) -> Actions:
+        self.heard.append(f"update at {now:g}")
+        yield CancelTimer("deadline")
+        yield Finish("in time")
+
+    def on_timer(self, timer: str, now: float) -> Actions:
+        self.heard.append(f"timer at {now:g}")
+        yield Finish("too late")
+
+
+def test_an_update_at_the_instant_of_its_deadline_is_in_time(tmp_path: Path) -> None:
+    """A timer of the loop may come a hair before its time: it is stamped with its own."""
+    strategy = Deadline()
+    with driven(tmp_path, strategy) as driver:
+        assert isinstance(driver.clock, Hand)
+        clock = driver.clock
+
+        async def late() -> None:
+            driver.attach()
+            driver.post(JOINED)
+            await driver._handle(await driver._batch())
+            clock.shown = 0.9999
+            driver._fire("deadline", 1.0)
+            driver.post(result(driver.run.open["a"]))
+            await serving(driver)
+
+        asyncio.run(late())
+    assert strategy.heard == ["update at 1"]
+    assert driver.run.finished == "in time"
+
+
+def test_a_timer_cancelled_while_it_waits_to_be_handled_is_not_heard(tmp_path: Path) -> None:
+    strategy = Deadline()
+    with driven(tmp_path, strategy) as driver:
+        assert isinstance(driver.clock, Hand)
+        clock = driver.clock
+
+        async def both() -> None:
+            driver.attach()
+            driver.post(JOINED)
+            await driver._handle(await driver._batch())
+            clock.shown = 2.0
+            driver.post(result(driver.run.open["a"]))
+            driver._fire("deadline", 1.0)
+            await serving(driver)
+
+        asyncio.run(both())
+        assert [actions for _, event, actions in rows(driver) if isinstance(event, TimerFired)] == [
+            "[]"
+        ]
+    assert strategy.heard == ["update at 2"]
+
+
+def test_a_timer_fires_at_its_time(tmp_path: Path) -> None:
+    clock = Clock()
+    clock.start()
+    with driven(tmp_path, Deadline(at=0.02), clock=clock) as driver:
+        asyncio.run(serving(driver, JOINED))
+    assert driver.run.finished == "too late"
+    assert 0.02 <= world_of(driver).heard_[-1][0] < 1.0
+
+
+def test_timers_of_a_recovered_run_are_armed_again(tmp_path: Path) -> None:
+    clock = Clock(5.0)
+    clock.start()
+    with driven(tmp_path, Deadline(), clock=clock) as driver:
+        driver.run.members.add("a")
+        driver.run.timers["deadline"] = 5.01
+        asyncio.run(serving(driver))
+    assert driver.run.finished == "too late"
+
+
+# ---- what goes wrong -------------------------------------------------------------------------
+
+
+@dataclass
+class Broken(Strategy):
+    """Fails on its second client."""
+
+    joined: int = field(default=0, init=False)
+
+    def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+        self.joined += 1
+        if self.joined == 2:
+            raise ZeroDivisionError("no weights")
+        yield Train(client, 5)
+
+
+def test_an_exception_in_a_strategy_stops_the_run_and_is_journaled(tmp_path: Path) -> None:
+    third = ClientJoined("c", ClientInfo(1))
+    with driven(tmp_path, Broken()) as driver:
+        with pytest.raises(ServerError, match="the strategy failed on ClientJoined") as failed:
+            asyncio.run(serving(driver, JOINED, ClientJoined("b", ClientInfo(1)), third))
+        assert failed.value.code == "FL-S204"
+        assert driver.error is failed.value
+        assert list(driver.journal.failures()) == [(2, "ZeroDivisionError('no weights')")]
+        kept = rows(driver)
+        assert [actions is None for _, _, actions in kept] == [False, True, True]
+        assert kept[2][1] == third  # an input that was taken is not lost
+        assert len(world_of(driver).heard_) == 1  # nothing was handled behind the failure
+
+
+def test_what_no_driver_can_carry_out_stops_the_run_too(tmp_path: Path) -> None:
+    class Wild(Strategy):
+        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+            yield Train("nobody", 5)
+
+    with driven(tmp_path, Wild()) as driver, pytest.raises(ServerError, match="no such member"):
+        asyncio.run(serving(driver, JOINED))
+
+
+def test_a_world_that_fails_is_no_good_end(tmp_path: Path) -> None:
+    """An error outside of the strategy ended the task alone, and the run passed for finished."""
+
+    class Failing(Answering):
+        error: Exception = OSError("no history")
+
+        def deliver(self, order: Order) -> None:
+            raise self.error
+
+    for number, (error, code) in enumerate(
+        [(OSError("no history"), "FL-S100"), (ServerError("FL-S203", "full"), "FL-S203")]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        world = Failing()
+        world.error = error
+        with driven(folder, Broken(), world) as driver, pytest.raises(AtollError) as failed:
+            asyncio.run(serving(driver, JOINED))
+        assert failed.value.code == code
+        assert driver.error is failed.value
+
+
+def test_a_failure_elsewhere_ends_the_run_with_its_error(tmp_path: Path) -> None:
+    with driven(tmp_path, FedAvg(min_clients=1)) as driver:
+
+        async def fail() -> None:
+            driver.attach()
+            asyncio.get_running_loop().call_later(0.01, driver.fail, ServerError("FL-S203", "full"))
+            driver.fail_threadsafe(ServerError("FL-S100", "later"))
+            await serving(driver, JOINED)
+
+        with pytest.raises(ServerError, match="later"):
+            asyncio.run(fail())
+
+
+def test_a_journal_that_cannot_be_written_ends_the_run_before_anything_is_handled(
+    tmp_path: Path,
+) -> None:
+    with driven(tmp_path, FedAvg(min_clients=1)) as driver:
+        driver.journal.base.execute("PRAGMA max_page_count = 1")
+        many = [ClientJoined(f"c{i}", ClientInfo(1, None, ("x" * 4000,))) for i in range(20)]
+        with pytest.raises(ServerError) as full:
+            asyncio.run(serving(driver, *many))
+        assert full.value.code == "FL-S203"
+        assert world_of(driver).heard_ == []
+        assert rows(driver) == []
+        driver.journal.base.execute("PRAGMA max_page_count = 100000")
+
+
+# ---- the end ---------------------------------------------------------------------------------
+
+
+def test_a_rule_ends_the_run_and_its_last_merge_is_awaited(tmp_path: Path) -> None:
+    world = Answering({"a": 0.0001, "b": 0.0001})
+    clock = Clock()
+    clock.start()
+    with driven(tmp_path, FedBuff(size=2, steps=5), world, Rules(updates=6), clock) as driver:
+        joins = [ClientJoined(c, ClientInfo(10)) for c in "ab"]
+        asyncio.run(serving(driver, *joins))
+        assert driver.run.finished == "6 updates done"
+        assert not driver.run.merging
+        decided = [outcome.update for outcome in world.told]
+        assert len(decided) == len(set(decided))
+        kept = [e.update.id for _, e, _ in rows(driver) if isinstance(e, UpdateReceived)]
+        assert sorted(decided) == sorted(kept)
+
+
+def test_a_rule_that_held_before_a_restart_holds_after_it(tmp_path: Path) -> None:
+    """Killed between the last version and its stop, the run went on for one version more."""
+    with driven(tmp_path, FedAvg(min_clients=1), rules=Rules(versions=3)) as driver:
+        driver.run.version = driver.run.published = 3
+        asyncio.run(serving(driver))
+        assert driver.run.finished == "3 versions done"
+
+
+def test_a_limit_of_time_ends_a_run_in_which_nothing_happens(tmp_path: Path) -> None:
+    clock = Clock()
+    clock.start()
+    with driven(tmp_path, FedAvg(min_clients=1), rules=Rules(seconds=0.02), clock=clock) as driver:
+        began = time.monotonic()
+        asyncio.run(serving(driver))
+    assert driver.run.finished == "0.02 seconds done"
+    assert time.monotonic() - began < 5
+
+
+def test_a_finished_run_waits_for_what_its_world_still_has_to_say(tmp_path: Path) -> None:
+    """The evaluation of the last version came too late for its own summary."""
+    with driven(tmp_path, Deadline()) as driver:
+        world = world_of(driver)
+        world.unfinished = True
+
+        async def end() -> None:
+            driver.attach()
+            driver.stop("enough")
+            driver.stop("twice")
+            served = asyncio.create_task(driver.serve())
+            while driver.run.finished is None:
+                await asyncio.sleep(0)
+            driver.wake()
+            await asyncio.sleep(0.005)
+            assert not served.done()
+            driver.post_threadsafe(Evaluated(0, {"accuracy": 0.5}))
+            world.unfinished = False
+            driver.wake()
+            await asyncio.wait_for(served, 5)
+
+        asyncio.run(end())
+        assert driver.run.finished == "enough"
+        assert driver.rules.best == 0.5
+        assert [type(event) for _, event, _ in rows(driver)] == [Stopping, Evaluated]
+
+
+def test_an_evaluation_that_meets_the_target_ends_the_run(tmp_path: Path) -> None:
+    with driven(tmp_path, FedAvg(min_clients=2), rules=Rules(target=0.9)) as driver:
+        asyncio.run(serving(driver, JOINED, Evaluated(1, {"accuracy": 0.95})))
+        assert driver.run.finished == "target reached: accuracy 0.9500, wanted 0.9"
+
+
+# ---- the journal -----------------------------------------------------------------------------
+
+
+def test_a_receipt_comes_once_its_input_is_durable_and_handled(tmp_path: Path) -> None:
+    with driven(tmp_path, Deadline()) as driver:
+        seen: list[tuple[int, int]] = []
+
+        async def post() -> None:
+            driver.attach()
+            driver.post(
+                JOINED, then=lambda: seen.append((len(rows(driver)), len(world_of(driver).heard_)))
+            )
+            driver.post(Stopping("enough"))
+            await driver.serve()
+
+        asyncio.run(post())
+    assert seen == [(2, 1)]
+
+
+def test_what_the_world_no_longer_needs_goes_with_the_next_inputs(tmp_path: Path) -> None:
+    with driven(tmp_path, Deadline()) as driver:
+        world_of(driver).meta.append(("membership", "{}"))
+        asyncio.run(serving(driver, JOINED, Stopping("enough")))
+        assert driver.journal.meta("membership") == "{}"
+
+
+def test_snapshots_are_taken_every_so_many_inputs_where_there_are_any(tmp_path: Path) -> None:
+    texts: list[str | None] = ["one", None]
+    with driven(tmp_path, Deadline()) as driver:
+        driver.snapshot_every = 2
+        driver.snapshot = lambda: texts.pop(0)
+
+        async def post() -> None:
+            driver.attach()
+            for client in "abcd":
+                driver.post(ClientJoined(client, ClientInfo(1)))
+                await driver._handle(await driver._batch())
+            await serving(driver, Stopping("enough"))
+
+        driver.run.strategy = Strategy()
+        asyncio.run(post())
+        assert texts == []
+        assert driver.journal.last_snapshot() == (2, 0.0, "one")
+
+
+def test_an_interrupt_reaches_the_world(tmp_path: Path) -> None:
+    with driven(tmp_path, Deadline()) as driver:
+        asyncio.run(serving(driver, JOINED, Stopping("enough")))
+        assert world_of(driver).interrupts == [("o0", "drop")]
+        assert Interrupt  # the effect behind it
+
+
+def test_the_clock_stands_still_until_it_is_started() -> None:
+    clock = Clock(7.0)
+    assert clock.now() == 7.0
+    assert clock.wall(9.5) == 2.5
+    assert clock.wall(3.0) == 0.0
+    clock.start()
+    assert 7.0 <= clock.now() < 8.0
+
+
+def test_decisions_that_cannot_be_written_at_the_end_are_told(tmp_path: Path) -> None:
+    @dataclass
+    class Wordy(Strategy):
+        driver: Driver | None = None
+
+        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+            assert self.driver is not None
+            self.driver.journal.base.execute("PRAGMA max_page_count = 1")
+            yield Finish("enough " * 10000)
+
+    strategy = Wordy()
+    with driven(tmp_path, strategy) as driver:
+        strategy.driver = driver
+        with pytest.raises(ServerError) as full:
+            asyncio.run(serving(driver, JOINED))
+        assert full.value.code == "FL-S203"
+        driver.journal.base.execute("PRAGMA max_page_count = 100000")

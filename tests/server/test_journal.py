@@ -1,0 +1,197 @@
+"""The journal: all of a batch or nothing, in the order in which it came, and back as it was."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from atoll.protocols.blobs import BlobInfo, Section
+from atoll.protocols.errors import ServerError
+from atoll.protocols.events import (
+    Aggregate,
+    ClientInfo,
+    ClientJoined,
+    ClientLeft,
+    Discard,
+    Evaluated,
+    Event,
+    Merged,
+    Stopping,
+    TimerFired,
+    Train,
+    Update,
+    UpdateReceived,
+)
+from atoll.server.journal import ACKS, KINDS, Journal, Payload, Row, dump_actions
+
+EVENTS: list[tuple[float, Event]] = [
+    (0.0, ClientJoined("a", ClientInfo(10, 0.1 + 0.2, ("fp32", "bf16")))),
+    (1 / 3, UpdateReceived(Update("o0.0", "o0", "a", 0, 5, 160, 0.0, 0.5, {"loss": 1e-17}))),
+    (1 / 3, TimerFired("deadline")),
+    (2.0, Merged(1, ("o0.0",), (("o1.0", "not finite"),), {"delta_norm": 3.3})),
+    (2.5, Evaluated(1, {"accuracy": 0.9})),
+    (3.0, ClientLeft("a", "gone")),
+    (4.0, Stopping("enough")),
+]
+
+
+def journal(folder: Path) -> Journal:
+    return Journal(folder / "journal.sqlite", "run", durable=False)
+
+
+def payload(update: str, data: bytes | None = b"1234") -> Payload:
+    section = Section("trainable", "fp32", 1, 4)
+    return Payload(update, BlobInfo(f"u/{update}", 4, b"\7" * 32, (section,)), data)
+
+
+def test_every_event_comes_back_as_it_was(tmp_path: Path) -> None:
+    assert {type(event) for _, event in EVENTS} == set(KINDS.values())
+    book = journal(tmp_path)
+    assert book.append(EVENTS[:3]) == 1
+    assert book.append(EVENTS[3:]) == 4
+    book.close()
+    again = journal(tmp_path)
+    assert [(row.now, row.event) for row in again.rows()] == EVENTS
+    assert [row.seq for row in again.rows(after=5)] == [6, 7]
+    assert again.seq == 7
+    assert again.append(EVENTS[:1]) == 8
+    again.close()
+
+
+def test_decisions_ride_with_the_next_batch_or_the_close(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.append(EVENTS[:1])
+    actions = [Train("a", 5), Aggregate((("o0.0", 0.5),)), Discard("o1.0", "late")]
+    book.decide(1, actions)
+    assert next(iter(book.rows())).actions is None
+    book.append(EVENTS[1:2])
+    assert next(iter(book.rows())).actions == dump_actions(actions)
+    book.decide(2, [])
+    book.close()
+    again = journal(tmp_path)
+    assert [row.actions for row in again.rows()] == [dump_actions(actions), "[]"]
+    again.close()
+
+
+def test_a_failure_of_the_strategy_is_no_decision(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.append(EVENTS[:2])
+    book.decide(1, [Discard("{", "a reason that starts like one")])
+    book.fail(2, "ZeroDivisionError('x')")
+    book.flush()
+    assert [row.actions is None for row in book.rows()] == [False, True]
+    assert list(book.failures()) == [(2, "ZeroDivisionError('x')")]
+    book.close()
+
+
+def test_payloads_are_kept_until_they_are_forgotten(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.append(EVENTS[:1], payloads=[payload("o0.0"), payload("o1.0", None)])
+    book.append(EVENTS[1:2], payloads=[payload("o2.0")], forget=["o0.0"])
+    book.close()
+    again = journal(tmp_path)
+    found = {kept.id: kept for kept in again.payloads()}
+    assert found == {"o1.0": payload("o1.0", None), "o2.0": payload("o2.0")}
+    again.close()
+
+
+def test_a_payload_that_came_and_went_with_one_batch_is_not_kept(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.append(EVENTS[:1], payloads=[payload("o0.0")], forget=["o0.0", "o9.0"])
+    assert list(book.payloads()) == []
+    book.close()
+
+
+def test_a_snapshot_replaces_the_one_before_it(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    assert book.last_snapshot() is None
+    book.append(EVENTS[:2])
+    book.snapshot(0.5, "one")
+    book.snapshot(0.5, "one again")
+    book.append(EVENTS[2:4])
+    book.snapshot(2.0, "two")
+    assert book.last_snapshot() == (4, 2.0, "two")
+    book.close()
+
+
+def test_acknowledgements_are_kept_until_a_snapshot_holds_them(tmp_path: Path) -> None:
+    """They were not, and a restarted server told thousands of outcomes again at every hello."""
+    book = journal(tmp_path)
+    book.append([], meta=[(ACKS + "o0.0", '[["a","o0.0"],["b","o1.0"]]'), ("membership", "{}")])
+    assert list(book.acknowledged()) == [("a", "o0.0"), ("b", "o1.0")]
+    book.append(EVENTS[:1])
+    book.snapshot(0.0, "state")
+    assert list(book.acknowledged()) == []
+    assert book.meta("membership") == "{}"
+    book.close()
+
+
+def test_meta_rows_are_replaced(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    assert book.meta("limits") is None
+    book.note("limits", "one")
+    book.note("limits", "two")
+    assert book.meta("limits") == "two"
+    assert book.seq == 0
+    book.close()
+
+
+def test_a_full_disk_takes_all_of_a_batch_or_nothing(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.append(EVENTS[:1])
+    book.decide(1, [])
+    (pages,) = book.base.execute("PRAGMA page_count").fetchone()
+    book.base.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(ServerError, match="full") as full:
+        book.append(EVENTS[1:3], payloads=[payload("o0.0")], meta=[("a", "b" * 100_000)])
+    assert full.value.code == "FL-S203"
+    assert "free space" in full.value.hint
+    with pytest.raises(ServerError) as again:
+        book.snapshot(1.0, "x" * 100_000)
+    assert again.value.code == "FL-S203"
+    assert (book.seq, len(list(book.rows())), book.meta("a")) == (1, 1, None)
+    book.base.execute("PRAGMA max_page_count = 100000")
+    assert book.append(EVENTS[1:3]) == 2  # there is room again, and the decision was not lost
+    assert next(iter(book.rows())).actions == "[]"
+    assert book.last_snapshot() is None
+    book.close()
+
+
+def test_a_bug_in_a_batch_leaves_no_half_of_it(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    with pytest.raises(sqlite3.Error):
+        book.append(EVENTS[:1], meta=[("a",)])  # type: ignore[list-item]
+    assert list(book.rows()) == []
+    assert book.append(EVENTS[:1]) == 1
+    book.close()
+
+
+def test_a_file_that_is_no_journal_is_told(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(ServerError, match="not a database") as broken:
+        journal(tmp_path)
+    assert broken.value.code == "FL-S206"
+
+
+def test_a_process_killed_in_a_transaction_leaves_none_of_it(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.append(EVENTS[:1])
+    book.base.execute("BEGIN IMMEDIATE")
+    book.base.execute("UPDATE event SET now = 99")
+    for name in ("journal.sqlite", "journal.sqlite-wal"):  # what a killed process leaves
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
+    book.base.execute("ROLLBACK")
+    book.close()
+    again = journal(tmp_path / "copy")
+    assert [row.now for row in again.rows()] == [0.0]
+    again.close()
+
+
+def test_rows_name_their_run(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.append(EVENTS[:1], payloads=[payload("o0.0")])
+    for table in ("event", "payload"):
+        assert book.base.execute(f"SELECT run FROM {table}").fetchall() == [("run",)]
+    assert isinstance(next(iter(book.rows())), Row)
+    book.close()
