@@ -165,7 +165,7 @@ def pick(state: Path, wanted: str) -> int:
     """The number of version "best", "last" or "N". ServerError FL-S107 where it is not kept."""
     numbers = list(versions(state))
     if not numbers:
-        raise ServerError("FL-S107", f"no version in {state}", "give the --state of a run")
+        raise ServerError("FL-S107", f"no version in {state}", "its server makes the first")
     found: int | None
     if wanted == "last":
         found = numbers[-1]
