@@ -8,6 +8,7 @@ import pytest
 from atoll.protocols.blobs import BlobInfo, Section
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import (
+    Action,
     Aggregate,
     ClientInfo,
     ClientJoined,
@@ -61,7 +62,7 @@ def test_every_event_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_decisions_ride_with_the_next_batch_or_the_close(tmp_path: Path) -> None:
     book = journal(tmp_path)
     book.append(EVENTS[:1])
-    actions = [Train("a", 5), Aggregate((("o0.0", 0.5),)), Discard("o1.0", "late")]
+    actions: list[Action] = [Train("a", 5), Aggregate((("o0.0", 0.5),)), Discard("o1.0", "late")]
     book.decide(1, actions)
     assert next(iter(book.rows())).actions is None
     book.append(EVENTS[1:2])
