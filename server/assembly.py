@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -136,7 +137,8 @@ class Assembly:
                 continue
             self.workshop.infos[payload.id] = payload.info
             if payload.data is not None:
-                uploads.keep(payload.id, payload.data)
+                if hashlib.sha256(payload.data).digest() == payload.info.sha256:
+                    uploads.keep(payload.id, payload.data)
             else:
                 uploads.restore(payload.id, payload.info.size, payload.info.sha256)
         uploads.sweep(keep)

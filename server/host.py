@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atoll.protocols import messages, state, tensors, wire_pb2
 from atoll.protocols.blobs import CHUNK, INLINE, Blob
@@ -476,7 +476,8 @@ class Host:
             0.0, result.train_seconds, result.metrics, final=result.final,
         )  # fmt: skip
         data = stored.data if stored.path is None else None
-        self.driver.post(UpdateReceived(update), Payload(result.update, result.payload, data), then)
+        info = replace(result.payload, sha256=stored.sha256)
+        self.driver.post(UpdateReceived(update), Payload(result.update, info, data), then)
 
     def _receipt(self, client: str, result: Result) -> None:
         session = self.sessions.of.get(client)

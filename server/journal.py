@@ -26,6 +26,7 @@ from atoll.protocols.events import (
     TimerFired,
     UpdateReceived,
 )
+from atoll.server.payloads import PayloadLog, Place
 
 ACKS = "acks/"  # meta keys: outcomes acknowledged since the last snapshot
 FAILED = "failed"
@@ -35,11 +36,13 @@ CREATE TABLE IF NOT EXISTS event (
   seq INTEGER PRIMARY KEY, run TEXT NOT NULL, now REAL NOT NULL, kind TEXT NOT NULL,
   event TEXT NOT NULL, actions TEXT);
 CREATE TABLE IF NOT EXISTS payload (
-  id TEXT PRIMARY KEY, run TEXT NOT NULL, info TEXT NOT NULL, data BLOB);
+  id TEXT PRIMARY KEY, run TEXT NOT NULL, info TEXT NOT NULL, segment INTEGER, offset INTEGER);
 CREATE TABLE IF NOT EXISTS snapshot (
   seq INTEGER PRIMARY KEY, run TEXT NOT NULL, now REAL NOT NULL, state TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+
+FORGET = "DELETE FROM payload WHERE id = ? RETURNING segment"
 
 KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
@@ -78,15 +81,15 @@ class Journal:
     def __init__(self, path: Path, run: str, *, durable: bool = True) -> None:
         """Open or make `path`. `durable` False skips fsync: then a power cut loses the tail."""
         self.run = run
+        self._durable = durable
         try:
             self.base = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self.base.execute("PRAGMA journal_mode=WAL")
             self.base.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            # Small payloads come and go within a second: the later a checkpoint, the fewer pages
-            # of theirs are ever copied.
-            self.base.execute("PRAGMA wal_autocheckpoint=8000")
             self.base.executescript(SCHEMA)
             found = self.base.execute("SELECT coalesce(max(seq), 0) FROM event").fetchone()
+            live = self.base.execute("SELECT segment FROM payload WHERE segment IS NOT NULL")
+            self._log = PayloadLog(path.parent, [int(row[0]) for row in live])
         except sqlite3.DatabaseError as error:
             full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
             raise ServerError(
@@ -123,14 +126,25 @@ class Journal:
             )
             self.base.executemany("UPDATE event SET actions = ? WHERE seq = ?", self._undecided)
             self.base.executemany(
-                "INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?)",
-                [(p.id, self.run, state.dumps(_plain(p.info)), p.data) for p in payloads],
+                "INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?, ?)",
+                [(p.id, self.run, state.dumps(_plain(p.info)), *self._put(p)) for p in payloads],
             )
-            self.base.executemany("DELETE FROM payload WHERE id = ?", [(i,) for i in forget])
+            if self._durable:
+                self._log.sync()
+            dropped = [d for i in forget for d in self.base.execute(FORGET, (i,)).fetchall()]
             self.base.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta))
+        for (segment,) in dropped:
+            if segment is not None:
+                self._log.drop(segment)
         self.seq += len(rows)
         self._undecided = []
         return first
+
+    def _put(self, payload: Payload) -> tuple[int | None, int | None]:
+        if payload.data is None:
+            return None, None
+        place = self._log.put(payload.data)
+        return place.segment, place.offset
 
     def decide(self, seq: int, actions: Sequence[Action]) -> None:
         """What was decided about input `seq`; written with the next batch."""
@@ -178,11 +192,16 @@ class Journal:
                 yield str(client), str(update)
 
     def payloads(self) -> Iterator[Payload]:
-        for update, info, data in self.base.execute("SELECT id, info, data FROM payload"):
-            plain = json.loads(info)
+        """Every payload that is not forgotten; `data` may be short where a power cut took it."""
+        rows = self.base.execute("SELECT id, info, segment, offset FROM payload").fetchall()
+        for update, text, segment, offset in rows:
+            plain = json.loads(text)
             plain["sha256"] = bytes.fromhex(plain["sha256"])
             sections = tuple(state.load(Section, s) for s in plain.pop("sections"))
-            yield Payload(str(update), BlobInfo(**plain, sections=sections), data)
+            info = BlobInfo(**plain, sections=sections)
+            inside = segment is not None
+            data = self._log.read(Place(segment, offset), info.size) if inside else None
+            yield Payload(str(update), info, data)
 
     def meta(self, key: str) -> str | None:
         row = self.base.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -198,7 +217,7 @@ class Journal:
         except BaseException as error:
             if self.base.in_transaction:
                 self.base.execute("ROLLBACK")
-            if not isinstance(error, sqlite3.OperationalError):
+            if not isinstance(error, sqlite3.OperationalError | OSError):
                 raise
             raise ServerError(
                 "FL-S203",
@@ -213,6 +232,7 @@ class Journal:
 
     def close(self) -> None:
         self.flush()
+        self._log.close()
         self.base.close()
 
 

@@ -1,0 +1,102 @@
+"""Payloads: the bytes of small updates, appended to segment files beside the journal.
+
+A database copies a 100 KB value page by page, twice; here it is one write into a file that was
+used before. The journal's rows say where each payload lies; a segment whose payloads are all
+forgotten is taken again for new ones. All calls block: make them from the journal's thread.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+SEGMENT = 32 << 20  # bytes after which a new segment is begun
+SUFFIX = ".payloads"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    segment: int
+    offset: int
+
+
+class PayloadLog:
+    """`live` are the segments of the payloads that are still known, one entry for each payload."""
+
+    def __init__(self, folder: Path, live: Iterable[int], *, segment: int = SEGMENT) -> None:
+        self.folder = folder
+        self._segment = segment
+        self._live = Counter(live)
+        self._spare: Path | None = None
+        self._fd = -1
+        self._at = 0
+        self._dirty = False
+        self._number = max(self._live, default=0)
+        for path in folder.glob(f"*{SUFFIX}"):
+            if not path.stem.isdecimal() or int(path.stem) not in self._live:
+                path.unlink()
+
+    def put(self, data: bytes) -> Place:
+        """Append; OSError where the disk does not take it, and then nothing has changed."""
+        if self._fd < 0 or self._at >= self._segment:
+            self._turn()
+        written = 0
+        while written < len(data):  # a nearly full disk writes short
+            written += os.pwrite(self._fd, memoryview(data)[written:], self._at + written)
+        place = Place(self._number, self._at)
+        self._at += len(data)
+        self._live[self._number] += 1
+        self._dirty = True
+        return place
+
+    def sync(self) -> None:
+        """Make what was put survive a power cut."""
+        if self._dirty:
+            os.fdatasync(self._fd)
+            self._dirty = False
+
+    def read(self, place: Place, size: int) -> bytes:
+        """The bytes, fewer than `size` where they never reached the disk."""
+        try:
+            with open(self._path(place.segment), "rb") as file:
+                file.seek(place.offset)
+                return file.read(size)
+        except FileNotFoundError:
+            return b""
+
+    def drop(self, segment: int) -> None:
+        """One payload of `segment` is forgotten."""
+        self._live[segment] -= 1
+        if self._live[segment] <= 0 and segment != self._number:
+            del self._live[segment]
+            self._retire(segment)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _turn(self) -> None:
+        former = self._number
+        self.sync()
+        self.close()
+        path = self._path(former + 1)
+        if self._spare is not None:
+            os.replace(self._spare, path)
+            self._spare = None
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._number, self._at = former + 1, 0
+        if former and not self._live[former]:
+            del self._live[former]
+            self._retire(former)
+
+    def _retire(self, segment: int) -> None:
+        path = self._path(segment)
+        if self._spare is None and path.exists():
+            self._spare = path
+        else:
+            path.unlink(missing_ok=True)
+
+    def _path(self, segment: int) -> Path:
+        return self.folder / f"{segment}{SUFFIX}"
