@@ -106,6 +106,13 @@ def test_a_run_that_has_not_begun_has_a_status_too(tmp_path: Path, capsys: Capsy
     assert (told["state"], told["version"], told["clients"]) == ("stopped", 0, [])
 
 
+def test_the_version_is_the_newest_that_files_or_history_know(state: Path, capsys: Capsys) -> None:
+    (state / "versions" / "2").rename(state / "versions" / "2.corrupt")
+    assert data(capsys, "status", "--state", str(state))["version"] == 2
+    (state / "history.jsonl").unlink()
+    assert data(capsys, "status", "--state", str(state))["version"] == 1
+
+
 def test_a_torn_last_line_is_left_out(state: Path, capsys: Capsys) -> None:
     with (state / "history.jsonl").open("a") as file:
         file.write('{"t":9,"kind":"fin')
@@ -192,6 +199,8 @@ def test_one_screen_shows_the_run_its_group_and_every_client() -> None:
     assert lines[2] == (
         "group g37: 1/2 arrived, expected in 9.0s, closes in 14s   waits for lab-slow"
     )
+    end = lines[3].index("HEARD") + len("HEARD")  # numbers end where their heading ends
+    assert [line[:end].endswith("1.0s") for line in lines[4:-1]].count(True) == 1
     row = {line.split()[0]: line for line in lines[4:-1]}
     assert sorted(row) == ["evil", "hospital-a", "lab-b", "lab-c", "lab-d", "lab-slow"]
     assert " ".join(row["lab-slow"].split()) == (
@@ -230,6 +239,7 @@ def test_a_pipe_gets_whole_lines_without_colour(tmp_path: Path, capsys: Capsys) 
 def test_ls_finds_the_runs_below_a_folder_also_damaged_ones(tmp_path: Path, capsys: Capsys) -> None:
     made(tmp_path / "b" / "state", FINISH)
     made(tmp_path / "a")
+    made(tmp_path / "a" / "copy")  # within a run's own folder nothing else is looked for
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "run.json").write_text("{")
     made(tmp_path / ".hidden")

@@ -44,6 +44,12 @@ def test_the_same_command_gives_the_same_hash_and_another_seed_another(capsys: C
     assert simulated(capsys, *drawn, "--seed", "2")["hash"] != first
 
 
+def test_the_seed_also_draws_what_happens_on_the_way(capsys: Capsys) -> None:
+    fixed = (*NULL, "--speeds", "1,1,1,1", "--dropout", "20,5")
+    hashes = {simulated(capsys, *fixed, "--seed", seed)["hash"] for seed in "123"}
+    assert len(hashes) == 3
+
+
 def test_digits_are_learned_and_everything_lies_in_out(tmp_path: Path, capsys: Capsys) -> None:
     out = tmp_path / "made" / "here"
     told = simulated(capsys, "--until", "6", "--out", str(out), "--evaluate-every", "2")
