@@ -178,8 +178,8 @@ async def fed(driver: Driver, recorded: list[Heard]) -> list[Heard]:
         if not isinstance(event, Merged):
             driver.post(event)
         async with asyncio.timeout(5):
-            while len(world.heard_) <= at and not serving.done():
-                await asyncio.sleep(0)  # noqa: ASYNC110 - the driver's own pace
+            while len(world.heard_) <= at and not serving.done():  # noqa: ASYNC110
+                await asyncio.sleep(0)
     await asyncio.wait_for(serving, 5)
     return world.heard_
 
@@ -472,8 +472,8 @@ def test_a_finished_run_waits_for_what_its_world_still_has_to_say(tmp_path: Path
             driver.stop("enough")
             driver.stop("twice")
             served = asyncio.create_task(driver.serve())
-            while driver.run.finished is None:
-                await asyncio.sleep(0)  # noqa: ASYNC110 - the driver's own pace
+            while driver.run.finished is None:  # noqa: ASYNC110
+                await asyncio.sleep(0)
             driver.wake()
             await asyncio.sleep(0.005)
             assert not served.done()

@@ -1,8 +1,10 @@
 """Real servers and clients: as processes, to be killed, and as threads, to be looked into."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,13 +19,16 @@ import pytest
 
 from atoll.aggregation.strategy import Strategy
 from atoll.client.client import Client, Report
+from atoll.client.options import Options, maker
 from atoll.protocols.errors import AtollError
 from atoll.protocols.events import Event, Merged, UpdateReceived
+from atoll.protocols.ids import ulid
 from atoll.protocols.slots import resolve
 from atoll.server.journal import Journal
+from atoll.server.rules import Rules
 from atoll.server.run import Run, Tell
-from atoll.server.server import read_note
-from atoll.server.spec import STRATEGIES, RunSpec
+from atoll.server.server import Server, Summary, read_note
+from atoll.server.spec import STRATEGIES, RunSpec, open_spec
 
 BIN = Path(sys.executable).parent
 
@@ -43,7 +48,8 @@ class Process:
     def __init__(self, folder: Path, name: str, *arguments: str) -> None:
         self.name = name
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         with self.out.open("ab") as out, self.err.open("ab") as err:
             self.popen = subprocess.Popen(
                 [str(BIN / arguments[0]), *arguments[1:]],
@@ -96,6 +102,34 @@ class Process:
         return code
 
 
+class Local(threading.Thread):
+    """A server in a thread of this process; `summary` or `error` says how it ended."""
+
+    def __init__(self, server: Server, address: str) -> None:
+        super().__init__(name="server", daemon=True)
+        self.server = server
+        self.listen = address
+        self.summary: Summary | None = None
+        self.error: AtollError | None = None
+        self.ready = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.summary = self.server.run(self.listen, lambda _: self.ready.set())
+        except AtollError as error:
+            self.error = error
+        finally:
+            self.ready.set()
+
+    def ended(self, seconds: float = 60.0) -> Summary:
+        self.join(seconds)
+        assert not self.is_alive(), "the server goes on"
+        assert self.error is None, self.error
+        assert self.summary is not None
+        return self.summary
+
+
 class Guest(threading.Thread):
     """A client in a thread of this process; `report` or `error` says how it ended."""
 
@@ -118,6 +152,56 @@ class Guest(threading.Thread):
         assert self.error is None, self.error
         assert self.report is not None
         return self.report
+
+
+class Gate:
+    """A TCP proxy before a server that lets so many bytes of clients' words through, then none."""
+
+    def __init__(self, address: str, most: int) -> None:
+        host, _, port = address.rpartition(":")
+        self.target = (host, int(port))
+        self.most = most
+        self.passed = 0
+        self.open = threading.Event()  # set: all may pass
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._door.getsockname()[1]}"
+        self._ends: list[socket.socket] = []
+        self._start(self._accept)
+
+    @property
+    def shut(self) -> bool:
+        return self.passed >= self.most
+
+    def close(self) -> None:
+        self.open.set()
+        for end in [self._door, *self._ends]:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _start(self, job: Callable[..., None], *arguments: object) -> None:
+        threading.Thread(target=job, args=arguments, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._door.accept()[0]
+                far = socket.create_connection(self.target)
+                self._ends += [near, far]
+                self._start(self._pump, near, far, True)
+                self._start(self._pump, far, near, False)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 16):
+                if counted:
+                    self.passed += len(piece)
+                    while self.shut and not self.open.wait(0.02):
+                        pass
+                sink.sendall(piece)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass
@@ -154,6 +238,8 @@ class Federation:
         self.state = folder / "state"
         self.processes: list[Process] = []
         self.guests: list[Guest] = []
+        self.locals: list[Local] = []
+        self.gates: list[Gate] = []
         self.address = "127.0.0.1:0"
 
     def command(self, name: str, *arguments: str) -> Process:
@@ -172,11 +258,34 @@ class Federation:
             self.address = until(lambda: self._serving(process), 60, name)
         return process
 
-    def client(self, name: str, *options: str) -> Process:
+    def local(self, rules: Rules | None = None, **spec: Any) -> Local:
+        """A server in this process: quicker, and without the command line."""
+        slots = spec.pop("slots", {})
+        wanted = RunSpec(ulid(), **{"lease": 5.0, **spec})
+        found = open_spec(self.state, wanted, spec)
+        local = Local(Server(found, self.state, rules, slots=slots), self.address)
+        self.locals.append(local)
+        assert local.ready.wait(30)
+        if local.error is None:
+            self.address = local.server.address
+        return local
+
+    def client(self, name: str, *options: str, address: str = "") -> Process:
         return self.command(
-            name, "fl-client", "start", self.address, "--name", name, "--json", "-v",
+            name, "fl-client", "start", address or self.address, "--name", name, "--json", "-v",
             "--dir", str(self.folder / f"client-{name}"), *options,
         )  # fmt: skip
+
+    def gate(self, most: int) -> Gate:
+        gate = Gate(self.address, most)
+        self.gates.append(gate)
+        return gate
+
+    def digits(self, name: str, shard: tuple[int, int] = (0, 1), slowdown: float = 0.0) -> Guest:
+        """A client in this process that trains on its part of the digits."""
+        options = Options(name, shard=shard, slowdown=slowdown)
+        folder = self.folder / f"client-{name}"
+        return self.guest(Client(self.address, maker(options), name=name, folder=folder))
 
     def guest(self, client: Client) -> Guest:
         guest = Guest(client)
@@ -224,8 +333,12 @@ class Federation:
                 process.kill()
         for guest in self.guests:
             guest.client.stop()
-        for guest in self.guests:
-            guest.join(10)
+        for gate in self.gates:
+            gate.close()
+        for local in self.locals:
+            local.server.stop()
+        for thread in (*self.guests, *self.locals):
+            thread.join(10)
 
 
 @pytest.fixture

@@ -6,13 +6,17 @@ versions came one after another.
 
 import random
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from atoll.client.client import Client
 from atoll.client.options import Options, maker
+from atoll.client.trainer import Task, Trained
 from atoll.protocols import messages
 
 if TYPE_CHECKING:
@@ -54,12 +58,8 @@ def test_a_server_killed_thrice_ends_at_its_target_without_a_fork(
     witnesses = [witness(federation.address, i, federation.folder) for i in range(2)]
     guests = [federation.guest(one) for one in witnesses]
     for _ in range(3):
-        from_version = federation.merged()
-        end = time.monotonic() + 30
-        while federation.merged() < from_version + rng.randint(1, 3):
-            assert server.alive, server.said()
-            assert time.monotonic() < end, server.said()
-            time.sleep(0.01)
+        wanted = federation.merged() + rng.randint(1, 3)
+        until(partial(reached, federation, wanted), what=server.said())
         time.sleep(rng.random() * 0.1)
         server.kill()
         server = federation.server(*options)
@@ -68,8 +68,149 @@ def test_a_server_killed_thrice_ends_at_its_target_without_a_fork(
     for guest in guests:
         guest.ended()
     federation.ledger().check()
+    check_no_fork(witnesses)
+
+
+def check_no_fork(witnesses: Sequence[Witness]) -> None:
+    """Whatever a server made again after its death has the bytes that it had before."""
     seen: dict[int, set[bytes]] = {}
     for one in witnesses:
         for version, hashes in one.seen.items():
             seen.setdefault(version, set()).update(hashes)
+    assert len(seen) > 3
     assert all(len(hashes) == 1 for hashes in seen.values()), "a version was made twice, otherwise"
+
+
+def reached(federation: "Federation", version: int) -> bool:
+    return federation.merged() >= version
+
+
+def until(true: Callable[[], object], seconds: float = 30.0, what: str = "") -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not in {seconds} s: {what}"
+        time.sleep(0.002)
+
+
+BIG = """
+import torch
+from torch import nn
+
+class Big(nn.Module):
+    '''Digits, with 20 MB of ballast that travels.'''
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+        self.ballast = nn.Parameter(torch.zeros(5_000_000))
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+"""
+
+
+def test_a_client_killed_in_mid_training_goes_on_with_its_order(federation: "Federation") -> None:
+    server = federation.server("--strategy", "fedavg:steps=20,min_clients=2", "--versions", "4")
+    slow = ["--shard", "1/2", "--sleep-per-step", "0.03"]
+    other = federation.digits("c0", (0, 2))
+    first = federation.client("c1", *slow)
+    until(lambda: federation.merged() >= 1 and orders(federation, "c1") == 2, 30, "second order")
+    time.sleep(0.2)  # of the 0.6 that it takes
+    first.kill()
+    second = federation.client("c1", *slow)
+    data = server.data()
+    report = second.data()
+    assert data["versions"] == 4
+    assert (report["orders"], report["used"]) == (3, 3)  # the killed one, again, and the rest
+    other.ended()
+    ledger = federation.ledger()
+    ledger.check()
+    assert len(ledger.updates) == 8
+    assert not federation.history("leave")
+
+
+def test_a_client_killed_in_mid_upload_delivers_without_training_again(
+    federation: "Federation",
+) -> None:
+    (federation.folder / "big.py").write_text(BIG)
+    model = ["--model", "big:Big"]
+    server = federation.server(
+        "--strategy", "fedavg:steps=5,min_clients=2", "--versions", "2", *model, "--data", "digits"
+    )
+    gate = federation.gate(9 << 20)
+    other = federation.client("c0", *model, "--shard", "0/2")
+    first = federation.client("c1", *model, "--shard", "1/2", address=gate.address)
+    until(lambda: gate.shut, 30, "half of an upload")
+    first.kill()
+    assert federation.merged() == 0
+    gate.open.set()
+    second = federation.client("c1", *model, "--shard", "1/2", address=gate.address)
+    assert server.data()["versions"] == 2
+    report = second.data()
+    assert (report["orders"], report["used"]) == (1, 2)  # the first was trained in its former life
+    other.data()
+    ledger = federation.ledger()
+    ledger.check()
+    assert len(ledger.updates) == 4
+    assert not federation.history("leave")
+
+
+class Stirring:
+    """A trainer of a big model that costs no time: it moves every value a little."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = {name: value.clone() for name, value in tensors.items()}
+
+    def train(self, task: Task) -> Trained:
+        self.made += 1
+        moved = {name: value - 0.001 * self.made for name, value in self.tensors.items()}
+        return Trained(moved, task.steps, task.steps, {})
+
+    def evaluate(self) -> Mapping[str, float]:
+        return {}
+
+
+@pytest.mark.parametrize("moment", ["writing", "sealed", "any"])
+def test_a_server_killed_while_it_merges_a_big_model_makes_that_version_again(
+    federation: "Federation", moment: str
+) -> None:
+    (federation.folder / "big.py").write_text(BIG)
+    options = [
+        "--strategy", "fedbuff:size=2,steps=1", "--versions", "8", "--model", "big:Big",
+        "--data", "digits", "--outer", "momentum", "--save-every", "3",
+    ]  # fmt: skip
+    server = federation.server(*options)
+    witnesses = [
+        Witness(federation.address, Stirring(), name=f"w{i}", folder=federation.folder / f"w{i}")
+        for i in range(2)
+    ]
+    for one in witnesses:
+        one.seen = {}
+        federation.guest(one)
+    versions = federation.state / "versions"
+    for number in (2, 5):
+        until(partial(made, versions, number, moment == "writing"), what=server.said())
+        time.sleep(0.05 * random.Random(number).random() if moment == "any" else 0.0)
+        server.kill()
+        server = federation.server(*options)
+    assert server.data()["versions"] >= 8
+    for guest in federation.guests:
+        guest.ended()
+    federation.ledger().check()
+    check_no_fork(witnesses)
+
+
+def made(versions: Path, number: int, begun: bool) -> bool:
+    """Whether this version, or a later one, is on disk, or has been begun."""
+    if begun and (versions / f"{number}.tmp").exists():
+        return True
+    found = [int(p.name) for p in versions.glob("*") if p.name.isdecimal()]
+    return max(found, default=0) >= number
+
+
+def orders(federation: "Federation", client: str) -> int:
+    """That this client could begin."""
+    mine = {row["order"] for row in federation.history("train") if row["client"] == client}
+    return len([row for row in federation.history("started") if row["order"] in mine])
