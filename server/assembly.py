@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -67,14 +68,17 @@ class Assembly:
         )
         self.workshop = Workshop(self.store, merger, uploads, codec(spec.codec_up), spec.keep)
         self.journal = Journal(folder / "journal.sqlite", spec.id)
-        fresh = self.journal.seq == 0 and not self.store.numbers()
-        if fresh:
-            self._first_version(module, init)
+        self.resumed = self.journal.seq > 0 or bool(self.store.numbers())
         membership = Membership(lease=spec.lease)
-        self._limits(rules)
-        found = recover(self.journal, strategy, rules, membership)
-        self._restore(found, uploads)
-        self.resumed = not fresh
+        try:
+            if not self.resumed:
+                self._first_version(module, init)
+            self._limits(rules)
+            found = recover(self.journal, strategy, rules, membership)
+            self._restore(found, uploads)
+        except BaseException:
+            self.journal.abandon()
+            raise
         self.history_file = self._open_history(folder / "history.jsonl")
         self._news: asyncio.Event | None = None  # set with the next row; made when one waits
         self._on_row = on_row
@@ -182,12 +186,12 @@ class Assembly:
             text = path.read_bytes()
             whole = text[: text.rfind(b"\n") + 1]  # a killed process leaves half a line
             if len(whole) != len(text):
-                path.write_bytes(whole)
+                os.truncate(path, len(whole))
             self.history = History.read(path)
         return path.open("a", buffering=1 << 16)
 
     def _row(self, row: dict[str, object]) -> None:
-        self.history_file.write(line(row))
+        self._on_disk(lambda: self.history_file.write(line(row)))
         if self._news is not None:
             self._news.set()
             self._news = None
@@ -198,7 +202,15 @@ class Assembly:
 
     def _flush(self) -> None:
         self._flushing = None
-        self.history_file.flush()
+        self._on_disk(self.history_file.flush)
+
+    def _on_disk(self, work: Callable[[], object]) -> None:
+        """Write to the history; where the disk does not take it, the run stops."""
+        try:
+            work()
+        except OSError as error:
+            what = f"the history cannot be written: {error.strerror}"
+            self.driver.fail(ServerError("FL-S203", what, "free space on its disk and start again"))
 
     async def lines(self, after: int, seconds: float) -> dict[str, object]:
         """Rows from number `after` on, at most MOST_LINES; waits so long where there is none."""
@@ -236,8 +248,10 @@ class Assembly:
     def close(self) -> None:
         if self._flushing is not None:
             self._flushing.cancel()
-        self.journal.close()
-        self.history_file.close()
+        try:
+            self._on_disk(self.history_file.close)
+        finally:
+            self.journal.close()
 
     def export(self, path: Path) -> Path:
         """The best version, or the newest where none was evaluated, as a safetensors file."""

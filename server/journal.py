@@ -231,7 +231,13 @@ class Journal:
             self.append([])
 
     def close(self) -> None:
-        self.flush()
+        """Write what is left, and let go of the files, also where the disk does not take it."""
+        try:
+            self.flush()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
         self._log.close()
         self.base.close()
 

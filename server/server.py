@@ -7,6 +7,7 @@ The port accepts before torch is imported; callers wait for the run, not for a c
 """
 
 import asyncio
+import contextlib
 import fcntl
 import ipaddress
 import json
@@ -88,8 +89,9 @@ class Server:
 
     def stop(self) -> None:
         """Stop for now, from any thread: what is held is saved, and a new start goes on."""
-        if self._loop is not None and self._stop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            if self._loop is not None and self._stop is not None:
+                self._loop.call_soon_threadsafe(self._stop.set)
 
     async def serve(
         self, address: str = "127.0.0.1:7447", ready: Callable[[str], None] | None = None
