@@ -7,6 +7,7 @@ mapped bytes themselves. Names are slot specs: `int8` or `topk:fraction=0.01` fi
 """
 
 import ctypes
+import math
 import sys
 import typing
 from collections.abc import Mapping
@@ -177,9 +178,7 @@ def as_tensor(view: memoryview, dtype: torch.dtype) -> Tensor:
 
 def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or Inf. One read: elements are looked at only if the sum is not."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(
-        torch.isfinite(values).all()
-    )
+    return math.isfinite(values.sum(dtype=torch.float32)) or bool(torch.isfinite(values).all())
 
 
 class _Mapped:

@@ -8,6 +8,7 @@ and come back as inputs, so they never delay a decision.
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from atoll.server.run import (
 )
 
 logger = logging.getLogger(__name__)
+
+BEHIND = 0.2  # seconds what was derived may wait for an input to be written with
 
 RANK: dict[type[Event], int] = {  # of inputs at the same instant
     ClientLeft: 0,
@@ -120,6 +123,8 @@ class Driver:
         self.snapshot_every = 2000  # inputs
         self._since_snapshot = 0
         self._last = clock.now()
+        self._handling = False
+        self._derived: deque[Event] = deque()
         self._queue: asyncio.Queue[_Input | None] = asyncio.Queue()  # None: look at `error`
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._limit: asyncio.TimerHandle | None = None
@@ -150,6 +155,16 @@ class Driver:
         """The same from any thread."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self.post, event)
+
+    def derive(self, event: Event) -> None:
+        """Hear of something that follows from inputs already written, in the loop's thread.
+
+        It is handled after those that brought it about, and needs no wait for the disk.
+        """
+        if self._handling:
+            self._derived.append(event)
+        else:
+            self.post(event)
 
     def attach(self) -> None:
         """Belong to the running loop: from now on inputs may be posted."""
@@ -215,13 +230,22 @@ class Driver:
 
     async def _handle(self, batch: list[_Input]) -> None:
         assert self._loop is not None
-        if not batch:
+        if not batch and not self.journal.behind:
             return
         forget, meta = self.world.spent()
         first = await self._loop.run_in_executor(self._disk, self._write, batch, forget, meta)
-        for i, one in enumerate(batch):
-            if not self._one(first + i, one):
-                return
+        self._handling = True
+        try:
+            for i, one in enumerate(batch):
+                if not self._one(first + i, one):
+                    return
+            while self._derived:
+                one = _Input(self._last, self._derived.popleft(), None, None)
+                if not self._one(self.journal.derive(one.now, one.event), one):
+                    return
+                self._loop.call_later(BEHIND, self.wake)
+        finally:
+            self._handling = False
         self._since_snapshot += len(batch)
         if self.snapshot is not None and self._since_snapshot >= self.snapshot_every:
             self._since_snapshot = 0

@@ -299,7 +299,10 @@ _TAKERS = {
 
 def line(row: Row) -> str:
     """A row as the line of `history.jsonl`, newline included; what is not finite becomes null."""
-    return json.dumps(_finite(row), separators=(",", ":"), allow_nan=False) + "\n"
+    try:
+        return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
+    except ValueError:
+        return json.dumps(_finite(row), separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -115,7 +115,9 @@ class Host:
     def merge(self, merge: Merge) -> None:
         self.workshop.stock.merges.append(merge)
         if self._model_size <= INLINE:  # quicker done than handed to a thread and back
-            self._merge_here(merge)
+            merged = self._made(merge)
+            if merged is not None:
+                self.driver.derive(merged)
         else:
             self._spawn(self._merge(merge))
 
@@ -494,20 +496,21 @@ class Host:
 
     async def _merge(self, merge: Merge) -> None:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._merging, self._merge_here, merge)
+        merged = await loop.run_in_executor(self._merging, self._made, merge)
+        if merged is not None:
+            self.driver.post(merged)
 
-    def _merge_here(self, merge: Merge) -> None:
-        """In whichever thread: make the version, then tell the driver."""
+    def _made(self, merge: Merge) -> Merged | None:
+        """In whichever thread: make the version. None: it could not be, and the run ends."""
         try:
-            merged = self.workshop.make(merge)
+            return self.workshop.make(merge)
         except AtollError as error:
             self.driver.fail_threadsafe(error)
         except Exception as error:
             logger.exception("run=%s version=%d could not be merged", self.spec.id, merge.version)
             failed = ServerError("FL-S100", f"merging failed: {error!r}", "report it")
             self.driver.fail_threadsafe(failed)
-        else:
-            self.driver.post_threadsafe(merged)
+        return None
 
     def _published(self, version: int) -> None:
         if self._save_task is None and version % self.spec.save_every == 0:

@@ -101,6 +101,7 @@ class Journal:
             ) from error
         self.seq = int(found[0])
         self._undecided: list[tuple[str, int]] = []
+        self._derived: list[tuple[int, str, float, str, str]] = []
 
     def note(self, key: str, value: str) -> None:
         """Write one meta row down. Raises ServerError FL-S203."""
@@ -116,13 +117,11 @@ class Journal:
         """Write inputs down, with earlier decisions, and drop payloads no longer needed; the seq
         of the first. Raises ServerError FL-S203 where the disk does not take it."""
         first = self.seq + 1
-        rows = [
-            (first + i, self.run, now, type(event).__name__, state.dumps(event))
-            for i, (now, event) in enumerate(events)
-        ]
+        rows = [self._row(first + i, now, event) for i, (now, event) in enumerate(events)]
         with self._transaction():
             self.base.executemany(
-                "INSERT INTO event (seq, run, now, kind, event) VALUES (?, ?, ?, ?, ?)", rows
+                "INSERT INTO event (seq, run, now, kind, event) VALUES (?, ?, ?, ?, ?)",
+                [*self._derived, *rows],
             )
             self.base.executemany("UPDATE event SET actions = ? WHERE seq = ?", self._undecided)
             self.base.executemany(
@@ -137,8 +136,25 @@ class Journal:
             if segment is not None:
                 self._log.drop(segment)
         self.seq += len(rows)
-        self._undecided = []
+        self._undecided, self._derived = [], []
         return first
+
+    def derive(self, now: float, event: Event) -> int:
+        """Take in an event that follows from inputs already written; the next `append` writes it.
+
+        Were it lost, a replay would come to the same event again.
+        """
+        self.seq += 1
+        self._derived.append(self._row(self.seq, now, event))
+        return self.seq
+
+    @property
+    def behind(self) -> bool:
+        """Whether something waits to be written with the next inputs."""
+        return bool(self._derived or self._undecided)
+
+    def _row(self, seq: int, now: float, event: Event) -> tuple[int, str, float, str, str]:
+        return seq, self.run, now, type(event).__name__, state.dumps(event)
 
     def _put(self, payload: Payload) -> tuple[int | None, int | None]:
         if payload.data is None:
@@ -156,6 +172,7 @@ class Journal:
 
     def snapshot(self, now: float, text: str) -> None:
         """A state from which reading may start, instead of from the beginning. FL-S203."""
+        self.flush()
         with self._transaction():
             self.base.execute(
                 "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?, ?)",
@@ -227,7 +244,7 @@ class Journal:
 
     def flush(self) -> None:
         """Write decisions that have not ridden along yet."""
-        if self._undecided:
+        if self.behind:
             self.append([])
 
     def close(self) -> None:
