@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -15,15 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from atoll.aggregation.strategy import Strategy
 from atoll.client.client import Client, Report
 from atoll.client.options import Options, maker
+from atoll.protocols import wire_pb2
 from atoll.protocols.errors import AtollError
 from atoll.protocols.events import Event, Merged, UpdateReceived
 from atoll.protocols.ids import ulid
 from atoll.protocols.slots import resolve
+from atoll.protocols.wire_pb2_grpc import AtollStub
 from atoll.server.journal import Journal
 from atoll.server.rules import Rules
 from atoll.server.run import Run, Tell
@@ -33,7 +37,7 @@ from atoll.server.spec import STRATEGIES, RunSpec, open_spec
 BIN = Path(sys.executable).parent
 
 
-def until(true: Callable[[], object], seconds: float = 30.0, what: str = "") -> Any:
+def _until(true: Callable[[], object], seconds: float = 30.0, what: str = "") -> Any:
     """What `true` gives once it gives something; fails after so many seconds."""
     end = time.monotonic() + seconds
     while not (found := true()):
@@ -92,14 +96,19 @@ class Process:
         return found
 
     def error(self, seconds: float = 60.0) -> str:
-        """The code it ended with; its message and hint are one line each."""
-        self.wait(seconds)
+        """The code it ended with."""
+        return self.failure(seconds)[0]
+
+    def failure(self, seconds: float = 60.0) -> tuple[str, int, str]:
+        """Code, exit code and message; what and how to mend it are one line each."""
+        exit_code = self.wait(seconds)
         told = self.told()
         assert not told["ok"], told
-        assert told["error"]["message"], told
-        assert told["error"]["hint"], told
-        code: str = told["error"]["code"]
-        return code
+        error = told["error"]
+        for line in (error["message"], error["hint"]):
+            assert line, told
+            assert "\n" not in line
+        return error["code"], exit_code, error["message"]
 
 
 class Local(threading.Thread):
@@ -152,6 +161,65 @@ class Guest(threading.Thread):
         assert self.error is None, self.error
         assert self.report is not None
         return self.report
+
+
+class Raw:
+    """The wire by hand: a client that can say anything, with the generated stub."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.insecure_channel(address)
+        self.stub = AtollStub(self.channel)  # type: ignore[no-untyped-call]
+        self.out: queue.Queue[wire_pb2.ClientMessage | None] = queue.Queue()
+        self.stream: Any = None
+        self.metadata: tuple[tuple[str, str], ...] = ()
+
+    def say(self, **message: Any) -> None:
+        self.out.put(wire_pb2.ClientMessage(**message))
+
+    def open(self, **first: Any) -> None:
+        self.say(**first)
+        self.stream = self.stub.Control(iter(self.out.get, None), timeout=30)
+
+    def hello(self, name: str, **fields: Any) -> wire_pb2.Welcome:
+        told = {"protocol": 1, "client": name, "node": ulid(), "examples": 10}
+        self.open(hello=wire_pb2.Hello(**{**told, "capabilities": ["fp32"], **fields}))
+        welcome: wire_pb2.Welcome = self.hear("welcome")
+        self.metadata = (("atoll-session", welcome.session),)
+        return welcome
+
+    def hear(self, kind: str) -> Any:
+        """The next message of this kind; others on the way are passed over."""
+        for message in self.stream:
+            if message.WhichOneof("kind") == kind:
+                return getattr(message, kind)
+        raise AssertionError(f"the stream ended before any {kind}")
+
+    def refused(self) -> str:
+        """The code with which the server ends the stream."""
+        try:
+            for message in self.stream:
+                if message.WhichOneof("kind") == "refusal" and message.refusal.fatal:
+                    return str(message.refusal.code)
+        except grpc.RpcError as error:
+            return code_of(error)
+        raise AssertionError("the stream ended well")
+
+    def close(self) -> None:
+        self.out.put(None)
+        if self.stream is not None:
+            self.stream.cancel()
+        self.channel.close()
+
+
+def code_of(error: grpc.RpcError) -> str:
+    """The FL-… code in a refused call, with a message and a remedy."""
+    for key, value in error.trailing_metadata() or ():
+        if key == "atoll-error-bin":
+            told = wire_pb2.Refusal.FromString(value)
+            assert told.message, told
+            assert told.hint, told
+            return str(told.code)
+    raise AssertionError(f"no refusal in {error!r}")
 
 
 class Gate:
@@ -240,6 +308,7 @@ class Federation:
         self.guests: list[Guest] = []
         self.locals: list[Local] = []
         self.gates: list[Gate] = []
+        self.raws: list[Raw] = []
         self.address = "127.0.0.1:0"
 
     def command(self, name: str, *arguments: str) -> Process:
@@ -255,7 +324,7 @@ class Federation:
             "--json", "-v", *options,
         )  # fmt: skip
         if wait:
-            self.address = until(lambda: self._serving(process), 60, name)
+            self.address = self.until(lambda: self._serving(process), 60, name)
         return process
 
     def local(self, rules: Rules | None = None, **spec: Any) -> Local:
@@ -281,6 +350,11 @@ class Federation:
         self.gates.append(gate)
         return gate
 
+    def raw(self) -> Raw:
+        raw = Raw(self.address)
+        self.raws.append(raw)
+        return raw
+
     def digits(self, name: str, shard: tuple[int, int] = (0, 1), slowdown: float = 0.0) -> Guest:
         """A client in this process that trains on its part of the digits."""
         options = Options(name, shard=shard, slowdown=slowdown)
@@ -291,6 +365,10 @@ class Federation:
         guest = Guest(client)
         self.guests.append(guest)
         return guest
+
+    @staticmethod
+    def until(true: Callable[[], object], seconds: float = 30.0, what: str = "") -> Any:
+        return _until(true, seconds, what)
 
     def _serving(self, process: Process) -> str | None:
         assert process.alive, f"{process.out.read_text()}\n{process.said()}"
@@ -333,6 +411,8 @@ class Federation:
                 process.kill()
         for guest in self.guests:
             guest.client.stop()
+        for raw in self.raws:
+            raw.close()
         for gate in self.gates:
             gate.close()
         for local in self.locals:
