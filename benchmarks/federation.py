@@ -126,7 +126,7 @@ def serve(folder: Path, floats: int, clients: int, rounds: int, given: Mapping[s
     strategy = f"fedavg:steps=1,min_clients={clients},rounds={rounds}"
     numbers = {k: int(v) if v.isdecimal() else v for k, v in given.items()}
     spec = RunSpec(ulid(), strategy=strategy, data="", evaluate_every=0, **numbers)  # type: ignore[arg-type]
-    server = Server(spec, folder / "state", slots={"model": model})
+    server = Server.of(spec, folder / "state", slots={"model": model})
     server.run("127.0.0.1:0", lambda _: (folder / "ready").touch())
 
 

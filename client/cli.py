@@ -8,6 +8,7 @@ import click
 
 from atoll.protocols import console, orphan
 from atoll.protocols.errors import ClientError, UsageError
+from atoll.protocols.ids import machine_name
 
 
 @click.group(name="fl-client")
@@ -91,7 +92,7 @@ def start(
     _check_address(address)
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
     logging.basicConfig(level=level if console.verbosity() else logging.WARNING, stream=sys.stderr)
-    name = name or _own_name()
+    name = name or machine_name()
     console.say(f"{name}: joining {address} (Ctrl-C leaves)")
 
     import torch
@@ -195,10 +196,3 @@ def _check_address(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if not host or not colon or not port.isdecimal():
         raise UsageError("FL-S108", f"address {address!r}", "give HOST:PORT, e.g. 127.0.0.1:7447")
-
-
-def _own_name() -> str:
-    import re
-    import socket
-
-    return re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower())[:63].lstrip("._-") or "client"

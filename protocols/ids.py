@@ -1,6 +1,8 @@
-"""ULIDs: 26 characters, sortable by time, for nodes and runs. Only drivers make them."""
+"""Names for nodes and runs: ULIDs, 26 characters, sortable by time. Only drivers make them."""
 
+import re
 import secrets
+import socket
 import time
 
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford base 32
@@ -11,3 +13,9 @@ def ulid(milliseconds: int | None = None, random: bytes | None = None) -> str:
     stamp = int(time.time() * 1000) if milliseconds is None else milliseconds
     value = stamp << 80 | int.from_bytes(random or secrets.token_bytes(10))
     return "".join(ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))
+
+
+def machine_name() -> str:
+    """This machine's name as a client may be called: lower case, 63 characters at most."""
+    clean = re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower())[:63].lstrip("._-")
+    return clean or "client"

@@ -11,8 +11,8 @@ from typing import TextIO, cast
 
 import torch
 
-from atoll.aggregation.aggregator import aggregator
-from atoll.aggregation.outer import outer
+from atoll.aggregation.aggregator import Aggregator, aggregator
+from atoll.aggregation.outer import Outer, outer
 from atoll.aggregation.strategy import Strategy
 from atoll.client.models import manifest_of
 from atoll.protocols import slots as slot
@@ -62,8 +62,8 @@ class Assembly:
         self.store = VersionStore(folder / "versions", self.manifest)
         merger = Merger(
             self.manifest,
-            aggregator(spec.aggregator),
-            outer(spec.outer),
+            cast("Aggregator", slots.get("aggregator") or aggregator(spec.aggregator)),
+            cast("Outer", slots.get("outer") or outer(spec.outer)),
             cast("Buffers", spec.buffers),
         )
         self.workshop = Workshop(self.store, merger, uploads, codec(spec.codec_up), spec.keep)
@@ -250,6 +250,8 @@ class Assembly:
             self._flushing.cancel()
         try:
             self._on_disk(self.history_file.close)
+            if self.host.dismiss():
+                self.journal.note("membership", state.dumps(self.host.membership))
         finally:
             self.journal.close()
 

@@ -86,7 +86,7 @@ def start(
     if fresh:
         check(wanted)
     spec = open_spec(state, wanted, spelled_out())
-    server = Server(spec, state, rules_of(given), init=init, insecure_lan=insecure_lan)
+    server = Server.of(spec, state, rules_of(given), init=init, insecure_lan=insecure_lan)
 
     def ready(address: str) -> None:
         console.say(f"{spec.name}: {spec.strategy} on {spec.model}, serving {address}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from atoll.client.data import load_data
+from atoll.client.data import from_user, load_data
 from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import build as build_model
 from atoll.server.spec import RunSpec
@@ -14,9 +14,13 @@ from atoll.server.spec import RunSpec
 def build(spec: RunSpec, slots: Mapping[str, object]) -> tuple[nn.Module, TorchTrainer | None]:
     """The model as it starts, and what evaluates it; None where the server has no test data."""
     data: Any = slots.get("data")
+    if data is not None:
+        data = from_user(data, spec.data, spec.seed)
     if data is None and spec.data:
         data = load_data(spec.data)
     module = slots.get("model")
+    if module is not None and not isinstance(module, nn.Module) and callable(module):
+        module = module()
     if not isinstance(module, nn.Module):
         info: Any = getattr(data, "info", None)
         module = build_model(spec.model, info, spec.seed)

@@ -14,7 +14,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,11 @@ import grpc
 from atoll.protocols import messages
 from atoll.protocols.channel import SERVER_OPTIONS, tune_malloc
 from atoll.protocols.errors import RemoteError, ServerError, UsageError
+from atoll.protocols.ids import ulid
 from atoll.server.bulk import Bulk
 from atoll.server.rules import Rules
 from atoll.server.service import Service
-from atoll.server.spec import RunSpec
+from atoll.server.spec import RunSpec, open_spec
 from atoll.server.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -55,11 +56,50 @@ class Summary:
 
 
 class Server:
-    """Serve one run. `slots` take ready objects in place of the names in the spec:
-    strategy, aggregator, outer, model (an nn.Module or a factory), data (for evaluation)."""
+    """Serve one run: `Server(net, strategy=FedAvg(rounds=20, steps=50)).run("127.0.0.1:7447")`.
+
+    Every slot takes a name as on the command line, or an object. `model` is an nn.Module or what
+    makes one; `data` (a name, or what `load_data` gives) evaluates the versions, None leaves that
+    to the clients. A `folder` that holds a run is continued: give it the same objects again.
+    """
 
     def __init__(
         self,
+        model: object = "mlp",
+        *,
+        strategy: object = "fedcompass",
+        aggregator: object = "mean",
+        outer: object = "sgd",
+        data: object = None,
+        codec: str = "fp32",
+        rules: Rules | None = None,
+        folder: Path | str = "atoll-state",
+        init: Path | None = None,
+        insecure_lan: bool = False,
+        seed: int = 0,
+        lease: float = 20.0,
+        local: Mapping[str, bool | int | float | str] | None = None,
+    ) -> None:
+        given = {
+            "model": model,
+            "strategy": strategy,
+            "aggregator": aggregator,
+            "outer": outer,
+            "data": data,
+        }
+        names = {k: v if isinstance(v, str) else own_name(v) for k, v in given.items()}
+        wanted = replace(
+            RunSpec(ulid(), codec_up=codec, codec_down=codec, seed=seed, lease=lease),
+            local=dict(local or {}),
+            **names,
+        )
+        slots = {k: v for k, v in given.items() if v is not None and not isinstance(v, str)}
+        spec = open_spec(Path(folder), wanted, set(names))
+        self._set(spec, Path(folder), rules, slots, init, insecure_lan, None)
+
+    @classmethod
+    def of(
+        cls,
         spec: RunSpec,
         folder: Path,
         rules: Rules | None = None,
@@ -68,12 +108,28 @@ class Server:
         init: Path | None = None,
         insecure_lan: bool = False,
         on_row: Callable[[Row], None] | None = None,
+    ) -> "Server":
+        """A server of a written spec. `slots` are objects in place of its names; `on_row` hears
+        every row of the history."""
+        made = cls.__new__(cls)
+        made._set(spec, folder, rules, slots or {}, init, insecure_lan, on_row)
+        return made
+
+    def _set(
+        self,
+        spec: RunSpec,
+        folder: Path,
+        rules: Rules | None,
+        slots: Mapping[str, object],
+        init: Path | None,
+        insecure_lan: bool,
+        on_row: Callable[[Row], None] | None,
     ) -> None:
         self.spec = spec
         self.folder = folder
         self.rules = rules or Rules()
         self.address = ""  # host:port once serving
-        self._slots = dict(slots or {})
+        self._slots = dict(slots)
         self._init = init
         self._insecure_lan = insecure_lan
         self._on_row = on_row
@@ -204,6 +260,12 @@ class Server:
             after, wait = int(arguments.get("after", 0)), float(arguments.get("wait", 0.0))
             return self._assembly.lines(max(0, after), max(0.0, min(wait, MOST_WAIT)))
         raise UsageError("FL-S108", f"cannot inspect {what[:40]!r}", "ask run, status or history")
+
+
+def own_name(value: object) -> str:
+    """What `run.json` says of an object of the user's: its type, empty for None."""
+    kind = value if isinstance(value, type) else type(value)
+    return "" if value is None else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def check_address(address: str, insecure_lan: bool) -> None:
