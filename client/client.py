@@ -28,6 +28,7 @@ from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.codecs import BUILTIN, codec
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.events import ClientInfo, Then
+from atoll.protocols.ids import machine_name
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.runinfo import RunInfo
 
@@ -98,14 +99,14 @@ class Client:
         address: str,
         trainer: Trainer | Maker,
         *,
-        name: str,
+        name: str = "",
         folder: Path | None = None,
         examples: int | None = None,
         seconds_per_step: float | Callable[[Trainer], float] | None = None,
         patience_seconds: float = float("inf"),
     ) -> None:
         self.address = address
-        self.name = name
+        self.name = name or machine_name()
         self.report = Report()
         self._trainer = trainer
         self._examples = examples
@@ -176,6 +177,7 @@ class Client:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._training.shutdown(wait=False, cancel_futures=True)
         self._bulk.shutdown(wait=False, cancel_futures=True)
+        self._outbox.close()
 
     # ---- what the machine says -----------------------------------------------------------------
 

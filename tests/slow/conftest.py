@@ -231,6 +231,7 @@ class Gate:
         self.most = most
         self.passed = 0
         self.open = threading.Event()  # set: all may pass
+        self.refuse = False
         self._door = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._door.getsockname()[1]}"
         self._ends: list[socket.socket] = []
@@ -239,6 +240,15 @@ class Gate:
     @property
     def shut(self) -> bool:
         return self.passed >= self.most
+
+    def cut(self, refuse: bool = False) -> None:
+        """Break all connections; `refuse`: also every one that comes from now on."""
+        self.refuse = refuse
+        ends, self._ends = self._ends, []
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
     def close(self) -> None:
         self.open.set()
@@ -254,6 +264,9 @@ class Gate:
         with contextlib.suppress(OSError):
             while True:
                 near = self._door.accept()[0]
+                if self.refuse:
+                    near.close()
+                    continue
                 far = socket.create_connection(self.target)
                 self._ends += [near, far]
                 self._start(self._pump, near, far, True)
@@ -292,7 +305,11 @@ class Ledger:
         """Nobody's work lost or counted twice; versions one after another; time goes on."""
         assert len(set(self.updates)) == len(self.updates), "an update came in twice"
         decided = Counter(told.split()[1] for told in self.fates.elements())
-        assert decided == Counter(self.updates), "an update was not decided exactly once"
+        assert self.run is not None
+        open_ = [*self.run.held, *(u for items in self.run.merging.values() for u in items)]
+        if self.run.finished is not None:
+            assert not open_, "an update of a finished run was not decided"
+        assert decided + Counter(open_) == Counter(self.updates), "not decided exactly once"
         assert self.versions == list(range(1, len(self.versions) + 1))
         times = [now for now, _ in self.events]
         assert times == sorted(times)
@@ -332,7 +349,7 @@ class Federation:
         slots = spec.pop("slots", {})
         wanted = RunSpec(ulid(), **{"lease": 5.0, **spec})
         found = open_spec(self.state, wanted, spec)
-        local = Local(Server(found, self.state, rules, slots=slots), self.address)
+        local = Local(Server.of(found, self.state, rules, slots=slots), self.address)
         self.locals.append(local)
         assert local.ready.wait(30)
         if local.error is None:
