@@ -14,7 +14,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +88,11 @@ class Server:
             "data": data,
         }
         names = {k: v if isinstance(v, str) else own_name(v) for k, v in given.items()}
-        wanted = replace(
-            RunSpec(ulid(), codec_up=codec, codec_down=codec, seed=seed, lease=lease),
-            local=dict(local or {}),
-            **names,
-        )
+        wanted = RunSpec(
+            ulid(), strategy=names["strategy"], aggregator=names["aggregator"],
+            outer=names["outer"], model=names["model"], data=names["data"], codec_up=codec,
+            codec_down=codec, local=dict(local or {}), seed=seed, lease=lease,
+        )  # fmt: skip
         slots = {k: v for k, v in given.items() if v is not None and not isinstance(v, str)}
         spec = open_spec(Path(folder), wanted, set(names))
         self._set(spec, Path(folder), rules, slots, init, insecure_lan, None)
