@@ -60,8 +60,17 @@ class _Job:
 
     order: messages.Order
     line: "_Line | None"  # that it came by
-    asked: Then | None = None
+    asked: Then | None = None  # to send or to drop
+    snapshots: int = 0  # asked for
+    taken: int = 0  # of these
     step: int = 0
+
+    def look(self) -> Then | None:
+        """What was asked; each snapshot once."""
+        if self.asked is None and self.taken < self.snapshots:
+            self.taken += 1
+            return "continue"
+        return self.asked
 
 
 @dataclass
@@ -192,8 +201,7 @@ class Client:
                 self._job = _Job(self._orders.pop(order), self._line)
                 self._spawn(self._work(self._job))
             case machine.Interrupt(order, then):
-                if self._job is not None and self._job.order.id == order:
-                    self._job.asked = then
+                self._interrupt(order, then)
             case machine.Deliver(update):
                 self._deliver(update)
             case machine.Complain(order, code, message):
@@ -206,6 +214,14 @@ class Client:
                 self._outbox.drop(update)
             case machine.Quit():
                 self._quit = action
+
+    def _interrupt(self, order: str, then: Then) -> None:
+        if self._job is None or self._job.order.id != order:
+            return
+        if then == "continue":
+            self._job.snapshots += 1
+        else:
+            self._job.asked = then
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
@@ -427,7 +443,11 @@ class Client:
         def fetch(info: BlobInfo, dest: memoryview) -> None:
             self._fetch(job.line, info, dest)
 
-        return bench.do(job.order, fetch, lambda: job.asked, report)
+        def snapped(result: messages.Result) -> None:
+            finished = machine.Finished(job.order.id, result.update, final=False)
+            loop.call_soon_threadsafe(self._post, finished)
+
+        return bench.do(job.order, fetch, job.look, report, snapped)
 
     def _fetch(self, line: _Line | None, info: BlobInfo, dest: memoryview) -> None:
         if line is None:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,18 +43,26 @@ class Outbox:
         self._results: dict[str, Result] = {}
         self._bytes: dict[str, memoryview] = {}
         self._steps = memoryview(bytearray(8))
+        self._lock = -1
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                self.close()
                 raise ClientError(
                     "FL-C108",
                     f"client folder {folder} cannot be taken: {error.strerror}",
                     "stop the client that uses it, or give another --dir",
                 ) from error
             self._read(folder)
+
+    def close(self) -> None:
+        """Leave the folder to others; what is in it stays."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     @property
     def steps(self) -> int:
@@ -78,7 +87,8 @@ class Outbox:
     def remember(self) -> None:
         if self.folder is not None:
             text = json.dumps(vars(self.memory))
-            _replace(self.folder / "client.json", text.encode())
+            with _disk(self.folder):
+                _replace(self.folder / "client.json", text.encode())
 
     def waiting(self) -> tuple[tuple[str, str], ...]:
         """(order, update) of each result, oldest first."""
@@ -88,19 +98,15 @@ class Outbox:
         """Where to write a result's bytes: a mapped file when it is big and there is a folder."""
         if self.folder is None or size <= INLINE:
             return memoryview(bytearray(size))
-        fd = os.open(self.folder / f"{update}.bin", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, size)
-            return memoryview(mmap.mmap(fd, size))
-        finally:
-            os.close(fd)
+        return map_new(self.folder / f"{update}.bin", size)
 
     def put(self, result: Result, view: memoryview) -> None:
         """Keep a result, its bytes in a view that `buffer` gave."""
         if self.folder is not None:  # a small payload lies in the description itself
             small = bytes(view) if len(view) <= INLINE else b""
             wire = messages.result_to_wire(replace(result, inline=small))
-            _replace(self.folder / f"{result.update}{SUFFIX}", wire.SerializeToString())
+            with _disk(self.folder):
+                _replace(self.folder / f"{result.update}{SUFFIX}", wire.SerializeToString())
         self._results[result.update] = result
         self._bytes[result.update] = view
         self.steps += result.steps if result.final else 0
@@ -132,6 +138,9 @@ class Outbox:
                 continue
             self._results[result.update] = result
             self._bytes[result.update] = view
+        for path in folder.glob("o*.bin"):
+            if path.stem not in self._results:  # its process was killed before it was whole
+                path.unlink()
 
 
 def _read_result(path: Path) -> tuple[Result, memoryview]:
@@ -152,3 +161,26 @@ def _replace(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_bytes(data)
     os.replace(beside, path)
+
+
+def map_new(path: Path, size: int) -> memoryview:
+    """A file of `size` bytes, mapped to be written. Its room is taken at once: a write into a map
+    for which the disk has none would kill the process. ClientError FL-S203."""
+    with _disk(path.parent), open(path, "ab+") as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        return memoryview(mmap.mmap(file.fileno(), size))
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """ClientError FL-S203 where the disk does not take it."""
+    try:
+        yield
+    except OSError as error:
+        raise ClientError(
+            "FL-S203",
+            f"client folder {folder} cannot be written: {error.strerror}",
+            "free space on its disk and start this client again",
+        ) from error

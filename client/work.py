@@ -1,12 +1,12 @@
 """Work: one order from its model's bytes to its update's bytes. Runs in the training thread."""
 
-import mmap
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from atoll.client.outbox import Outbox
+from atoll.client.outbox import Outbox, map_new
 from atoll.client.trainer import Task, Trained, Trainer
 from atoll.protocols import tensors
 from atoll.protocols.blobs import INLINE, BlobInfo
@@ -61,15 +61,22 @@ class Workbench:
         fetch: Fetch,
         asked: Callable[[], Then | None],
         report: Callable[[int], None],
+        snapped: Callable[[Result], None],
     ) -> Result:
         """Train one order and put the result into the outbox. Raises Dropped, or what failed.
 
-        `report(0)` says that the model is here: from then on no server is needed.
+        `report(0)` says that the model is here: from then on no server is needed. `snapped` is
+        called with each snapshot of the work that was asked for; it lies in the outbox too.
         """
         base = self.load(order.model, order.inline, fetch)
         report(0)
-        task = Task(order.steps, self.outbox.steps, order.extra, asked, report)
-        began = time.perf_counter()
+        began, snapshots = time.perf_counter(), itertools.count(1)
+
+        def snapshot(work: Trained) -> None:
+            seconds = time.perf_counter() - began
+            snapped(self._seal(order, base, work, seconds, next(snapshots)))
+
+        task = Task(order.steps, self.outbox.steps, order.extra, asked, report, snapshot)
         trained = self._train(task)
         seconds = time.perf_counter() - began
         if asked() == "drop":
@@ -90,7 +97,9 @@ class Workbench:
                 "FL-C104", f"the trainer failed: {error!r}", "see the client's log"
             ) from error
 
-    def _seal(self, order: Order, base: Payload, trained: Trained, seconds: float) -> Result:
+    def _seal(
+        self, order: Order, base: Payload, trained: Trained, seconds: float, snapshot: int = 0
+    ) -> Result:
         sections = tensors.sections_of(self.manifest, self.up)
         size = sum(s.length for s in sections)
         result = Result(
@@ -99,8 +108,10 @@ class Workbench:
             trained.steps,
             trained.examples,
             seconds,
-            BlobInfo(f"u/{order.id}.{order.attempt}", size, b"", sections),
+            BlobInfo(f"u/{order.id}.{order.attempt}.{snapshot}", size, b"", sections),
             dict(trained.metrics),
+            final=not snapshot,
+            snapshot=snapshot,
         )
         view = self.outbox.buffer(result.update, size)
         self._pack(base, trained, view)
@@ -142,6 +153,4 @@ class Workbench:
         folder: Path | None = self.outbox.folder
         if folder is None or size <= INLINE:
             return memoryview(bytearray(size))
-        with open(folder / "model.bin", "wb+") as file:
-            file.truncate(size)
-            return memoryview(mmap.mmap(file.fileno(), size))
+        return map_new(folder / "model.bin", size)

@@ -588,6 +588,14 @@ class Host:
         session.send(wire_pb2.ServerMessage(goodbye=bye))
         session.close()
 
+    def dismiss(self) -> bool:
+        """Those who heard the last goodbye are no members any more. False where none was said."""
+        if self._bye is None:
+            return False
+        for client in sorted(self._told):
+            self.membership.expel(client, self.driver.clock.now(), "the run is over")
+        return True
+
     async def linger(self) -> None:
         """Until all members have heard the goodbye, or their leases end: one that lost us for a
         moment would look for us for ever."""

@@ -1,0 +1,186 @@
+"""The outbox: what a client has finished outlives its process, whole or not at all."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from atoll.client.outbox import Outbox
+from atoll.protocols.blobs import INLINE, BlobInfo, Section
+from atoll.protocols.errors import ClientError
+from atoll.protocols.messages import ULID, Result
+
+SMALL, BIG = 64, INLINE + 4
+
+
+def result(order: int, size: int = SMALL, steps: int = 5, snapshot: int = 0) -> Result:
+    section = Section("trainable", "fp32", size // 4, size)
+    info = BlobInfo(f"u/o{order}.0", size, b"", (section,))
+    return Result(
+        f"o{order}", 0, steps, 160, 1.5, info, {"loss": 0.5}, not snapshot, snapshot
+    )  # fmt: skip
+
+
+def keep(outbox: Outbox, made: Result) -> bytes:
+    view = outbox.buffer(made.update, made.payload.size)
+    view[:] = bytes(i % 251 for i in range(len(view)))
+    outbox.put(made, view)
+    return bytes(view)
+
+
+@pytest.mark.parametrize("size", [SMALL, INLINE, BIG])
+def test_a_result_survives_its_process(tmp_path: Path, size: int) -> None:
+    outbox = Outbox(tmp_path)
+    data = keep(outbox, result(1, size))
+    outbox.close()
+    again = Outbox(tmp_path)
+    kept = again.get("o1.0")
+    assert kept is not None
+    assert (kept[0], bytes(kept[1])) == (result(1, size), data)
+    assert again.waiting() == (("o1", "o1.0"),)
+    again.close()
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_settled_result_is_gone_with_its_files(tmp_path: Path, folder: bool) -> None:
+    outbox = Outbox(tmp_path / "mine" if folder else None)
+    for order, size in ((1, SMALL), (2, BIG)):
+        keep(outbox, result(order, size))
+        outbox.drop(f"o{order}.0")
+        outbox.drop(f"o{order}.0")
+        assert outbox.get(f"o{order}.0") is None
+    assert outbox.waiting() == ()
+    assert not list(tmp_path.rglob("o*"))
+    outbox.close()
+
+
+def test_results_come_back_oldest_first(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    for order in (11, 2, 10):
+        keep(outbox, result(order))
+    keep(outbox, result(10, snapshot=1))
+    outbox.close()
+    again = Outbox(tmp_path)
+    assert [update for _, update in again.waiting()] == ["o11.0", "o2.0", "o10.0", "o10.0.s1"]
+    again.close()
+
+
+def test_the_data_order_counts_the_steps_of_final_results(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    assert outbox.steps == 0
+    keep(outbox, result(1, steps=5))
+    keep(outbox, result(2, steps=3, snapshot=1))
+    keep(outbox, result(2, steps=7))
+    outbox.drop("o1.0")
+    outbox.close()
+    again = Outbox(tmp_path)
+    assert again.steps == 12
+    again.close()
+
+
+def test_a_client_is_the_same_node_in_its_next_life(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.enter("run")
+    outbox.close()
+    again = Outbox(tmp_path)
+    assert again.memory == outbox.memory
+    assert ULID.fullmatch(again.memory.node)
+    again.close()
+    elsewhere = Outbox(None)
+    assert elsewhere.memory.node != outbox.memory.node
+
+
+def test_another_run_starts_with_an_empty_outbox(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.enter("one")
+    keep(outbox, result(1, BIG))
+    outbox.enter("one")
+    assert outbox.waiting()
+    outbox.enter("two")
+    assert (outbox.waiting(), outbox.steps, outbox.memory.run) == ((), 0, "two")
+    outbox.close()
+    again = Outbox(tmp_path)
+    assert (again.waiting(), again.steps, again.memory) == ((), 0, outbox.memory)
+    again.close()
+
+
+def test_a_folder_serves_one_client_at_a_time(tmp_path: Path) -> None:
+    first = Outbox(tmp_path)
+    with pytest.raises(ClientError, match=str(tmp_path)) as taken:
+        Outbox(tmp_path)
+    assert taken.value.code == "FL-C108"
+    first.close()
+    first.close()
+    Outbox(tmp_path).close()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ClientError) as refused:
+        Outbox(tmp_path / "file" / "below")
+    assert refused.value.code == "FL-C108"
+
+
+def test_what_a_killed_process_left_half_done_is_not_listed(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    keep(outbox, result(1))
+    keep(outbox, result(2, BIG))
+    keep(outbox, result(3, BIG))
+    outbox.buffer("o4.0", BIG)  # killed while it packed
+    outbox.close()
+    whole = (tmp_path / "o1.0.result").read_bytes()
+    (tmp_path / "o1.0.result").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "o2.0.bin").write_bytes(b"short")
+    (tmp_path / "o5.0.result").write_bytes(whole.replace(b"o1", b"\xff\xff"))
+    (tmp_path / "model.bin").write_bytes(b"not ours to remove")
+    again = Outbox(tmp_path)
+    assert again.waiting() == (("o3", "o3.0"),)
+    left = sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(("o", "m")))
+    assert left == ["model.bin", "o3.0.bin", "o3.0.result"]
+    again.close()
+
+
+def test_a_result_without_its_bytes_is_not_listed(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    keep(outbox, result(1, BIG))
+    outbox.close()
+    (tmp_path / "o1.0.bin").unlink()
+    again = Outbox(tmp_path)
+    assert again.waiting() == ()
+    again.close()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"node": "N", "colour": "red"}'])
+def test_a_memory_that_cannot_be_read_makes_a_new_node(tmp_path: Path, text: str) -> None:
+    (tmp_path / "client.json").write_text(text)
+    outbox = Outbox(tmp_path)
+    assert ULID.fullmatch(outbox.memory.node)
+    outbox.close()
+
+
+def test_a_disk_that_fails_is_told(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    (tmp_path / "o1.0.bin").mkdir()  # no file can be written there
+    (tmp_path / "o2.0.result").mkdir()
+    (tmp_path / "o2.0.result" / "x").touch()
+    with pytest.raises(ClientError) as refused:
+        outbox.buffer("o1.0", BIG)
+    assert refused.value.code == "FL-S203"
+    with pytest.raises(ClientError) as refused:
+        keep(outbox, result(2))
+    assert refused.value.code == "FL-S203"
+    assert outbox.waiting() == ()
+    assert outbox.steps == 0
+    outbox.close()
+
+
+def test_an_inline_payload_is_not_kept_twice_in_memory(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    made = replace(result(1), inline=b"")
+    keep(outbox, made)
+    outbox.close()
+    again = Outbox(tmp_path)
+    kept = again.get("o1.0")
+    assert kept is not None
+    assert kept[0].inline == b""
+    again.close()

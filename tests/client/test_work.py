@@ -1,0 +1,316 @@
+"""The workbench: from a model's bytes to an update's bytes, with one warm trainer."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from atoll.client.outbox import Outbox
+from atoll.client.trainer import Task, Trained
+from atoll.client.work import Dropped, Workbench
+from atoll.protocols import tensors
+from atoll.protocols.blobs import INLINE, BlobInfo
+from atoll.protocols.codecs import codec
+from atoll.protocols.errors import AtollError, ClientError, RemoteError
+from atoll.protocols.events import Then
+from atoll.protocols.manifest import Manifest, TensorSpec
+from atoll.protocols.messages import Order, Result
+from atoll.protocols.tensors import Payload
+
+MANIFEST = Manifest(
+    (
+        TensorSpec("w", (2, 3), "float32", "trainable"),
+        TensorSpec("mean", (2,), "float32", "buffers_float"),
+        TensorSpec("count", (), "int64", "buffers_other"),
+        TensorSpec("b", (2,), "float32", "trainable"),
+    )
+)
+LARGE = Manifest((TensorSpec("w", (INLINE // 4 + 1,), "float32", "trainable"),))
+START = {
+    "w": torch.arange(6.0).reshape(2, 3),
+    "mean": torch.tensor([0.5, 1.5]),
+    "count": torch.tensor(7),
+    "b": torch.tensor([10.0, 20.0]),
+}
+
+
+class Adding:
+    """Adds `by` to all values, step by step, as a trainer that looks and reports must."""
+
+    def __init__(self, by: float = 0.25) -> None:
+        self.by = by
+        self.loads = 0
+        self.tasks: list[Task] = []
+        self.values: dict[str, Tensor] = {}
+        self.error: Exception | None = None
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        if isinstance(self.error, ValueError):
+            raise self.error
+        self.loads += 1
+        self.values = {name: value.clone() for name, value in values.items()}
+
+    def train(self, task: Task) -> Trained:
+        if self.error is not None:
+            raise self.error
+        self.tasks.append(task)
+        done = 0
+        for done in range(1, task.steps + 1):
+            for value in self.values.values():
+                value += self.by if value.is_floating_point() else 1
+            task.report(done)
+            then = task.asked()
+            if then == "continue":
+                task.snapshot(Trained(self.values, done, done * 32, {"loss": 2.0}))
+            elif then is not None:
+                break
+        return Trained(self.values, done, done * 32, {"loss": 1.0})
+
+    def evaluate(self) -> Mapping[str, float]:
+        return {"accuracy": float(self.values["b"][0])}
+
+
+def no_fetch(info: BlobInfo, dest: memoryview) -> None:
+    raise AssertionError(f"{info.id} lies in the order")
+
+
+def packed(
+    values: Mapping[str, Tensor], down: str = "fp32", manifest: Manifest = MANIFEST
+) -> tuple[BlobInfo, bytes]:
+    """A model as a server sends it."""
+    chosen = codec(down)
+    sections = tensors.sections_of(manifest, chosen)
+    data = bytearray(sum(s.length for s in sections))
+    groups = {g: tensors.flatten(manifest, values, g) for g in ("trainable", "buffers_float")}
+    flat = {**groups, "buffers_other": tensors.flatten(manifest, values, "buffers_other")}
+    tensors.pack(manifest, flat, chosen, memoryview(data))  # type: ignore[arg-type]
+    digest = hashlib.sha256(data).digest()
+    return BlobInfo(f"v3/{down}", len(data), digest, sections), bytes(data)
+
+
+def order(
+    steps: int = 4, down: str = "fp32", number: int = 1, extra: Mapping[str, float] | None = None
+) -> Order:
+    info, data = packed(START, down)
+    return Order(f"o{number}", 0, 3, steps, info, data, extra or {})
+
+
+def bench(
+    trainer: Adding, folder: Path | None = None, up: str = "fp32", manifest: Manifest = MANIFEST
+) -> Workbench:
+    return Workbench(trainer, manifest, codec(up), codec("fp32"), Outbox(folder))
+
+
+def asks(*answers: Then | None) -> Callable[[], Then | None]:
+    """What is answered at each look; nothing after the last."""
+    left = list(answers)
+    return lambda: left.pop(0) if left else None
+
+
+def do(
+    made: Workbench,
+    given: Order,
+    asked: Callable[[], Then | None] | None = None,
+    reports: list[int] | None = None,
+    snapshots: list[Result] | None = None,
+) -> Result:
+    told: list[int] = [] if reports is None else reports
+    seen: list[Result] = [] if snapshots is None else snapshots
+    return made.do(given, no_fetch, asked or asks(), told.append, seen.append)
+
+
+def update(made: Workbench, result: Result) -> Payload:
+    kept = made.outbox.get(result.update)
+    assert kept is not None
+    assert kept[0] == result
+    return tensors.parse(made.manifest, result.payload.sections, kept[1], made.up, "update")
+
+
+def test_an_update_is_base_minus_local_with_buffers_as_they_are() -> None:
+    trainer = Adding(0.25)
+    made = bench(trainer)
+    result = do(made, order(steps=4))
+    payload = update(made, result)
+    assert torch.equal(payload.read("trainable"), torch.full((8,), -1.0))
+    assert torch.equal(payload.read("buffers_float"), START["mean"] + 1.0)
+    assert payload.read("buffers_other").tolist() == [11]
+    assert (result.steps, result.examples, result.metrics) == (4, 128, {"loss": 1.0})
+    assert (result.update, result.final, result.payload.id) == ("o1.0", True, "u/o1.0.0")
+    assert result.train_seconds >= 0
+    assert torch.equal(START["w"], torch.arange(6.0).reshape(2, 3))
+
+
+@pytest.mark.parametrize("up", ["fp16", "bf16"])
+def test_an_update_is_packed_as_the_run_wants_it(up: str) -> None:
+    made = bench(Adding(0.25), up=up)
+    payload = update(made, do(made, order()))
+    assert {s.codec for s in payload.sections if s.group == "trainable"} == {up}
+    assert torch.equal(payload.read("trainable"), torch.full((8,), -1.0))
+
+
+def test_a_trainer_is_told_where_its_data_order_stands_and_what_the_strategy_says() -> None:
+    trainer = Adding()
+    made = bench(trainer)
+    do(made, order(steps=4, number=1))
+    do(made, order(steps=2, number=2, extra={"mu": 0.1}))
+    do(made, order(steps=1, number=3))
+    assert [task.done for task in trainer.tasks] == [0, 4, 6]
+    assert [dict(task.extra) for task in trainer.tasks] == [{}, {"mu": 0.1}, {}]
+
+
+def test_the_first_report_says_that_the_model_is_here() -> None:
+    reports: list[int] = []
+    do(bench(Adding()), order(steps=3), reports=reports)
+    assert reports == [0, 1, 2, 3]
+
+
+def test_asked_to_send_a_client_sends_what_it_has() -> None:
+    made = bench(Adding())
+    result = do(made, order(steps=9), asks(None, "send"))
+    assert result.steps == 2
+    assert torch.equal(update(made, result).read("trainable"), torch.full((8,), -0.5))
+
+
+def test_asked_to_drop_nothing_is_kept() -> None:
+    made = bench(Adding())
+    with pytest.raises(Dropped):
+        do(made, order(steps=9), asks(None, "drop", "drop"))
+    with pytest.raises(Dropped):  # told so after its last step
+        do(made, order(steps=1), asks(None, "drop"))
+    assert made.outbox.waiting() == ()
+    assert made.outbox.steps == 0
+
+
+def test_asked_to_continue_a_client_hands_over_a_snapshot_and_trains_on() -> None:
+    made, snapshots = bench(Adding(0.25)), list[Result]()
+    result = do(made, order(steps=4), asks("continue", None, "continue"), snapshots=snapshots)
+    assert [s.update for s in snapshots] == ["o1.0.s1", "o1.0.s2"]
+    assert [s.final for s in (*snapshots, result)] == [False, False, True]
+    assert [s.steps for s in (*snapshots, result)] == [1, 3, 4]
+    moved = [update(made, s).read("trainable")[0].item() for s in (*snapshots, result)]
+    assert moved == [-0.25, -0.75, -1.0]
+    assert made.outbox.steps == 4
+    assert len({s.payload.id for s in (*snapshots, result)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("a cable is loose"), "FL-C104", "a cable is loose"),
+        (ValueError("w: (3,)"), "FL-C103", "does not fit the run's model: w: (3,)"),
+        (ClientError("FL-D105", "no data"), "FL-D105", "no data"),
+    ],
+)
+def test_a_trainer_that_fails_is_told_as_what_it_is(error: Exception, code: str, said: str) -> None:
+    trainer = Adding()
+    trainer.error = error
+    made = bench(trainer)
+    with pytest.raises(AtollError, match=r".") as failed:
+        do(made, order())
+    assert failed.value.code == code
+    assert said in failed.value.message
+    assert made.outbox.waiting() == ()
+
+
+def test_what_is_no_number_never_leaves_the_client() -> None:
+    made = bench(Adding(float("nan")))
+    with pytest.raises(AtollError, match="is nan") as failed:
+        do(made, order())
+    assert failed.value.code == "FL-W106"
+    assert made.outbox.waiting() == ()
+
+
+def test_a_model_of_other_tensors_is_refused() -> None:
+    info, data = packed({"w": torch.zeros(INLINE // 4 + 1)}, manifest=LARGE)
+    with pytest.raises(RemoteError) as refused:
+        do(bench(Adding()), Order("o1", 0, 3, 1, info, data))
+    assert refused.value.code == "FL-W104"
+
+
+def test_a_trainer_that_loses_a_tensor_is_found_out() -> None:
+    class Losing(Adding):
+        def train(self, task: Task) -> Trained:
+            trained = super().train(task)
+            return Trained({"w": trained.tensors["w"]}, 1, 32, {})
+
+    with pytest.raises(ClientError, match="is missing") as failed:
+        do(bench(Losing()), order())
+    assert failed.value.code == "FL-C103"
+
+
+def test_evaluating_loads_the_version_and_trains_nothing() -> None:
+    trainer = Adding()
+    info, data = packed(START)
+    assert bench(trainer).evaluate(info, data, no_fetch) == {"accuracy": 10.0}
+    assert (trainer.loads, trainer.tasks) == (1, [])
+
+
+class Fetching:
+    """A server's bulk side."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.fetched: list[str] = []
+        self.broken = False
+
+    def __call__(self, info: BlobInfo, dest: memoryview) -> None:
+        self.fetched.append(info.id)
+        dest[:] = self.data
+        if self.broken:
+            dest[:4] = b"\xff" * 4
+            raise ClientError("FL-C101", "cut")
+
+
+def fetched(made: Workbench, given: Order, fetch: Fetching) -> Result:
+    return made.do(given, fetch, asks(), list[int]().append, list[Result]().append)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_big_model_is_fetched_once_for_several_orders(tmp_path: Path, folder: bool) -> None:
+    trainer = Adding(1.0)
+    made = bench(trainer, tmp_path if folder else None, manifest=LARGE)
+    info, data = packed({"w": torch.zeros(INLINE // 4 + 1)}, manifest=LARGE)
+    fetch = Fetching(data)
+    for number in (1, 2):
+        result = fetched(made, Order(f"o{number}", 0, 3, 2, info), fetch)
+        assert torch.equal(
+            update(made, result).read("trainable"), torch.full((INLINE // 4 + 1,), -2.0)
+        )
+    assert fetch.fetched == ["v3/fp32"]
+    assert (tmp_path / "model.bin").exists() == folder
+    assert (tmp_path / "o1.0.bin").exists() == folder
+    made.outbox.close()
+
+
+def test_a_version_that_came_broken_is_fetched_again(tmp_path: Path) -> None:
+    made = bench(Adding(1.0), tmp_path, manifest=LARGE)
+    info, data = packed({"w": torch.zeros(INLINE // 4 + 1)}, manifest=LARGE)
+    fetch = Fetching(data)
+    fetch.broken = True
+    given = Order("o1", 0, 3, 2, info)
+    with pytest.raises(ClientError):
+        fetched(made, given, fetch)
+    fetch.broken = False
+    result = fetched(made, given, fetch)
+    assert torch.equal(update(made, result).read("trainable")[:4], torch.full((4,), -2.0))
+    other = BlobInfo(info.id, info.size, b"", info.sections)  # its bytes are not known before
+    fetched(made, Order("o2", 0, 3, 2, other), fetch)
+    fetched(made, Order("o3", 0, 3, 2, other), fetch)
+    assert len(fetch.fetched) == 4
+    made.outbox.close()
+
+
+def test_a_model_of_another_size_gets_a_buffer_of_its_own(tmp_path: Path) -> None:
+    made = bench(Adding(1.0), tmp_path, manifest=LARGE)
+    info, data = packed({"w": torch.zeros(INLINE // 4 + 1)}, manifest=LARGE)
+    fetched(made, Order("o1", 0, 3, 2, info), Fetching(data))
+    odd = BlobInfo("v4/fp32", info.size - 4, b"4" * 32, info.sections)
+    with pytest.raises(RemoteError) as refused:
+        fetched(made, Order("o2", 0, 4, 2, odd), Fetching(data[4:]))
+    assert refused.value.code == "FL-W104"
+    result = fetched(made, Order("o3", 0, 3, 2, info), Fetching(data))
+    assert torch.equal(update(made, result).read("trainable")[:4], torch.full((4,), -2.0))
+    made.outbox.close()
