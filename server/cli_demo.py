@@ -105,8 +105,9 @@ def demo(
         "(Ctrl-C ends)"
     )
     run = Demo(spec, Live(quiet=as_json), console.say)
-    told = run.run()
-    console.emit(told, as_json, _ending(spec, told))
+    told = {**run.run(), "strategy": strategy}
+    if not (run.interrupted and as_json):  # one envelope: the error's
+        console.emit(told, as_json, _ending(spec, told))
     if run.interrupted:
         raise ServerError("FL-S208", "interrupted", "what was reached lies in " + str(out))
     if not told["reached"]:
@@ -142,12 +143,12 @@ def _ending(spec: "DemoSpec", told: dict[str, Any]) -> str:
     best = "" if accuracy is None else f", best {accuracy:.4f}"
     lines = [f"{reached} ({told['versions']} versions{best})", ""]
     lines += [f"  {name:<9} {path}" for name, path in files.items()]
-    slow = "fedavg:steps=50" if spec.strategy.startswith("fedcompass") else "fedcompass"
-    lines += [
-        "",
-        "try next",
-        f"  fl-server demo --strategy {slow}          the same clients, scheduled differently",
-        "  fl-server demo --partition dirichlet:0.3    clients with unlike data",
-        "  fl-server start                             a federation of your own: see README.md",
-    ]
+    other = "fedavg:steps=50" if spec.strategy.startswith("fedcompass") else "fedcompass"
+    hints = (
+        (f"fl-server demo --strategy {other}", "the same clients, scheduled differently"),
+        ("fl-server demo --partition dirichlet:0.3", "clients with unlike data"),
+        ("fl-server start", "a federation of your own: see README.md"),
+    )
+    width = max(len(command) for command, _ in hints)
+    lines += ["", "try next", *(f"  {command:<{width}}  {what}" for command, what in hints)]
     return "\n".join(lines)

@@ -210,7 +210,7 @@ def _rows(shown: LiveView, width: int) -> "list[Text]":
             line.append(_pad(cells[name], w), style if name == "steps" else "default")
         line.append("  " + _state(client), style)
         if client.restarts:
-            line.append(f", restarted {client.restarts}x", "yellow")
+            line.append(f" ↻{client.restarts}", "yellow")
         lines.append(line)
     return lines
 
