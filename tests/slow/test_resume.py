@@ -1,6 +1,5 @@
 """Stopped, restarted, cut off: a run goes on where it was, and nobody trains anything twice."""
 
-import json
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -172,15 +171,3 @@ def test_work_left_from_another_run_does_not_stand_in_the_way(federation: "Feder
     guest = federation.guest(client(federation, "c", Counting()))
     local.ended(15)
     assert guest.ended().used >= 3
-
-
-def test_the_state_directory_says_what_the_run_is(federation: "Federation") -> None:
-    server = federation.server("--strategy", "fedbuff:size=1,steps=3", "--versions", "2")
-    federation.guest(client(federation, "c", Counting())).ended()
-    server.data()
-    told = json.loads((federation.state / "run.json").read_text())
-    assert told["strategy"] == "fedbuff:size=1,steps=3"
-    other = federation.server("--strategy", "fedavg", wait=False)
-    assert other.failure()[:2] == ("FL-S109", 4)
-    looser = federation.server("--lease", "3", wait=False)
-    assert looser.data()["reason"] == "2 versions done"

@@ -1,0 +1,115 @@
+"""A model, data, a strategy and a trainer of one's own, in real processes."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from atoll.client.client import Client
+from atoll.client.options import Options, maker
+
+if TYPE_CHECKING:
+    from tests.slow.conftest import Federation
+
+pytestmark = pytest.mark.slow
+
+OWN = '''
+from dataclasses import dataclass, field
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from atoll.aggregation import Strategy
+from atoll.client.trainer import Trained
+from atoll.protocols.events import Aggregate, Train
+
+class Net(nn.Module):
+    """With BatchNorm, whose buffers travel too."""
+    def __init__(self, hidden=8):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(2, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 2)
+        )
+    def forward(self, x):
+        return self.body(x)
+
+def load():
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 2, generator=made)
+    y = (x[:, 0] > 0).long()
+    return TensorDataset(x[:400], y[:400]), TensorDataset(x[400:], y[400:])
+
+@dataclass
+class Pairs(Strategy):
+    """Merge whatever two have come."""
+    steps: int = 5
+    held: list[str] = field(default_factory=list, init=False)
+    def on_join(self, client, info, now):
+        yield Train(client, self.steps)
+    def on_update(self, update, now):
+        self.held.append(update.id)
+        if len(self.held) == 2:
+            yield Aggregate(tuple((u, 0.5) for u in self.held))
+            self.held.clear()
+        yield Train(update.client, self.steps)
+
+class Fixed:
+    """A trainer that is no torch loop at all."""
+    def load(self, tensors):
+        self.tensors = dict(tensors)
+    def train(self, task):
+        for step in range(task.steps):
+            task.report(step + 1)
+            if task.asked() is not None:
+                break
+        return Trained(self.tensors, task.steps, 40 * task.steps, {"loss": 0.0})
+    def evaluate(self):
+        return {}
+'''
+
+
+@pytest.fixture
+def own(federation: "Federation", monkeypatch: pytest.MonkeyPatch) -> "Federation":
+    (federation.folder / "own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(federation.folder)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    return federation
+
+
+def test_a_model_and_data_of_ones_own_learn_together(own: "Federation") -> None:
+    mine = ["--model", "own:Net:hidden=6", "--data", "own:load"]
+    server = own.server(
+        *mine, "--strategy", "fedavg:steps=8,min_clients=2", "--target-accuracy", "0.9"
+    )
+    clients = [own.client(f"c{i}", *mine, "--shard", f"{i}/2") for i in range(2)]
+    data = server.data()
+    assert data["metrics"]["accuracy"] >= 0.9
+    for client in clients:
+        assert client.data()["used"] > 0
+    own.ledger().check()
+
+
+def test_a_strategy_of_ones_own_goes_on_after_a_kill(own: "Federation") -> None:
+    """With a trainer of one's own, too. The server needs its code again, and nothing else."""
+    options = ["--strategy", "own:Pairs", "--versions", "40"]
+    server = own.server(*options)
+    client = own.client("c", "--trainer", "own:Fixed")
+    own.until(lambda: own.merged() >= 5, 30, server.said())
+    server.kill()
+    server = own.server()
+    assert server.data()["versions"] == 40
+    assert client.data()["used"] >= 80 - 2
+    own.ledger().check()
+
+
+def test_a_client_without_the_code_of_the_run_is_told_what_it_lacks(own: "Federation") -> None:
+    """A server's word never imports code here."""
+    local = own.local(model="own:Net", data="own:load")
+    assert local.error is None, local.error
+    bare = own.guest(Client(own.address, maker(Options("bare")), name="bare"))
+    blind = own.guest(Client(own.address, maker(Options("blind", "own:Net")), name="blind"))
+    for guest, code in ((bare, "FL-C107"), (blind, "FL-D103")):
+        guest.join(20)
+        assert guest.error is not None
+        assert guest.error.code == code
+    assert bare.error is not None
+    assert "own:Net" in bare.error.message
