@@ -1,0 +1,96 @@
+"""The examples tell the truth: each runs, and shows what its first line promises."""
+
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from atoll.aggregation import check_strategy
+from atoll.client.bench import check
+from atoll.client.trainer import Task
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FILES = sorted(EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def in_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def example(name: str) -> ModuleType:
+    sys.modules.pop(name, None)
+    return __import__(name)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_an_example_is_one_story_of_under_a_hundred_lines(file: Path) -> None:
+    assert len(file.read_text().splitlines()) < 100
+
+
+def test_own_strategy_makes_its_ten_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "own_strategy.py"), run_name="__main__")
+    assert "Pairs: 10 versions in 19 virtual seconds" in capsys.readouterr().out
+
+
+def test_own_strategy_holds_what_every_strategy_must() -> None:
+    check_strategy(example("own_strategy").Pairs, seeds=50)
+
+
+def test_own_trainer_keeps_the_contract_of_a_trainer_and_learns() -> None:
+    trainer = example("own_trainer").Softmax(part=1, parts=2)
+    assert check(trainer).steps == 2
+    assert trainer.evaluate()["accuracy"] < 0.3
+    trainer.train(Task(steps=300))
+    assert trainer.evaluate()["accuracy"] > 0.8
+
+
+def test_own_trainer_draws_the_same_batches_after_a_restart() -> None:
+    """Two orders of 5 steps are one of 10, also where another process does the second."""
+    make = example("own_trainer").Softmax
+    whole, first, second = make(), make(), make()
+    wanted = whole.train(Task(steps=10)).tensors
+    second.load(first.train(Task(steps=5)).tensors)
+    found = second.train(Task(steps=5, done=5)).tensors
+    assert all((found[name] == wanted[name]).all() for name in wanted)
+
+
+def test_own_trainer_stops_and_snapshots_when_it_is_asked() -> None:
+    asked = iter([None, "continue", "send"])
+    taken: list[int] = []
+    task = Task(10, asked=lambda: next(asked), snapshot=lambda work: taken.append(work.steps))  # type: ignore[arg-type]
+    assert example("own_trainer").Softmax().train(task).steps == 3
+    assert taken == [2]
+
+
+def test_own_trainer_refuses_another_model() -> None:
+    trainer = example("own_trainer").Softmax()
+    with pytest.raises(ValueError, match=r"1\.weight"):
+        trainer.load({})
+
+
+def test_of_many_clients_fewer_wait_with_fedcompass_than_with_fedavg() -> None:
+    thousand = example("simulate_thousand")
+    made = thousand.compare(clients=60, seconds=60.0)
+    idle = dict(zip(thousand.NAMES, (s.idle for s in made), strict=True))
+    assert idle["FedBuff"] < idle["FedCompass"] < idle["FedAvg, deadline 20 s"] < idle["FedAvg"]
+    assert "FedCompass" in thousand.table(made, thousand.NAMES)
+
+
+def test_fedcompass_is_the_first_at_the_target_on_digits() -> None:
+    compare = example("compare_strategies")
+    made = compare.compare(target=0.8)
+    seconds = {name: s.seconds_to(0.8) for name, s in made.items()}
+    assert None not in seconds.values()
+    assert min(seconds, key=lambda name: seconds[name] or 0) == "FedCompass"
+    assert f"{seconds['FedCompass']:.0f}" in compare.table(made, 0.8)
+
+
+@pytest.mark.slow
+def test_a_server_and_two_clients_in_one_program(tmp_path: Path) -> None:
+    summary = example("python_api").train(tmp_path)
+    assert summary.reason.startswith("target reached")
+    assert summary.updates >= 2
+    assert (tmp_path / "run.json").exists()
