@@ -76,7 +76,7 @@ def _load(found: Recovered, data: dict[str, state.Json]) -> None:
     state.restore(found.membership, data["membership"])
     limits = replace(found.rules)
     state.restore(found.rules, data["rules"])
-    found.rules.take_limits(limits)  # what the user asks for now, not then
+    found.rules.take_limits(limits, found.now)  # what the user asks for now, not then
     found.stock = state.load(Stock, data["stock"])
 
 

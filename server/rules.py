@@ -4,6 +4,7 @@ A machine beside the strategy's. Targets and patience look at one metric of the 
 metric whose name holds `loss` or `perplexity` is better when lower, any other when higher.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,20 +45,26 @@ class Rules:
             return
         if version >= self.latest_version:
             self.latest_version, self.latest = version, value
-        if self.best is None or self._better(value, self.best):
+        if not math.isnan(value) and (self.best is None or self._better(value, self.best)):
             self.best, self.best_version, self.since_best = value, version, 0
         else:
             self.since_best += 1
-        met = self.target is not None and not self._better(self.target, value)
-        if met and self.reached_at is None:
-            self.reached_at = now
+        self._look(now)
 
-    def take_limits(self, limits: "Rules") -> None:
-        """Ask for what `limits` asks for from now on; a target reached before is forgotten."""
+    def take_limits(self, limits: "Rules", now: float) -> None:
+        """Ask for what `limits` asks for from now on; another target may be reached, or not yet."""
         if (limits.target, limits.metric) != (self.target, self.metric):
             self.reached_at = None
         for name in LIMITS:
             setattr(self, name, getattr(limits, name))
+        self._look(now)
+
+    def _look(self, now: float) -> None:
+        """Note when the best first meets the target."""
+        if self.target is None or self.best is None or self.reached_at is not None:
+            return
+        if not self._better(self.target, self.best):
+            self.reached_at = now
 
     def reason(self, versions: int, updates: int, steps: int, now: float) -> str | None:
         """Why the run ends now; None: it goes on."""
@@ -69,7 +76,8 @@ class Rules:
             if limit is not None and count >= limit:
                 return f"{limit:g} {name} done"
         if self.patience is not None and self.since_best >= self.patience:
-            return f"no better {self.metric} in {self.patience} evaluations, best {self.best:.4f}"
+            best = "none" if self.best is None else f"{self.best:.4f}"
+            return f"no better {self.metric} in {self.patience} evaluations, best {best}"
         return None
 
     def _better(self, a: float, b: float) -> bool:
