@@ -1,5 +1,6 @@
 """The examples tell the truth: each runs, and shows what its first line promises."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def in_examples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def example(name: str) -> ModuleType:
     sys.modules.pop(name, None)
-    return __import__(name)
+    return importlib.import_module(name)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
