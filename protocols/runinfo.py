@@ -1,5 +1,6 @@
 """What a server tells of its run before a client says hello."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +28,19 @@ class RunInfo:
         try:
             texts = {k: told[k] for k in ("id", "name", "model", "data", "algorithm")}
             texts |= {k: told[k] for k in ("codec_up", "codec_down")}
-            local, seed = told["local"], told["seed"]
+            local, seed, manifest = told["local"], told["seed"], told["manifest"]
         except (KeyError, TypeError) as error:
             raise _malformed(f"{error} is missing") from error
         for key, value in texts.items():
             if not isinstance(value, str) or len(value) > 1000:
                 raise _malformed(f"{key}={value!r}")
-        if not isinstance(seed, int) or not isinstance(local, dict):
-            raise _malformed("seed or local configuration")
-        if any(not isinstance(v, bool | int | float | str) for v in local.values()):
-            raise _malformed(f"local={local!r}")
-        return cls(**texts, local=local, seed=seed, manifest=Manifest.from_json(told["manifest"]))
+        if type(seed) is not int or not isinstance(local, dict):
+            raise _malformed(f"seed={seed!r}, local={local!r}")
+        for value in local.values():
+            number = not isinstance(value, float) or math.isfinite(value)
+            if not isinstance(value, bool | int | float | str) or not number:
+                raise _malformed(f"local={local!r}")
+        return cls(**texts, local=local, seed=seed, manifest=Manifest.from_json(manifest))
 
 
 def _malformed(what: str) -> RemoteError:

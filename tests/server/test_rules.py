@@ -95,7 +95,9 @@ def test_a_metric_that_is_no_number_is_never_the_best_nor_a_target() -> None:
     for metric, target in (("accuracy", 0.9), ("loss", 0.1)):
         rules = Rules(target=target, metric=metric, patience=2)
         rules.evaluated(1, {metric: math.nan}, 1.0)
-        assert (rules.best, rules.reached_at, rules.since_best) == (None, None, 1)
+        assert rules == Rules(
+            target, metric, patience=2, since_best=1, latest_version=1, latest=rules.latest
+        )
         rules.evaluated(2, {metric: 0.5}, 2.0)
         assert (rules.best, rules.best_version, rules.since_best) == (0.5, 2, 0)
         rules.evaluated(3, {metric: math.nan}, 3.0)
@@ -109,14 +111,18 @@ def test_patience_without_any_number_ends_the_run_too() -> None:
 
 def test_other_limits_can_be_taken_and_the_state_is_kept() -> None:
     rules = told(Rules(target=0.5, versions=9), 0.6)
-    assert rules.reached_at == 1.0
+    assert reached(rules) == 1.0
     rules.take_limits(Rules(target=0.5, updates=4), 9.0)
-    assert rules.reached_at == 1.0
+    assert reached(rules) == 1.0
     assert [getattr(rules, name) for name in LIMITS] == [0.5, "accuracy", None, 4, None, None, None]
     rules.take_limits(Rules(target=0.9), 9.0)
-    assert (rules.reached_at, rules.best, rules.best_version) == (None, 0.6, 1)
+    assert (reached(rules), rules.best, rules.best_version) == (None, 0.6, 1)
     rules.evaluated(2, {"accuracy": 0.91}, 2.0)
-    assert rules.reached_at == 2.0
+    assert reached(rules) == 2.0
+
+
+def reached(rules: Rules) -> float | None:
+    return rules.reached_at
 
 
 def test_a_best_that_meets_a_lower_target_counts_at_once() -> None:

@@ -1,0 +1,106 @@
+"""The evaluator: newest version first, in nobody's way, whatever a judge may do."""
+
+import queue
+import threading
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from atoll.server.evaluate import Evaluator
+
+
+class Slow:
+    """A judge that waits at a gate: `asked` says which version it is about to judge."""
+
+    def __init__(self) -> None:
+        self.asked: queue.Queue[float] = queue.Queue()
+        self.go: queue.Queue[None] = queue.Queue()
+        self.value = 0.0
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.value = float(tensors["v"])
+
+    def evaluate(self) -> Mapping[str, float]:
+        self.asked.put(self.value)
+        self.go.get(timeout=10)
+        if self.value == 13:
+            raise ZeroDivisionError("an unlucky model")
+        return {"accuracy": self.value / 100}
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.news: queue.Queue[tuple[int, Mapping[str, float] | None]] = queue.Queue()
+
+    def report(self, version: int, metrics: Mapping[str, float]) -> None:
+        self.news.put((version, metrics))
+
+    def failed(self, version: int) -> None:
+        self.news.put((version, None))
+
+
+def read(version: int) -> Mapping[str, Tensor]:
+    if version == 7:
+        raise OSError("pruned")
+    return {"v": torch.tensor(float(version))}
+
+
+def made() -> tuple[Evaluator, Slow, Heard]:
+    judge, heard = Slow(), Heard()
+    return Evaluator(judge, read, heard.report, heard.failed), judge, heard
+
+
+def test_versions_that_a_slow_judge_cannot_keep_up_with_are_skipped() -> None:
+    evaluator, judge, heard = made()
+    evaluator.offer(1)
+    assert judge.asked.get(timeout=10) == 1
+    for version in (2, 3, 4):  # offered while it judges: no one waits, and the newest is next
+        evaluator.offer(version)
+    judge.go.put(None)
+    assert judge.asked.get(timeout=10) == 4
+    judge.go.put(None)
+    assert heard.news.get(timeout=10) == (1, {"accuracy": 0.01})
+    assert heard.news.get(timeout=10) == (4, {"accuracy": 0.04})
+    evaluator.close()
+    assert heard.news.empty()
+
+
+def test_a_judge_that_fails_is_told_and_the_next_version_is_judged() -> None:
+    evaluator, judge, heard = made()
+    for version in (13, 7):
+        evaluator.offer(version)
+        if version == 13:
+            judge.go.put(None)
+        assert heard.news.get(timeout=10) == (version, None)
+    evaluator.offer(8)
+    judge.go.put(None)
+    assert heard.news.get(timeout=10) == (8, {"accuracy": 0.08})
+    evaluator.close()
+
+
+def test_closing_ends_after_the_version_in_work_and_leaves_one_that_waits() -> None:
+    evaluator, judge, heard = made()
+    evaluator.offer(1)
+    judge.asked.get(timeout=10)
+    evaluator.offer(2)
+    closing = threading.Thread(target=evaluator.close)
+    closing.start()
+    judge.go.put(None)
+    closing.join(10)
+    assert not closing.is_alive()
+    assert heard.news.get(timeout=10)[0] == 1
+    assert heard.news.empty()
+    assert judge.asked.empty()
+
+
+def test_closing_gives_up_on_a_judge_that_does_not_come_back() -> None:
+    evaluator, judge, _ = made()
+    evaluator.offer(1)
+    judge.asked.get(timeout=10)
+    evaluator.close(seconds=0.01)
+    judge.go.put(None)
+
+
+def test_an_evaluator_without_work_closes_at_once() -> None:
+    made()[0].close()
