@@ -1,19 +1,32 @@
 """Aggregator: how many updates become one. A streaming sum, or a rule over the whole set.
 
-Both see tiles: flat float32 views of the same elements [lo, hi) of every update, never a model.
-What calls them (`server/merge.py`, the averagers of peers) keeps the order of the updates, so the
-same updates with the same weights give the same bits.
+They see tiles: flat float32 views of the same elements [lo, hi) of every update, never a model.
+A rule that needs whole vectors is shown their norms and inner products instead, and answers with
+coefficients: its result is a weighted sum of the updates, so memory stays that of a sum. What calls
+them (`server/merge.py`, the averagers of peers) keeps the order of the updates, so the same updates
+with the same weights give the same bits.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, TypeGuard
 
 from torch import Tensor
 
+from atoll.aggregation.stack import Stack
 from atoll.protocols import slots
 from atoll.protocols.errors import UsageError
 
-BUILTIN: Mapping[str, str] = {"mean": "atoll.aggregation.mean:Mean"}
+BUILTIN: Mapping[str, str] = {
+    "mean": "atoll.aggregation.mean:Mean",
+    "median": "atoll.aggregation.median:Median",
+    "trimmed-mean": "atoll.aggregation.trimmed_mean:TrimmedMean",
+    "krum": "atoll.aggregation.krum:Krum",
+    "multi-krum": "atoll.aggregation.krum:MultiKrum",
+    "rfa": "atoll.aggregation.rfa:GeometricMedian",
+    "geometric-median": "atoll.aggregation.rfa:GeometricMedian",
+    "centered-clipping": "atoll.aggregation.centered_clipping:CenteredClipping",
+    "norm-clipping": "atoll.aggregation.norm_clipping:NormClipping",
+}
 
 
 class SumAggregator(Protocol):
@@ -28,33 +41,71 @@ class SumAggregator(Protocol):
 
 
 class SetAggregator(Protocol):
-    """`algebra = "set"`: a rule over all updates at once, e.g. a median.
+    """`algebra = "set"`: a rule over all updates at once: a TileRule or a StackRule.
 
-    Weights come normalised to 1; the engine multiplies the result by min(1, sum of the raw ones),
-    so a strategy's damping survives. A client's model, where one is needed, is x - delta.
+    It is shown the updates whose weight is not 0. Weights come normalised to 1; the engine
+    multiplies the result by min(1, sum of the raw ones), so a strategy's damping survives. A
+    client's model, where one is needed, is x - delta.
+
+    May have `robust = True`: buffers too are merged by their median, not by their mean.
     """
 
     algebra: ClassVar[Literal["set"]]
     needs: ClassVar[frozenset[str]]
     private: ClassVar[bool]
-    min_results: int  # below it the engine takes the weighted mean instead, and says so
-    coordinatewise: bool  # False: needs whole vectors (distances between updates), not tiles
+
+    @property
+    def min_results(self) -> int:
+        """With fewer updates the engine takes the weighted mean instead, and says so."""
+
+
+class TileRule(SetAggregator, Protocol):
+    """A rule over values, e.g. a median."""
+
+    coordinatewise: bool  # False: `combine` is given whole vectors, K models in memory
 
     def combine(self, x: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The delta to apply, of the shape of `x`. Must not write to its arguments."""
 
 
-Aggregator = SumAggregator | SetAggregator
+class StackRule(SetAggregator, Protocol):
+    """A rule whose result is a weighted sum of the updates, e.g. the one with most neighbours.
+
+    May have `memory = True`: the result of the last merge (zeros at first), before damping, is one
+    more row of the stack, after the updates. It lies in each version, beside the outer state.
+    """
+
+    def coefficients(self, stack: Stack, weights: Sequence[float]) -> Sequence[float]:
+        """One for each row of `stack`; rows that get 0 are not read again."""
+
+
+Aggregator = SumAggregator | TileRule | StackRule
+
+
+def by_stack(rule: SetAggregator) -> TypeGuard[StackRule]:
+    """Whether it answers with coefficients."""
+    return hasattr(rule, "coefficients")
+
+
+def by_tiles(rule: SetAggregator) -> TypeGuard[TileRule]:
+    """Whether it answers with values."""
+    return hasattr(rule, "combine")
+
+
+def remembers(rule: Aggregator) -> bool:
+    """Whether the last merge's result is one more row of its stack."""
+    return bool(getattr(rule, "memory", False))
 
 
 def aggregator(spec: str) -> Aggregator:
     """The aggregator that `spec` names. Raises UsageError FL-S101, FL-S102 or FL-S103."""
     found = slots.resolve("aggregator", spec, BUILTIN)
     algebra = getattr(found, "algebra", None)
-    if algebra not in ("sum", "set"):
+    methods = {"sum": ("add",), "set": ("combine", "coefficients")}.get(str(algebra), ())
+    if not any(hasattr(found, method) for method in methods):
         raise UsageError(
             "FL-S102",
-            f"aggregator {spec!r} has algebra {algebra!r}",
-            'declare algebra = "sum" with add(), or "set" with combine()',
+            f"aggregator {spec!r} has algebra {algebra!r} and none of its methods",
+            'declare algebra = "sum" with add(), or "set" with combine() or coefficients()',
         )
     return found  # type: ignore[return-value]  # a user's own class is held to the protocol by use

@@ -15,7 +15,10 @@ from atoll.server.spec import STRATEGIES, RunSpec
 
 # The built-in names, whose own tables lie beside torch; a test holds these to those.
 KNOWN: Mapping[str, frozenset[str]] = {
-    "aggregator": frozenset({"mean"}),
+    "aggregator": frozenset(
+        {"mean", "median", "trimmed-mean", "krum", "multi-krum", "rfa", "geometric-median"}
+        | {"centered-clipping", "norm-clipping"}
+    ),
     "outer": frozenset({"average", "sgd", "momentum", "nesterov", "adam", "yogi", "adagrad"}),
     "local algorithm": frozenset({"plain", "fedprox"}),
     "model": frozenset({"linear", "mlp", "cnn", "resnet18", "charlm"}),

@@ -1,7 +1,8 @@
 """Merge: updates become the next version, in one pass over mapped bytes.
 
-For each tile of a million elements: decode and sum the updates in their order, take the outer
-optimizer's step, write the tile of the new version. Tiles are spread over threads; nothing is
+For each tile of a million elements: decode and combine the updates in their order, take the outer
+optimizer's step, write the tile of the new version. (A rule that needs distances measures them in a
+pass before.) Tiles are spread over threads; nothing is
 model-sized but mapped files. Everything is elementwise and in a fixed order, so the result has the
 same bits whatever the tile size and the number of threads (tested). Where the process is ours,
 call `torch.set_num_threads(1)` at its start: torch's own threads only get in the way of these.
@@ -11,27 +12,25 @@ it: honest updates are read once, and nothing that is not a number enters a mode
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from atoll.aggregation.aggregator import Aggregator, SetAggregator, SumAggregator
-from atoll.aggregation.mean import Mean
+from atoll.aggregation.aggregator import Aggregator, remembers
 from atoll.aggregation.outer import STEPS, Outer, Sgd
 from atoll.protocols.codecs import TILE, all_finite
 from atoll.protocols.errors import RemoteError, UsageError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import Payload, dtype_of, finite
+from atoll.server.combine import MEAN, MEMORY, Source, plan
 from atoll.server.draft import Draft, Version
+from atoll.server.passes import Area, Crew, NotFiniteError, scratch
 
 Buffers = Literal["weighted_mean", "keep_server", "personal"]
 PLAIN = Sgd()
-MEAN = Mean()
 NORM_BLOCK = 1 << 12  # elements; norms add up block by block, alike for every number of threads
 
 
@@ -44,7 +43,6 @@ class UpdateBytes:
 
 
 Item = tuple[UpdateBytes, float]  # an update and its raw weight
-Area = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +51,9 @@ class MergeStats:
 
     used: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...]  # (update id, reason)
-    stats: Mapping[str, float] = field(default_factory=dict)  # delta_norm: L2 of the merged delta
-
-
-class _NotFiniteError(Exception):
-    """What would be written is not a number somewhere; some update is to blame, or all are."""
+    # delta_norm: L2 of the merged delta; fallback 1: a rule had too few updates and gave way to the
+    # mean; coefficient/<update id>: how much of it a rule took (0: nothing)
+    stats: Mapping[str, float] = field(default_factory=dict)
 
 
 class Merger:
@@ -65,8 +61,9 @@ class Merger:
 
     `tile`: elements a thread takes at once. `buffers`: what becomes of the clients' buffers.
     "weighted_mean": float ones are averaged with the weights normalised to 1 and mixed into the
-    server's by min(1, sum of the weights), of integer ones the largest is taken. "keep_server" and
-    "personal": the server's stay as they are (and the clients' stay with them).
+    server's by min(1, sum of the weights), of integer ones the largest is taken; under a robust
+    aggregator the median stands for the mean, and for the largest. "keep_server" and "personal":
+    the server's stay as they are (and the clients' stay with them).
     """
 
     def __init__(
@@ -87,18 +84,15 @@ class Merger:
         self.outer = outer
         self.buffers = buffers
         self.tile = tile
-        self._threads = threads
-        self._pool: ThreadPoolExecutor | None = None
-        self._areas: list[Area] = [{} for _ in range(threads)]  # scratch of each thread
+        self.crew = Crew(threads)
 
     @property
     def vectors(self) -> tuple[str, ...]:
-        """Names of the outer state's vectors, for `VersionStore.draft`."""
-        return tuple(self.outer.vectors)
+        """Names of the vectors kept beside the model, for `VersionStore.draft`."""
+        return (*self.outer.vectors, *([MEMORY] if remembers(self.aggregator) else []))
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        self.crew.close()
 
     def merge(
         self, base: Version, draft: Draft, items: Sequence[Item], use_outer: bool = True
@@ -113,7 +107,7 @@ class Merger:
         while True:
             try:
                 stats = self._once(base, draft, live, use_outer)
-            except _NotFiniteError:
+            except NotFiniteError:
                 dropped.update(_culprits(self.manifest, live))
                 live = [item for item in live if item[0].id not in dropped]
                 draft.rewind()
@@ -127,72 +121,41 @@ class Merger:
         step = _Step(self, base, draft, items, use_outer)
         squares: dict[int, float] = {}
         count = self.manifest.counts["trainable"]
-        size = self.tile if step.by_tiles else max(1, count)
+        largest = step.plan.largest
+        size = max(1, count) if largest is None else min(self.tile, largest)
 
         def work(lo: int, area: Area) -> None:
             squares[lo] = step.tile(lo, min(lo + size, count), area)
 
-        self._spread(range(0, count, size), work)
+        self.crew.spread(range(0, count, size), work)
         if STEPS in step.new_state:
             draft.write_outer(STEPS, 0, step.new_state[STEPS])
         for group in TRAVELLING[1:]:
-            self._merge_buffers(group, base, draft, items)
-        stats = {"delta_norm": math.sqrt(math.fsum(squares.values()))} if items else {}
-        return {**stats, "fallback": 1.0} if step.fell_back else stats
-
-    def _spread(self, starts: range, work: Callable[[int, Area], None]) -> None:
-        """Every tile once, in threads where there are several; the first error is raised."""
-        todo = deque(starts)
-
-        def run(area: Area) -> None:
-            try:
-                while True:
-                    work(todo.popleft(), area)
-            except IndexError:
-                return
-            except BaseException:
-                todo.clear()
-                raise
-
-        helpers = min(self._threads, len(starts)) - 1
-        if helpers < 1:
-            run(self._areas[0])
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads - 1, "merge")
-        others = [self._pool.submit(run, area) for area in self._areas[1 : helpers + 1]]
-        try:
-            run(self._areas[0])
-        finally:
-            for other in others:
-                other.exception()  # wait: nobody may write into a draft that is rewound
-        for other in others:
-            other.result()
+            self._merge_buffers(group, base, draft, items, step.plan.robust)
+        stats = {"delta_norm": math.sqrt(math.fsum(squares.values()))}
+        return {**stats, **step.plan.stats} if items else {}
 
     def _merge_buffers(
-        self, group: Group, base: Version, draft: Draft, items: Sequence[Item]
+        self, group: Group, base: Version, draft: Draft, items: Sequence[Item], robust: bool
     ) -> None:
         count = self.manifest.counts[group]
-        sent = [(u, w) for u, w in items if w > 0 and u.payload.has(group)]
+        sent = [(u.payload.decoder(group), w) for u, w in items if w > 0 and u.payload.has(group)]
         total = math.fsum(w for _, w in sent)
         start = base.flat(group)
-        decoders = [u.payload.decoder(group) for u, _ in sent]
         for lo in range(0, count, TILE):
             hi = min(lo + TILE, count)
             tile = start[lo:hi].clone()
             if self.buffers == "weighted_mean" and sent:
-                scratch = torch.empty(hi - lo, dtype=dtype_of(group))
-                values = (decode(lo, hi, scratch) for decode in decoders)
-                if group == "buffers_other":
-                    for value in values:
-                        torch.maximum(tile, value, out=tile)
+                spare = torch.empty(hi - lo, dtype=dtype_of(group))
+                if robust:
+                    values = [decode(lo, hi, torch.empty_like(spare)) for decode, _ in sent]
+                    if group == "buffers_float" and not all(map(all_finite, values)):
+                        raise NotFiniteError  # a median would hide it
+                    _mix_median(tile, values, total)
                 else:
-                    mix = min(1.0, total)
-                    tile.mul_(1 - mix)
-                    for value, (_, weight) in zip(values, sent, strict=True):
-                        tile.add_(value, alpha=mix * weight / total)
-                    if not all_finite(tile):
-                        raise _NotFiniteError
+                    _mix_mean(tile, ((decode(lo, hi, spare), w) for decode, w in sent), total)
+                if group == "buffers_float" and not all_finite(tile):
+                    raise NotFiniteError
             draft.write(group, lo, tile)
 
 
@@ -211,8 +174,6 @@ class _Step:
         self.outer = merger.outer if use_outer else PLAIN
         self.moves = use_outer and bool(items)
         self.anchor = base.flat("trainable")
-        self.decoders = [u.payload.decoder("trainable") for u, _ in items]
-        self.weights = [w for _, w in items]
         self.state = dict(base.outer)
         self.new_state: dict[str, Tensor] = {}
         self.steps = int(self.state[STEPS]) if STEPS in self.state else 0
@@ -220,13 +181,11 @@ class _Step:
             self.steps += 1
         if merger.vectors:
             self.new_state[STEPS] = torch.tensor([self.steps])
-        self.rule: SetAggregator | None = None
-        self.fell_back = False
-        if merger.aggregator.algebra == "set":
-            rule = merger.aggregator
-            self.fell_back = 0 < len(items) < rule.min_results
-            self.rule = None if self.fell_back else rule
-        self.by_tiles = self.rule is None or self.rule.coordinatewise
+        sources = [Source(u.id, u.payload.decoder("trainable"), w) for u, w in items]
+        count = merger.manifest.counts["trainable"]
+        self.memory = self.state.get(MEMORY)
+        self.plan = plan(merger.aggregator, sources, merger.crew, count, self.memory)
+        self.memorises = self.moves and self.plan.remembers
 
     def tile(self, lo: int, hi: int, area: Area) -> float:
         """Elements [lo, hi) from decoding to writing; returns the squared norm of their delta."""
@@ -235,22 +194,26 @@ class _Step:
             self.draft.write("trainable", lo, anchor)
             self._keep_state(lo, hi, area)
             return 0.0
-        delta = _scratch(area, "delta", hi - lo)
+        delta = scratch(area, "delta", hi - lo)
         place = self.draft.place("trainable", lo, hi)
         if place is not None:
             out = place
         else:
-            out = delta if self.outer.in_place else _scratch(area, "out", hi - lo)
-        self._combine(lo, hi, delta, area)
+            out = delta if self.outer.in_place else scratch(area, "out", hi - lo)
+        self.plan.tile(lo, hi, anchor, delta, area)
+        if self.memorises:
+            self.draft.write_outer(MEMORY, lo, delta)
+        if self.plan.damping != 1:
+            delta.mul_(self.plan.damping)
         square = _squared_norm(delta)
         if not math.isfinite(square):
             if not all_finite(delta):
-                raise _NotFiniteError
+                raise NotFiniteError
             square = float(delta.double().square().sum())  # squares beyond float32
         state = self._keep_state(lo, hi, area, write=not self.moves)
         self.outer.kernel(anchor, delta, state, self.steps, out)
         if not all_finite(out) or not all(all_finite(v) for v in state.values()):
-            raise _NotFiniteError
+            raise NotFiniteError
         if place is None:
             self.draft.write("trainable", lo, out)
         if self.moves:
@@ -258,33 +221,17 @@ class _Step:
                 self.draft.write_outer(name, lo, values)
         return square
 
-    def _combine(self, lo: int, hi: int, delta: Tensor, area: Area) -> None:
-        spare = _scratch(area, "decoded", hi - lo)
-        if self.rule is None:
-            weights = self._normalised() if self.fell_back else self.weights
-            rule = cast("SumAggregator", MEAN if self.fell_back else self.merger.aggregator)
-            for i, (decode, weight) in enumerate(zip(self.decoders, weights, strict=True)):
-                rule.add(delta, decode(lo, hi, spare), weight, first=i == 0)
-        else:
-            deltas = [
-                decode(lo, hi, _scratch(area, f"decoded{i}", hi - lo))
-                for i, decode in enumerate(self.decoders)
-            ]
-            if not all(all_finite(d) for d in deltas):  # a median would hide it
-                raise _NotFiniteError
-            delta.copy_(self.rule.combine(self.anchor[lo:hi], deltas, self._normalised()))
-        if self.merger.aggregator.algebra == "set":
-            delta.mul_(min(1.0, math.fsum(self.weights)))
-
-    def _normalised(self) -> list[float]:
-        total = math.fsum(self.weights)
-        return [w / total for w in self.weights] if total else [0.0] * len(self.weights)
-
     def _keep_state(self, lo: int, hi: int, area: Area, write: bool = True) -> dict[str, Tensor]:
-        """The old state's tile in scratch, to be changed there; written on as it is if `write`."""
+        """The old state's tile in scratch, to be changed there; written on as it is if `write`.
+
+        The rule's memory is written on where this merge gives it no new one.
+        """
+        if remembers(self.merger.aggregator) and not self.memorises:
+            none = scratch(area, MEMORY, hi - lo).zero_()
+            self.draft.write_outer(MEMORY, lo, none if self.memory is None else self.memory[lo:hi])
         tiles = {}
         for name, at_first in self.merger.outer.vectors.items():
-            tiles[name] = _scratch(area, name, hi - lo)
+            tiles[name] = scratch(area, name, hi - lo)
             if name in self.state:
                 tiles[name].copy_(self.state[name][lo:hi])
             else:
@@ -305,16 +252,31 @@ def _culprits(manifest: Manifest, items: Sequence[Item]) -> dict[str, str]:
     return found or {update.id: "the merged model would not be finite" for update, _ in items}
 
 
-def _scratch(area: Area, name: str, size: int) -> Tensor:
-    """A work area of this thread's, kept from tile to tile."""
-    if name not in area or area[name].numel() < size:
-        area[name] = torch.empty(size)
-    return area[name][:size]
-
-
 def _squared_norm(values: Tensor) -> float:
     """In float64 over float32 blocks, so that neither threads nor alignment change a bit of it."""
     whole = values.numel() // NORM_BLOCK * NORM_BLOCK
     norms = torch.linalg.vector_norm(values[:whole].view(-1, NORM_BLOCK), dim=1).double()
     rest = torch.linalg.vector_norm(values[whole:]).double()
     return float(norms.square().sum() + rest.square())
+
+
+def _mix_mean(tile: Tensor, sent: Iterable[tuple[Tensor, float]], total: float) -> None:
+    """Mix buffers of (values, weight) into the server's by min(1, `total` weight), in place."""
+    if tile.dtype == torch.int64:
+        for value, _ in sent:
+            torch.maximum(tile, value, out=tile)
+        return
+    mix = min(1.0, total)
+    tile.mul_(1 - mix)
+    for value, weight in sent:
+        tile.add_(value, alpha=mix * weight / total)
+
+
+def _mix_median(tile: Tensor, sent: Sequence[Tensor], total: float) -> None:
+    """As `_mix_mean`, where some who sent may not be honest."""
+    ordered = torch.stack(list(sent)).sort(dim=0).values
+    low, high = ordered[(len(sent) - 1) // 2], ordered[len(sent) // 2]
+    if tile.dtype == torch.int64:
+        torch.maximum(tile, low, out=tile)
+        return
+    tile.lerp_((low + high) / 2, min(1.0, total))

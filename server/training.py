@@ -25,8 +25,9 @@ from atoll.protocols.codecs import Codec, Fp32, codec
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import Payload
+from atoll.server.combine import MEAN
 from atoll.server.learning import Worked
-from atoll.server.merge import MEAN, PLAIN, Buffers, Merger, UpdateBytes
+from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
 from atoll.server.run import FORMER, Merge, Order
 from atoll.server.versions import VersionStore
 

@@ -1,0 +1,140 @@
+"""Combine: the part of a merge that makes one delta out of many, tile by tile.
+
+A plan is made once for a merge: it does what must be known before the first tile (distances, the
+fall-back to the mean), and is then asked for any tile, from any thread.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from atoll.aggregation.aggregator import (
+    Aggregator,
+    SetAggregator,
+    StackRule,
+    SumAggregator,
+    TileRule,
+    by_stack,
+    by_tiles,
+    remembers,
+)
+from atoll.aggregation.mean import Mean
+from atoll.protocols.codecs import TILE, Decoder, all_finite
+from atoll.protocols.errors import UsageError
+from atoll.server.passes import Area, Crew, NotFiniteError, Reading, scratch, zeros
+
+MEAN = Mean()
+MEMORY = "memory"  # the vector of a version's state in which a rule's last result lies
+DECODED = 1 << 24  # elements of all updates together that a thread may hold decoded
+
+Tile = Callable[[int, int, Tensor, Tensor, Area], None]  # (lo, hi, anchor, out: the delta, area)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One update, or a row like one: how it is read, and the strategy's weight of it."""
+
+    id: str
+    decoder: Decoder
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the deltas of one merge become one."""
+
+    tile: Tile
+    damping: float = 1.0  # what its result is to be multiplied with
+    largest: int | None = TILE  # elements that `tile` may be asked for at once; None: it needs all
+    robust: bool = False  # buffers are merged by their median
+    remembers: bool = False  # the result, before damping, is to be written as MEMORY
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+def plan(
+    aggregator: Aggregator,
+    sources: Sequence[Source],
+    crew: Crew,
+    count: int,
+    memory: Tensor | None = None,
+) -> Plan:
+    """The plan for `sources`, vectors of `count` elements; `memory`: the last result, if any.
+
+    NotFiniteError where a rule that measures first meets NaN or Inf.
+    """
+    if aggregator.algebra == "sum":
+        return Plan(_summed(aggregator, [(s.decoder, s.weight) for s in sources]))
+    total = math.fsum(s.weight for s in sources)
+    voters = [s for s in sources if s.weight > 0]
+    weights = [s.weight / total for s in voters]
+    damping = min(1.0, total)
+    if len(voters) < max(1, aggregator.min_results):
+        mean = _summed(MEAN, [(s.decoder, w) for s, w in zip(voters, weights, strict=True)])
+        return Plan(mean, damping, stats={"fallback": 1.0})
+    if by_stack(aggregator):
+        return _measured(aggregator, voters, weights, damping, crew, count, memory)
+    assert by_tiles(aggregator), "a rule over the set has combine() or coefficients()"
+    largest = max(1, DECODED // len(voters)) if aggregator.coordinatewise else None
+    tile = _ruled(aggregator, [s.decoder for s in voters], weights)
+    return Plan(tile, damping, largest, _robust(aggregator))
+
+
+def _measured(
+    rule: StackRule,
+    voters: Sequence[Source],
+    weights: Sequence[float],
+    damping: float,
+    crew: Crew,
+    count: int,
+    memory: Tensor | None,
+) -> Plan:
+    decoders = [s.decoder for s in voters]
+    if remembers(rule):
+        decoders.append(zeros if memory is None else _lying(memory))
+    found = [float(c) for c in rule.coefficients(Reading(crew, decoders, count), weights)]
+    if len(found) != len(decoders):
+        raise UsageError(
+            "FL-S102",
+            f"{type(rule).__name__}.coefficients gave {len(found)} for {len(decoders)} rows",
+            "return one number for each row of the stack, in their order",
+        )
+    tile = _summed(MEAN, [(d, c) for d, c in zip(decoders, found, strict=True) if c])
+    stats = {f"coefficient/{s.id}": c for s, c in zip(voters, found, strict=False)}
+    return Plan(tile, damping, TILE, _robust(rule), remembers(rule), stats)
+
+
+def _summed(rule: SumAggregator, terms: Sequence[tuple[Decoder, float]]) -> Tile:
+    def tile(lo: int, hi: int, anchor: Tensor, out: Tensor, area: Area) -> None:
+        spare = scratch(area, "decoded", hi - lo)
+        if not terms:
+            out.zero_()
+        for i, (decode, weight) in enumerate(terms):
+            rule.add(out, decode(lo, hi, spare), weight, first=i == 0)
+
+    return tile
+
+
+def _ruled(rule: TileRule, decoders: Sequence[Decoder], weights: Sequence[float]) -> Tile:
+    def tile(lo: int, hi: int, anchor: Tensor, out: Tensor, area: Area) -> None:
+        deltas = [
+            decode(lo, hi, scratch(area, f"decoded{i}", hi - lo))
+            for i, decode in enumerate(decoders)
+        ]
+        if not all(all_finite(delta) for delta in deltas):  # a median would hide it
+            raise NotFiniteError
+        out.copy_(rule.combine(anchor, deltas, weights))
+
+    return tile
+
+
+def _robust(rule: SetAggregator) -> bool:
+    return bool(getattr(rule, "robust", False))
+
+
+def _lying(vector: Tensor) -> Decoder:
+    def decode(lo: int, hi: int, out: Tensor) -> Tensor:
+        return vector[lo:hi]
+
+    return decode
