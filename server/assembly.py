@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import hashlib
-import os
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO, cast
+from typing import cast
 
 import torch
 
@@ -22,12 +22,14 @@ from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.events import Evaluated
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.membership import Membership
+from atoll.protocols.tensors import sections_of
 from atoll.server.driver import Clock, Driver
 from atoll.server.evaluate import Evaluator, Judge
-from atoll.server.history import History, line
+from atoll.server.history import line
 from atoll.server.host import Host
 from atoll.server.journal import Journal
 from atoll.server.merge import Buffers, Merger
+from atoll.server.past import Past
 from atoll.server.recover import Recovered, recover
 from atoll.server.rules import LIMITS, Rules
 from atoll.server.run import Run
@@ -70,16 +72,23 @@ class Assembly:
         self.journal = Journal(folder / "journal.sqlite", spec.id)
         self.resumed = self.journal.seq > 0 or bool(self.store.numbers())
         membership = Membership(lease=spec.lease)
+        past: Past | None = None
         try:
             if not self.resumed:
                 self._first_version(module, init)
             self._limits(rules)
-            found = recover(self.journal, strategy, rules, membership)
+            past = self._past(folder / "history.jsonl")
+            found = recover(self.journal, strategy, rules, membership, past.heard)
             self._restore(found, uploads)
-        except BaseException:
+        except BaseException as error:
             self.journal.abandon()
+            with contextlib.suppress(OSError):
+                if past is not None:
+                    past.file.close()
+            if isinstance(error, OSError):
+                raise _unwritten(error) from error
             raise
-        self.history_file = self._open_history(folder / "history.jsonl")
+        self.history, self.history_file = past.history, past.file
         self._news: asyncio.Event | None = None  # set with the next row; made when one waits
         self._on_row = on_row
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -88,6 +97,7 @@ class Assembly:
         self.host = Host(
             spec, found.run, membership, self.workshop, self.history, self.evaluator, self._row
         )
+        self.host.recorder = past.recorder
         self.clock = Clock(found.now)
         self.driver = Driver(found.run, self.journal, self.host, found.rules, self.clock)
         self.driver.snapshot = self.host.snapshot
@@ -180,15 +190,11 @@ class Assembly:
 
     # ---- history -------------------------------------------------------------------------------
 
-    def _open_history(self, path: Path) -> TextIO:
-        self.history = History()
-        if path.exists():
-            text = path.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]  # a killed process leaves half a line
-            if len(whole) != len(text):
-                os.truncate(path, len(whole))
-            self.history = History.read(path)
-        return path.open("a", buffering=1 << 16)
+    def _past(self, path: Path) -> Past:
+        snapshot = self.journal.last_snapshot()
+        ways = (codec(self.spec.codec_up), codec(self.spec.codec_down))
+        up, down = (sum(s.length for s in sections_of(self.manifest, way)) for way in ways)
+        return Past(path, snapshot[1] if snapshot else -math.inf, (up, down))
 
     def _row(self, row: dict[str, object]) -> None:
         self._on_disk(lambda: self.history_file.write(line(row)))
@@ -209,8 +215,7 @@ class Assembly:
         try:
             work()
         except OSError as error:
-            what = f"the history cannot be written: {error.strerror}"
-            self.driver.fail(ServerError("FL-S203", what, "free space on its disk and start again"))
+            self.driver.fail(_unwritten(error))
 
     async def lines(self, after: int, seconds: float) -> dict[str, object]:
         """Rows from number `after` on, at most MOST_LINES; waits so long where there is none."""
@@ -322,3 +327,8 @@ class Assembly:
             if groups
             else [],
         }
+
+
+def _unwritten(error: OSError) -> ServerError:
+    what = f"the history cannot be written: {error.strerror}"
+    return ServerError("FL-S203", what, "free space on its disk and start again")

@@ -80,7 +80,7 @@ class Host:
         self.traffic: dict[str, Traffic] = {}
         self.paces: dict[str, float] = {}
         self._on_row = on_row
-        self._recorder = Recorder()
+        self.recorder = Recorder()  # a resumed run brings its own
         self._groups: dict[str, tuple[tuple[str, ...], float, float]] = {}
         self._down = codec(spec.codec_down)
         self._manifest = json.dumps(workshop.store.manifest.to_json())
@@ -135,7 +135,7 @@ class Host:
             info = self.workshop.infos.get(event.update.id)
             sizes = (info.size if info else 0, self._model_size)
             self._learn_pace(event.update)
-        rows = list(self._recorder.rows(self.run, now, event, actions, effects, sizes))
+        rows = list(self.recorder.rows(self.run, now, event, actions, effects, sizes))
         for row in (*rows, *self._new_groups(now)):
             self.history.append(row)
             self._on_row(dict(row))

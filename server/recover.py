@@ -6,17 +6,20 @@ is found out before it does harm.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols import state
 from atoll.protocols.errors import ServerError
-from atoll.protocols.events import Evaluated, Merged
+from atoll.protocols.events import Action, Evaluated, Event, Merged
 from atoll.protocols.membership import Membership
 from atoll.server.journal import Journal, Row, dump_actions
 from atoll.server.rules import Rules
-from atoll.server.run import Merge, Run
+from atoll.server.run import Effect, Merge, Run
 from atoll.server.workshop import Stock
+
+Heard = Callable[[Run, float, Event, list[Action], list[Effect]], None]
 
 
 @dataclass
@@ -30,9 +33,16 @@ class Recovered:
 
 
 def recover(
-    journal: Journal, strategy: Strategy, rules: Rules, membership: Membership
+    journal: Journal,
+    strategy: Strategy,
+    rules: Rules,
+    membership: Membership,
+    heard: Heard | None = None,
 ) -> Recovered:
-    """Bring fresh machines to where the journal ends. ServerError FL-S206 where they disagree."""
+    """Bring fresh machines to where the journal ends. ServerError FL-S206 where they disagree.
+
+    `heard` is told of every input that is handled again.
+    """
     found = Recovered(Run(strategy), membership, rules, Stock())
     snapshot = journal.last_snapshot()
     after = 0
@@ -41,7 +51,7 @@ def recover(
             after, found.now, text = snapshot
             _load(found, json.loads(text))
         for row in journal.rows(after):
-            _again(found, row)
+            _again(found, row, heard)
         told = journal.meta("membership")
         if told is not None:
             state.restore(membership, json.loads(told))
@@ -80,9 +90,9 @@ def _load(found: Recovered, data: dict[str, state.Json]) -> None:
     found.stock = state.load(Stock, data["stock"])
 
 
-def _again(found: Recovered, row: Row) -> None:
+def _again(found: Recovered, row: Row, told: Heard | None) -> None:
     try:
-        _, actions, effects = found.run.handle(row.event, row.now)
+        event, actions, effects = found.run.handle(row.event, row.now)
     except Exception as error:  # a strategy may raise anything
         heard = f"input {row.seq} ({type(row.event).__name__} at {row.now:.3f} s)"
         if row.actions is not None:
@@ -100,6 +110,8 @@ def _again(found: Recovered, row: Row) -> None:
     found.stock.merges.extend(e for e in effects if isinstance(e, Merge))
     found.now = row.now
     found.inputs += 1
+    if told is not None:
+        told(found.run, row.now, event, actions, effects)
 
 
 def failed(heard: str, error: Exception) -> ServerError:

@@ -1,0 +1,121 @@
+"""The history of a killed server: whatever it did not get to write comes again, once."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from atoll.aggregation.fedbuff import FedBuff
+from atoll.protocols.events import Event, Merged
+from atoll.protocols.membership import Membership
+from atoll.server.history import line
+from atoll.server.journal import Row
+from atoll.server.past import Past
+from atoll.server.recover import recover, snapshot
+from atoll.server.rows import Recorder
+from atoll.server.rules import Rules
+from atoll.server.run import Run
+from atoll.server.simulator import simulate
+from atoll.server.workshop import Stock
+
+SIZES = (10, 20)
+
+
+def strategy() -> FedBuff:
+    return FedBuff(size=2, steps=5, max_age=4.0)
+
+
+@dataclass
+class Inputs:
+    """A journal with all that was heard."""
+
+    all_rows: list[Row]
+    taken: tuple[int, float, str] | None = None
+
+    def last_snapshot(self) -> tuple[int, float, str] | None:
+        return self.taken
+
+    def rows(self, after: int = 0) -> Iterator[Row]:
+        return iter(self.all_rows[after:])
+
+    def meta(self, key: str) -> None:
+        return None
+
+    def acknowledged(self) -> Iterator[tuple[str, str]]:
+        return iter(())
+
+
+def lived() -> tuple[Inputs, list[str]]:
+    """What was journaled of a run, and its history as a server that never died writes it."""
+    run, recorder = Run(strategy()), Recorder()
+    inputs: list[Row] = []
+    lines: list[str] = []
+
+    def listen(now: float, event: Event, _: object) -> None:
+        heard, actions, effects = run.handle(event, now)
+        inputs.append(Row(len(inputs) + 1, now, event, None))
+        lines.extend(line(row) for row in recorder.rows(run, now, heard, actions, effects, SIZES))
+        if isinstance(event, Merged):  # what only a driver writes stands in between
+            lines.append(line({"t": now + 0.001, "kind": "back", "client": "a"}))
+
+    simulate(strategy(), {"a": 0.1, "b": 0.3, "c": 0.7}, 12.0, listen=listen)
+    return Inputs(inputs), lines
+
+
+def told(lines: list[str]) -> list[str]:
+    """Those of inputs: the others are not in the journal."""
+    return [one for one in lines if json.loads(one)["kind"] != "back"]
+
+
+def resumed(path: Path, inputs: Inputs) -> list[str]:
+    since = inputs.taken[1] if inputs.taken else float("-inf")
+    past = Past(path, since, SIZES)
+    recover(inputs, strategy(), Rules(), Membership(), past.heard)  # type: ignore[arg-type]
+    past.file.close()
+    lines = path.read_text().splitlines(keepends=True)
+    assert [line(row) for row in past.history.rows] == lines
+    return lines
+
+
+def test_rows_that_were_not_written_come_again_wherever_it_died(tmp_path: Path) -> None:
+    inputs, lines = lived()
+    assert len(lines) > 80
+    path = tmp_path / "history.jsonl"
+    for at in range(len(lines) + 1):
+        half = lines[at][:7] if at < len(lines) else ""  # of a line that was being written
+        path.write_text("".join(lines[:at]) + half)
+        assert told(resumed(path, inputs)) == told(lines), at
+
+
+def test_with_a_snapshot_only_what_came_after_it_is_missing(tmp_path: Path) -> None:
+    inputs, lines = lived()
+    path = tmp_path / "history.jsonl"
+    run = Run(strategy())
+    rows = inputs.all_rows
+    at = next(i for i in range(40, len(rows)) if rows[i].now > rows[i - 1].now)
+    for row in rows[:at]:
+        run.handle(row.event, row.now)
+    now = rows[at - 1].now
+    text = snapshot(run, Membership(), Rules(), Stock())
+    assert text is not None
+    later = Inputs(rows, (at, now, text))
+    first = next(i for i, one in enumerate(lines) if json.loads(one)["t"] > now)
+    path.write_text("".join(lines[:first]))  # flushed long ago
+    assert sorted(told(resumed(path, later))) == sorted(told(lines))
+
+
+def test_a_fresh_run_has_no_past(tmp_path: Path) -> None:
+    past = Past(tmp_path / "history.jsonl", float("-inf"), SIZES)
+    assert past.history.rows == []
+    past.file.close()
+
+
+@pytest.mark.parametrize("row", ['{"t": 1.0}', "[]", "5"])
+def test_a_row_that_is_none_stops_the_reading_not_the_counting(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text(row + "\n")
+    with pytest.raises(Exception, match=r".") as refused:
+        Past(path, 0.0, SIZES)
+    assert "history" in str(refused.value)
