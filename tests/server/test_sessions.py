@@ -1,0 +1,141 @@
+"""Sessions: what waits to be written to one client, in order and not without bound."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import pytest
+
+from atoll.protocols import wire_pb2
+from atoll.protocols.blobs import INLINE
+from atoll.protocols.errors import RemoteError
+from atoll.server.sessions import LATER, QUEUE, Session, Sessions
+
+T = TypeVar("T")
+
+
+def order(number: int, size: int = 0) -> wire_pb2.ServerMessage:
+    model = wire_pb2.Blob(inline=bytes(size))
+    return wire_pb2.ServerMessage(order=wire_pb2.Order(id=f"o{number}", model=model))
+
+
+def outcome(number: int) -> wire_pb2.ServerMessage:
+    return wire_pb2.ServerMessage(outcome=wire_pb2.Outcome(update=f"o{number}.0"))
+
+
+def run(work: Callable[[], Awaitable[T]]) -> T:
+    async def inside() -> T:
+        return await work()
+
+    return asyncio.run(inside())
+
+
+async def written(session: Session) -> list[str]:
+    """All that is sent until the stream ends, each message with those that travel in it."""
+    found = []
+    async with asyncio.timeout(5):
+        while (message := await session.next()) is not None:
+            together = (message, *message.more)
+            found += [*(one.order.id or one.outcome.update for one in together), "|"]
+    return found
+
+
+def test_what_is_not_urgent_travels_before_the_next_that_is() -> None:
+    async def send() -> list[str]:
+        session = Session("c", 1)
+        session.send_later(outcome(1))
+        session.send_later(outcome(2))
+        session.send(order(3))
+        session.close()
+        return await written(session)
+
+    assert run(send) == ["o1.0", "|", "o2.0", "|", "o3", "|"]
+
+
+def test_what_nothing_urgent_follows_is_sent_all_the_same() -> None:
+    async def send() -> float:
+        session = Session("c", 1)
+        session.send_later(outcome(1))
+        began = asyncio.get_running_loop().time()
+        message = await asyncio.wait_for(session.next(), 5)
+        assert message is not None
+        assert message.outcome.update == "o1.0"
+        return asyncio.get_running_loop().time() - began
+
+    assert LATER * 0.5 < run(send) < 5
+
+
+def test_closing_lets_out_what_waits() -> None:
+    async def send() -> list[str]:
+        session = Session("c", 1)
+        session.send_later(outcome(1))
+        session.close()
+        return await written(session)
+
+    assert run(send) == ["o1.0", "|"]
+
+
+def test_a_client_that_reads_batches_gets_them_within_bounds() -> None:
+    async def send() -> list[str]:
+        session = Session("c", 1, batch=True)
+        session.send(outcome(1))
+        session.send(outcome(2))
+        session.send(order(3, INLINE))
+        session.send(order(4, INLINE))
+        session.send(order(5))
+        session.close()
+        return await written(session)
+
+    # One message may not grow without bound: each of these models fills it.
+    assert run(send) == ["o1.0", "o2.0", "o3", "|", "o4", "|", "o5", "|"]
+
+
+def test_a_client_that_does_not_read_is_cut_off() -> None:
+    async def send() -> tuple[bool, bool, int]:
+        session = Session("c", 1)
+        for number in range(QUEUE):
+            session.send(outcome(number))
+        before = session.cut.is_set()
+        session.send(order(0))
+        return before, session.cut.is_set(), session.out.qsize()
+
+    assert run(send) == (False, True, QUEUE)
+
+
+def test_a_backlog_of_outcomes_leaves_room_for_the_rest() -> None:
+    """At a hello the 300 outcomes of one long merge pushed the welcome out of the queue, and the
+    client came back for ever without ever being welcomed."""
+
+    async def send() -> list[str]:
+        session = Session("c", 1)
+        session.room += 300
+        session.send(order(0))
+        for number in range(300):
+            session.send_later(outcome(number))
+        session.send(order(1))
+        assert not session.cut.is_set()
+        session.close()
+        return await written(session)
+
+    found = run(send)
+    assert (found[0], found[-2], len(found)) == ("o0", "o1", 604)
+
+
+def test_a_newer_session_of_a_client_takes_the_place_of_the_older() -> None:
+    async def open_() -> None:
+        sessions = Sessions()
+        old = sessions.open("c", 1)
+        assert sessions.find(old.token) is old
+        new = sessions.open("c", 2)
+        assert await written(old) == []
+        assert sessions.of["c"] is new
+        sessions.drop(old)  # it ends a moment later
+        assert sessions.of["c"] is new
+        with pytest.raises(RemoteError) as stranger:
+            sessions.find(old.token)
+        assert (stranger.value.code, stranger.value.fatal) == ("FL-W110", False)
+        sessions.drop(new)
+        assert sessions.of == {}
+        assert len({old.token, new.token, Session("c", 3).token}) == 3
+
+    run(open_)
