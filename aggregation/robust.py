@@ -38,7 +38,7 @@ def check_share(**values: float) -> None:
         at_least(0, **{name: value})
         if value < 1:
             at_most(0.49, **{name: value})
-        elif value != int(value) or not math.isfinite(value):
+        elif not float(value).is_integer():
             raise UsageError(
                 "FL-S102", f"{name}={value}", "choose a share up to 0.49, or a whole number"
             )
