@@ -5,6 +5,7 @@ clients claim.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from atoll.aggregation.ranking import ranked
 from atoll.aggregation.robust import Robust
 
 
+@dataclass(frozen=True)
 class Median(Robust):
     """Per element; of an even number of updates, the mean of the two in the middle."""
 
