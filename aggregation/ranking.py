@@ -1,8 +1,8 @@
 """Ranking: several long vectors sorted element by element, by a network of minima and maxima.
 
 Batcher's merge exchange (Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M): a fixed
-list of comparisons, each done for a whole block at once. Ten vectors are sorted 8 times as fast as
-with `numpy.sort` and 30 times as fast as with `torch.sort`, which move single columns.
+list of comparisons, each done for a whole block at once. Ten vectors are sorted 5 times as fast as
+with `numpy.sort` and 25 times as fast as with `torch.sort`, which move single columns.
 """
 
 from collections.abc import Iterator, Sequence

@@ -35,6 +35,7 @@ class Crew:
         todo = deque(starts)
 
         def run(area: Area) -> None:
+            torch.get_num_threads()  # asking sets it in this thread: else a product takes all cores
             try:
                 while True:
                     work(todo.popleft(), area)
