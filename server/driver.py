@@ -123,7 +123,7 @@ class Driver:
         self.snapshot_every = 2000  # inputs
         self._since_snapshot = 0
         self._last = clock.now()
-        self._handling = False
+        self._handling = self._serving = False
         self._derived: deque[Event] = deque()
         self._queue: asyncio.Queue[_Input | None] = asyncio.Queue()  # None: look at `error`
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -159,12 +159,16 @@ class Driver:
     def derive(self, event: Event) -> None:
         """Hear of something that follows from inputs already written, in the loop's thread.
 
-        It is handled after those that brought it about, and needs no wait for the disk.
+        It is handled after those that brought it about and at their time, and needs no wait for
+        the disk. Where it was lost with the process it comes again before anything new, still at
+        that time: so whatever it led to is decided again as it was.
         """
         if self._handling:
             self._derived.append(event)
-        else:
+        elif self._serving:
             self.post(event)
+        else:
+            self._put(self._last, event)
 
     def attach(self) -> None:
         """Belong to the running loop: from now on inputs may be posted."""
@@ -177,6 +181,7 @@ class Driver:
         """
         self.attach()
         assert self._loop is not None
+        self._serving = True
         for timer, at in sorted(self.run.timers.items()):
             self._arm(timer, at)
         self._arm_limit()
@@ -240,7 +245,7 @@ class Driver:
                 if not self._one(first + i, one):
                     return
             while self._derived:
-                one = _Input(self._last, self._derived.popleft(), None, None)
+                one = _Input(batch[-1].now, self._derived.popleft(), None, None)
                 if not self._one(self.journal.derive(one.now, one.event), one):
                     return
                 self._loop.call_later(BEHIND, self.wake)

@@ -571,3 +571,99 @@ def test_decisions_that_cannot_be_written_at_the_end_are_told(tmp_path: Path) ->
             asyncio.run(serving(driver, JOINED))
         assert full.value.code == "FL-S203"
         driver.journal.base.execute("PRAGMA max_page_count = 100000")
+
+
+class Quick(Answering):
+    """A world whose merges take no time: they are heard without a wait for the disk."""
+
+    def merge(self, merge: Merge) -> None:
+        self.driver.derive(Merged(merge.version, tuple(u for u, _ in merge.items)))
+
+
+def test_what_follows_from_an_input_has_its_time_not_that_of_what_waits(tmp_path: Path) -> None:
+    """It was stamped later than inputs that had come meanwhile, and the run's time went back."""
+    world = Quick()
+    with driven(tmp_path, FedBuff(size=1, steps=5), world) as driver:
+        assert isinstance(driver.clock, Hand)
+        clock = driver.clock
+
+        async def three() -> None:
+            driver.attach()
+            driver.post(JOINED)
+            await driver._handle(await driver._batch())
+            clock.shown = 1.0
+            driver.post(result(driver.run.open["a"]))
+            batch = await driver._batch()
+            clock.shown = 2.0
+            driver.post(ClientJoined("b", ClientInfo(1)))  # while the batch goes to the disk
+            await driver._handle(batch)
+            clock.shown = 3.0
+            await serving(driver, Stopping("enough"))
+
+        asyncio.run(three())
+        times = [(now, type(event).__name__) for now, event, _ in rows(driver)]
+        assert times == [
+            (0.0, "ClientJoined"), (1.0, "UpdateReceived"), (1.0, "Merged"), (2.0, "ClientJoined"),
+            (3.0, "Stopping"),
+        ]  # fmt: skip
+
+
+def test_what_followed_and_was_lost_comes_again_first_and_at_its_time(tmp_path: Path) -> None:
+    """Its orders were out already: had anything new come before, their numbers would be others'."""
+    clock = Clock(7.0)
+    with driven(tmp_path, FedBuff(size=1, steps=5), Quick(), clock=clock) as driver:
+        driver.run.handle(JOINED, 6.0)
+        update = result(driver.run.open["a"])
+        driver.run.handle(update, 7.0)
+        clock.start()
+
+        async def again() -> None:
+            driver.attach()
+            driver.derive(Merged(1, (update.update.id,)))
+            await serving(driver, ClientJoined("b", ClientInfo(1)), Stopping("enough"))
+
+        asyncio.run(again())
+        heard = [(now, type(event).__name__) for now, event, _ in rows(driver)]
+        assert heard[0] == (7.0, "Merged")
+        assert [name for _, name in heard] == ["Merged", "ClientJoined", "Stopping"]
+        clients = [order.client for order in driver.run.former["a"]]
+        assert clients == ["a"]
+        assert driver.run.former["a"][-1].id == "o1"
+
+
+def test_what_follows_outside_of_any_input_is_an_input_of_its_own(tmp_path: Path) -> None:
+    with driven(tmp_path, FedBuff(size=1, steps=5), Quick()) as driver:
+        assert isinstance(driver.clock, Hand)
+        clock = driver.clock
+
+        async def later() -> None:
+            driver.attach()
+            served = asyncio.create_task(driver.serve())
+            await asyncio.sleep(0)
+            clock.shown = 5.0
+            driver.derive(Evaluated(0, {"accuracy": 0.5}))
+            driver.stop("enough")
+            await asyncio.wait_for(served, 5)
+
+        asyncio.run(later())
+        assert rows(driver)[0][:2] == (5.0, Evaluated(0, {"accuracy": 0.5}))
+
+
+def test_a_strategy_may_fail_on_what_follows_too(tmp_path: Path) -> None:
+    class Failing(FedBuff):
+        def on_merged(self, merged: Merged, now: float) -> Actions:
+            raise ZeroDivisionError
+            yield  # pragma: no cover
+
+    with driven(tmp_path, Failing(size=1, steps=5), Quick()) as driver:
+
+        async def fail() -> None:
+            driver.attach()
+            driver.post(JOINED)
+            await driver._handle(await driver._batch())
+            await serving(driver, result(driver.run.open["a"]))
+
+        with pytest.raises(ServerError, match="failed on Merged") as failed:
+            asyncio.run(fail())
+        assert failed.value.code == "FL-S204"
+        assert [seq for seq, _ in driver.journal.failures()] == [3]
