@@ -474,8 +474,9 @@ def test_a_finished_run_waits_for_what_its_world_still_has_to_say(tmp_path: Path
             served = asyncio.create_task(driver.serve())
             while driver.run.finished is None:  # noqa: ASYNC110
                 await asyncio.sleep(0)
-            driver.wake()
-            await asyncio.sleep(0.005)
+            for _ in range(3):
+                driver.wake()
+                await asyncio.sleep(0.005)
             assert not served.done()
             driver.post_threadsafe(Evaluated(0, {"accuracy": 0.5}))
             world.unfinished = False
