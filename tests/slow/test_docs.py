@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-NOT_RUN = ("git clone ", "cd atoll", "make setup", "make demo", "make test")  # CI does these
+NOT_RUN = ("make setup", "make demo", "make test")  # CI does these
 PORT = "7447"  # the default; tests that run at the same time must not meet there
 SECONDS = 60.0  # a block may take
 
@@ -76,6 +76,8 @@ def run(commands: list[list[str]], folder: Path) -> None:
                 )  # fmt: skip
             running.append(started)
         codes = [process.wait(SECONDS) for process in running]
+    except subprocess.TimeoutExpired:
+        codes = [process.poll() for process in running]  # None: it goes on
     finally:
         for process in running:
             if process.poll() is None:
