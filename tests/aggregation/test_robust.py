@@ -13,7 +13,7 @@ from atoll.aggregation.krum import Krum, MultiKrum, scores
 from atoll.aggregation.median import Median
 from atoll.aggregation.norm_clipping import NormClipping
 from atoll.aggregation.rfa import GeometricMedian
-from atoll.aggregation.robust import Robust, least, share_of
+from atoll.aggregation.robust import Robust, least, middle, share_of
 from atoll.aggregation.stack import CHUNK, Rows
 from atoll.aggregation.trimmed_mean import TrimmedMean
 from atoll.protocols.errors import UsageError
@@ -123,6 +123,12 @@ def test_a_twin_is_a_neighbour_and_not_oneself() -> None:
 def test_an_even_number_has_two_in_the_middle(rule: Aggregator) -> None:
     scalars = [torch.tensor([x]) for x in (100.0, 1.0, 3.0, 2.0)]
     assert result(rule, scalars).tolist() == [2.5]
+
+
+def test_the_median_length_of_an_even_number_is_between_the_two_in_the_middle() -> None:
+    assert middle(torch.tensor([100.0, 1.0, 3.0, 2.0])) == 2.5
+    clipped = result(NormClipping(), [torch.tensor([x]) for x in (100.0, 1.0, 3.0, 2.0)])
+    assert clipped.tolist() == [(2.5 + 1 + 2.5 + 2) / 4]
 
 
 # ---- identities --------------------------------------------------------------------------------

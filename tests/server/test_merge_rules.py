@@ -227,9 +227,10 @@ def test_with_too_few_updates_it_is_the_weighted_mean_and_says_so(
 
 
 def test_updates_that_have_no_weight_at_all_move_nothing(store: VersionStore) -> None:
-    start = base(store)
+    start, merger = base(store), Merger(MANIFEST, Krum(1))
+    merged(store, merger, start, five())  # leaves its result in the work area
     items = [(update(f"o{i}.0", delta(i), 9.0), 0.0) for i in range(5)]
-    version, stats = merged(store, Merger(MANIFEST, Krum(1)), start, items)
+    version, stats = merged(store, merger, start, items)
     assert version.sha256 == start.sha256
     assert stats.stats == {"delta_norm": 0.0, "fallback": 1.0}
 
@@ -270,6 +271,24 @@ def test_norms_that_are_not_finite_are_found_without_a_gram_matrix() -> None:
     reading = Reading(Crew(1), [Watched(torch.tensor([1.0, math.inf]))], 2)
     with pytest.raises(NotFiniteError):
         reading.squares()
+
+
+class Nothing(Robust):
+    """A rule that takes nothing."""
+
+    min_results = 1
+
+    def coefficients(self, stack: Stack, weights: Sequence[float]) -> list[float]:
+        return [0.0] * len(stack)
+
+
+def test_a_rule_that_takes_nothing_moves_nothing(store: VersionStore) -> None:
+    merger, start = Merger(MANIFEST, Median()), base(store)
+    merged(store, merger, start, five())  # leaves its result in the work area
+    merger.aggregator = Nothing()
+    version, stats = merged(store, merger, start, five())
+    assert version.sha256 == start.sha256
+    assert stats.stats["delta_norm"] == 0.0
 
 
 class Short(Robust):
