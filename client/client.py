@@ -6,12 +6,14 @@ that moves bulk bytes, so that a client trains and transfers at the same time.
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import signal
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +29,11 @@ from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.codecs import BUILTIN, codec
 from atoll.protocols.errors import AtollError, ClientError
+from atoll.protocols.messages import ACK_FIELD, RESULT_FIELD
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.ids import machine_name
 from atoll.protocols.manifest import Manifest
+from atoll.protocols.packed import MORE, Parts, nested
 from atoll.protocols.runinfo import RunInfo
 
 Maker = Callable[[RunInfo], Trainer]
@@ -77,20 +81,43 @@ class _Job:
 class _Line:
     """One control stream."""
 
-    out: "asyncio.Queue[wire_pb2.ClientMessage | None]" = field(default_factory=asyncio.Queue)
+    out: "asyncio.Queue[Parts | None]" = field(default_factory=asyncio.Queue)
     token: str = ""
     run: str = ""
     inline_limit: int = 0
     bulk: Any = None
     patience: transfer.Patience = field(default_factory=transfer.Patience)
 
-    acks: list[str] = field(default_factory=list)  # updates whose outcome we know
+    _acks: list[str] = field(default_factory=list)  # updates whose outcome we know
+    _timer: asyncio.TimerHandle | None = None  # to acknowledge them
 
-    def take_acks(self) -> wire_pb2.Ack:
-        acks, self.acks = self.acks, []
+    def say(self, **kind: Any) -> None:
+        self.out.put_nowait((wire_pb2.ClientMessage(**kind).SerializeToString(),))
+
+    def acknowledge(self, update: str) -> None:
+        """Not urgent: it goes with the next message, or on its own after LATER seconds."""
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(LATER, lambda: self.say(ack=self._take_acks()))
+        self._acks.append(update)
+
+    async def queued(self) -> AsyncIterator[bytes]:
+        """What is said, until None is."""
+        while (message := await self.out.get()) is not None:
+            if self._acks:
+                acks = nested(ACK_FIELD, self._take_acks().SerializeToString())
+                message = (*message, *nested(MORE, *acks))
+            yield b"".join(message)
+
+    def _take_acks(self) -> wire_pb2.Ack:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        acks, self._acks = self._acks, []
         return wire_pb2.Ack(updates=acks)
 
     def close(self) -> None:
+        self._take_acks()
         self.patience.stop.set()
         if self.bulk is not None:
             self.bulk.close()
@@ -128,12 +155,13 @@ class Client:
         self._talk: asyncio.Task[None] | None = None  # the life of the newest control stream
         self._job: _Job | None = None
         self._orders: dict[str, messages.Order] = {}
-        self._events: asyncio.Queue[machine.Event] = asyncio.Queue()
+        self._events: deque[machine.Event] = deque()  # posted while another one is handled
+        self._handling = False
         self._training = ThreadPoolExecutor(1, thread_name_prefix="train")
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
         self._tasks: set[asyncio.Task[None]] = set()
         self._info = ClientInfo(0)
-        self._quit: machine.Quit | None = None
+        self._quit: asyncio.Future[machine.Quit] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self) -> Report:
@@ -160,18 +188,16 @@ class Client:
 
     async def serve(self) -> Report:
         """As `run`, in a running loop."""
-        loop = self._loop = asyncio.get_running_loop()
-        self._events.put_nowait(machine.Started(self._outbox.waiting()))
+        self._loop = asyncio.get_running_loop()
+        self._quit = self._loop.create_future()
+        self._post(machine.Started(self._outbox.waiting()))
         try:
-            while self._quit is None:
-                event = await self._events.get()
-                for action in self._session.handle(event, loop.time()):
-                    await self._perform(action)
+            quit = await self._quit
         finally:
             await self._close()
-        self.report.reason = self._quit.reason
-        if self._quit.code:
-            raise ClientError(self._quit.code, self._quit.reason, self._quit.hint)
+        self.report.reason = quit.reason
+        if quit.code:
+            raise ClientError(quit.code, quit.reason, quit.hint)
         return self.report
 
     async def _close(self) -> None:
@@ -190,7 +216,7 @@ class Client:
 
     # ---- what the machine says -----------------------------------------------------------------
 
-    async def _perform(self, action: machine.Action) -> None:
+    def _perform(self, action: machine.Action) -> None:
         match action:
             case machine.Connect(at):
                 self._hang_up()
@@ -198,8 +224,7 @@ class Client:
             case machine.Greet(holding):
                 self._talk = self._spawn(self._converse(holding))
             case machine.Work(order):
-                self._job = _Job(self._orders.pop(order), self._line)
-                self._spawn(self._work(self._job))
+                self._work(_Job(self._orders.pop(order), self._line))
             case machine.Interrupt(order, then):
                 self._interrupt(order, then)
             case machine.Deliver(update):
@@ -207,13 +232,15 @@ class Client:
             case machine.Complain(order, code, message):
                 self._say(failure=wire_pb2.Failure(order=order, code=code, message=message))
             case machine.Acknowledge(update):
-                self._acknowledge(update)
+                if self._line is not None:
+                    self._line.acknowledge(update)
             case machine.Settle(update, fate):
                 self.report.used += fate == "used"
                 self.report.discarded += fate != "used"
                 self._outbox.drop(update)
             case machine.Quit():
-                self._quit = action
+                assert self._quit is not None
+                self._quit.set_result(action)
 
     def _interrupt(self, order: str, then: Then) -> None:
         if self._job is None or self._job.order.id != order:
@@ -230,24 +257,25 @@ class Client:
         return task
 
     def _post(self, event: machine.Event) -> None:
-        self._events.put_nowait(event)
+        """Let the machine hear of it, in the loop's thread: now, or after the one it is at."""
+        self._events.append(event)
+        if self._handling:
+            return
+        assert self._loop is not None
+        assert self._quit is not None
+        self._handling = True
+        try:
+            while self._events and not self._quit.done():
+                for action in self._session.handle(self._events.popleft(), self._loop.time()):
+                    self._perform(action)
+        except Exception as error:  # a bug of ours must end the client, not hang it
+            self._quit.set_exception(error)
+        finally:
+            self._handling = False
 
     def _say(self, **kind: Any) -> None:
         if self._line is not None:
-            self._line.out.put_nowait(wire_pb2.ClientMessage(**kind))
-
-    def _acknowledge(self, update: str) -> None:
-        """Not urgent: it goes with the next message, or on its own after LATER seconds."""
-        line = self._line
-        if line is None:
-            return
-        if not line.acks:
-            asyncio.get_running_loop().call_later(LATER, self._acknowledge_now, line)
-        line.acks.append(update)
-
-    def _acknowledge_now(self, line: _Line) -> None:
-        if line.acks and line is self._line:
-            line.out.put_nowait(wire_pb2.ClientMessage(ack=line.take_acks()))
+            self._line.say(**kind)
 
     def _hang_up(self) -> None:
         if self._line is not None:
@@ -284,12 +312,11 @@ class Client:
             self._reject(ClientError("FL-S100", f"unexpected error: {error!r}"), "")
 
     async def _talk_on(self, channel: Any, line: _Line, holding: tuple[str, ...]) -> None:
-        line.out.put_nowait(wire_pb2.ClientMessage(hello=self._hello(holding)))
+        line.say(hello=self._hello(holding))
         call = channel.stream_stream(
             f"/{SERVICE}/Control",
-            request_serializer=wire_pb2.ClientMessage.SerializeToString,
             response_deserializer=wire_pb2.ServerMessage.FromString,
-        )(_queued(line))
+        )(line.queued())
         try:
             async for message in call:
                 self._hear(line, message)
@@ -397,16 +424,28 @@ class Client:
             await asyncio.sleep(seconds)
             job = self._job
             beat = wire_pb2.Heartbeat(order=job.order.id, step=job.step) if job else None
-            line.out.put_nowait(wire_pb2.ClientMessage(heartbeat=beat or wire_pb2.Heartbeat()))
+            line.say(heartbeat=beat or wire_pb2.Heartbeat())
 
     # ---- work ----------------------------------------------------------------------------------
 
-    async def _work(self, job: _Job) -> None:
+    def _work(self, job: _Job) -> None:
         assert self._bench is not None
+        self._job = job
+        if job.order.inline:
+            self._post(machine.Fetched(job.order.id))
+        working = self._training.submit(self._train, self._bench, job)
+        working.add_done_callback(functools.partial(self._back, job))
+
+    def _back(self, job: _Job, working: "Future[messages.Result]") -> None:
+        """In the training thread: its work is done, or has failed."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the client has ended
+            self._loop.call_soon_threadsafe(self._worked, job, working)
+
+    def _worked(self, job: _Job, working: "Future[messages.Result]") -> None:
         order = job.order.id
-        loop = asyncio.get_running_loop()
         try:
-            result = await loop.run_in_executor(self._training, self._train, self._bench, job)
+            result = working.result()
             self.report.orders += 1
             self.report.steps += result.steps
             self._post(machine.Finished(order, result.update))
@@ -437,7 +476,7 @@ class Client:
 
         def report(step: int) -> None:
             job.step = step
-            if step == 0:
+            if step == 0 and not job.order.inline:
                 loop.call_soon_threadsafe(self._post, machine.Fetched(job.order.id))
 
         def fetch(info: BlobInfo, dest: memoryview) -> None:
@@ -481,9 +520,9 @@ class Client:
         if kept is None or line is None:
             return
         result, view = kept
-        if len(view) <= line.inline_limit:
-            whole = replace(result, inline=bytes(view))
-            self._say(result=messages.result_to_wire(whole))
+        packed = self._outbox.packed(update)
+        if packed is not None and len(view) <= line.inline_limit:
+            line.out.put_nowait(nested(RESULT_FIELD, packed))
         else:
             self._spawn(self._upload(line, result, view))
 
@@ -501,13 +540,6 @@ class Client:
                 self._post(machine.Lost(error.message))
             else:
                 self._reject(error, result.order if error.code == "FL-W102" else "")
-
-
-async def _queued(line: _Line) -> AsyncIterator[wire_pb2.ClientMessage]:
-    while (message := await line.out.get()) is not None:
-        if line.acks:
-            message.more.append(wire_pb2.ClientMessage(ack=line.take_acks()))
-        yield message
 
 
 def _known(name: str) -> str:

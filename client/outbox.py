@@ -10,6 +10,7 @@ import fcntl
 import json
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from google.protobuf.message import DecodeError
 from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import ClientError, RemoteError
+from atoll.protocols.frames import checksums
 from atoll.protocols.ids import ulid
 from atoll.protocols.messages import Result
 
 SUFFIX = ".result"
+SPARE = "spare."  # files whose bytes nobody needs
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Outbox:
         self.memory = Memory()
         self._results: dict[str, Result] = {}
         self._bytes: dict[str, memoryview] = {}
+        self._packed: dict[str, bytes] = {}  # small ones, as they are written and sent
+        self._spares: list[Path] = []  # at most one file to be overwritten: three times as fast
         self._steps = memoryview(bytearray(8))
         self._lock = -1
         if folder is not None:
@@ -102,13 +107,16 @@ class Outbox:
 
     def put(self, result: Result, view: memoryview) -> None:
         """Keep a result, its bytes in a view that `buffer` gave."""
-        if self.folder is not None:  # a small payload lies in the description itself
-            small = bytes(view) if len(view) <= INLINE else b""
-            wire = messages.result_to_wire(replace(result, inline=small))
+        small = len(view) <= INLINE  # then it lies in the description itself
+        whole = replace(result, inline=bytes(view)) if small else result
+        packed = messages.result_to_wire(whole).SerializeToString()
+        if self.folder is not None:
             with _disk(self.folder):
-                _replace(self.folder / f"{result.update}{SUFFIX}", wire.SerializeToString())
-        self._results[result.update] = result
+                self._write(self.folder / f"{result.update}{SUFFIX}", packed)
+        if small:
+            self._packed[result.update] = packed
         self._bytes[result.update] = view
+        self._results[result.update] = result
         self.steps += result.steps if result.final else 0
 
     def get(self, update: str) -> tuple[Result, memoryview] | None:
@@ -116,13 +124,46 @@ class Outbox:
             return None
         return self._results[update], self._bytes[update]
 
+    def packed(self, update: str) -> bytes | None:
+        """A result with its bytes as a serialized `Result`; None where they are no small ones."""
+        return self._packed.get(update)
+
     def drop(self, update: str) -> None:
         self._results.pop(update, None)
+        self._packed.pop(update, None)
         view = self._bytes.pop(update, None)
-        if self.folder is not None and view is not None:
-            (self.folder / f"{update}{SUFFIX}").unlink(missing_ok=True)
-            if len(view) > INLINE:
-                (self.folder / f"{update}.bin").unlink(missing_ok=True)
+        if self.folder is None or view is None:
+            return
+        path = self.folder / f"{update}{SUFFIX}"
+        if len(view) <= INLINE and not self._spares:
+            spare = self.folder / f"{SPARE}{update}"
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, spare)
+                self._spares.append(spare)
+            return
+        path.unlink(missing_ok=True)
+        if len(view) > INLINE:
+            (self.folder / f"{update}.bin").unlink(missing_ok=True)
+
+    def _write(self, path: Path, packed: bytes) -> None:
+        """Write beside and rename, so that a reader finds all of it or nothing. After a power cut
+        an overwritten file may hold some of what it held before: its CRC says so."""
+        data = _crc(packed) + packed
+        try:
+            beside = self._spares.pop()
+        except IndexError:
+            beside = path.with_name(f"{SPARE}{path.name}")
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            written = 0
+            while written < len(data):  # a nearly full disk writes short
+                written += os.write(fd, memoryview(data)[written:])
+            os.ftruncate(fd, len(data))
+            now = time.time_ns()
+            os.utime(fd, ns=(now, now))  # their order: the system's own stamps are milliseconds
+        finally:
+            os.close(fd)
+        os.replace(beside, path)
 
     def _read(self, folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
@@ -132,28 +173,41 @@ class Outbox:
             self._steps = memoryview(mmap.mmap(file.fileno(), 8))
         for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns):
             try:
-                result, view = _read_result(path)
+                result, view, packed = _read_result(path)
             except (OSError, ValueError, DecodeError, RemoteError):
                 path.unlink(missing_ok=True)  # not ours, or damaged: not listed again
                 continue
             self._results[result.update] = result
             self._bytes[result.update] = view
+            if packed is not None:
+                self._packed[result.update] = packed
+        for path in folder.glob(f"{SPARE}*"):
+            path.unlink()
         for path in folder.glob("o*.bin"):
             if path.stem not in self._results:  # its process was killed before it was whole
                 path.unlink()
 
 
-def _read_result(path: Path) -> tuple[Result, memoryview]:
-    """A result and its bytes; ValueError where they do not belong together."""
-    result = messages.result_from_wire(wire_pb2.Result.FromString(path.read_bytes()))
-    if result.payload.size <= INLINE:
+def _read_result(path: Path) -> tuple[Result, memoryview, bytes | None]:
+    """A result, its bytes, and both packed where they are small; ValueError where they do not
+    belong together."""
+    crc, data = (whole := path.read_bytes())[:4], whole[4:]
+    if crc != _crc(data):
+        raise ValueError(f"{path}: not what was written")
+    result = messages.result_from_wire(wire_pb2.Result.FromString(data))
+    small = result.payload.size <= INLINE
+    if small:
         found = memoryview(result.inline)
     else:
         with open(path.with_name(f"{result.update}.bin"), "rb") as file:
             found = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
     if len(found) != result.payload.size:
         raise ValueError(f"{path}: {len(found)} bytes, expected {result.payload.size}")
-    return replace(result, inline=b""), found
+    return replace(result, inline=b""), found, data if small else None
+
+
+def _crc(packed: bytes) -> bytes:
+    return checksums(memoryview(packed))[0].to_bytes(4, "little")
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import BLOB_ID, CHUNK
 from atoll.protocols.errors import RemoteError
+from atoll.protocols.packed import varint
 
 try:
     from zlib_ng.zlib_ng import crc32
@@ -121,17 +122,17 @@ def frame(
     head = bytearray()
     if blob:
         name = blob.encode()
-        head += b"\x0a" + _varint(len(name)) + name
+        head += b"\x0a" + varint(len(name)) + name
     if offset:
-        head += b"\x10" + _varint(offset)
+        head += b"\x10" + varint(offset)
     if crc:
         head += b"\x1d" + crc.to_bytes(4, "little")
     if last:
         head += b"\x20\x01"
     if sha:
-        head += b"\x2a" + _varint(len(sha)) + sha
+        head += b"\x2a" + varint(len(sha)) + sha
     if len(data):
-        head += b"\x7a" + _varint(len(data))
+        head += b"\x7a" + varint(len(data))
     return b"".join((head, data))
 
 
@@ -160,15 +161,6 @@ def parse(message: bytes) -> Chunk:
     if len(chunk.sha256) not in (0, 32):
         raise _malformed(f"a SHA-256 of {len(chunk.sha256)} bytes")
     return chunk
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:

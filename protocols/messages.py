@@ -18,6 +18,7 @@ from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import BLOB_ID, INLINE, BlobInfo, Section
 from atoll.protocols.errors import CATALOGUE, AtollError, RefusedError, RemoteError
 from atoll.protocols.events import ClientInfo, Then
+from atoll.protocols.packed import Parts, nested
 
 ERROR_KEY = "atoll-error-bin"  # trailing metadata of a refused call
 SESSION_KEY = "atoll-session"  # metadata of every call beside Control
@@ -32,6 +33,9 @@ CAPABILITY = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,63}")
 SCHEMA = re.compile(r"([0-9a-f]{64})?")
 GROUP = re.compile(r"[a-z_]{1,32}(:[A-Za-z0-9_.\-/]{1,64})?")
 CODEC = re.compile(r"[a-z0-9_.-]{1,32}")
+
+ORDER_FIELD, MODEL_FIELD = 3, 5  # ServerMessage.order, Order.model
+RESULT_FIELD, ACK_FIELD = 3, 4  # ClientMessage.result, .ack
 
 MAX_COUNT = 1 << 53  # exact as a float and in JSON
 MAX_METRICS = 256
@@ -151,6 +155,19 @@ def order_to_wire(order: Order) -> wire_pb2.Order:
     )
 
 
+def packed_order(order: Order, model: bytes) -> Parts:
+    """A ServerMessage with an order, whose model is the Blob serialized in `model`."""
+    alone = wire_pb2.Order(
+        id=order.id,
+        attempt=order.attempt,
+        version=order.version,
+        steps=order.steps,
+        extra=order.extra,
+        deadline_seconds=order.deadline_seconds,
+    ).SerializeToString()
+    return nested(ORDER_FIELD, alone, *nested(MODEL_FIELD, model))
+
+
 def order_from_wire(wire: wire_pb2.Order) -> Order:
     model, inline = blob_from_wire(wire.model)
     return Order(
@@ -246,13 +263,14 @@ def blob_from_wire(wire: wire_pb2.Blob) -> tuple[BlobInfo, bytes]:
         raise _malformed(f"blob size {size}, its sections have {sum(s.length for s in sections)}")
     if len(wire.sha256) not in (0, 32):
         raise _malformed(f"a SHA-256 of {len(wire.sha256)} bytes")
-    if len(wire.inline) > INLINE:
+    inline = wire.inline  # each look at it is a copy
+    if len(inline) > INLINE:
         raise RemoteError(
-            "FL-W103", f"{len(wire.inline)} bytes inline, the limit is {INLINE}", "send a blob"
+            "FL-W103", f"{len(inline)} bytes inline, the limit is {INLINE}", "send a blob"
         )
-    if wire.inline and len(wire.inline) != size:
-        raise _malformed(f"blob size {size}, but {len(wire.inline)} bytes inline")
-    return BlobInfo(_name("blob id", wire.id, BLOB_ID), size, wire.sha256, sections), wire.inline
+    if inline and len(inline) != size:
+        raise _malformed(f"blob size {size}, but {len(inline)} bytes inline")
+    return BlobInfo(_name("blob id", wire.id, BLOB_ID), size, wire.sha256, sections), inline
 
 
 # ---- ask and outcome ---------------------------------------------------------------------------

@@ -86,6 +86,7 @@ class Host:
         self._manifest = json.dumps(workshop.store.manifest.to_json())
         sections = tensors.sections_of(workshop.store.manifest, self._down)
         self._model_size = sum(s.length for s in sections)
+        self._packed = (-1, b"")  # the version last ordered, and its Blob as it goes over the wire
         self._spent: list[str] = []
         self._meta: list[tuple[str, str]] = []
         self._acks: list[tuple[str, str]] = []  # (client, update), not yet written down
@@ -365,13 +366,15 @@ class Host:
 
     def _send_order(self, session: Session, order: Order) -> None:
         blob = self._blob(order.version)
-        small = blob.info.size <= INLINE
-        wire = messages.Order(
-            order.id, 0, order.version, order.steps, blob.info,
-            bytes(blob.view) if small else b"", order.extra,
-        )  # fmt: skip
+        if self._packed[0] != order.version:  # once for all who start from it
+            small = bytes(blob.view) if blob.info.size <= INLINE else b""
+            self._packed = (
+                order.version,
+                messages.blob_to_wire(blob.info, small).SerializeToString(),
+            )
+        told = messages.Order(order.id, 0, order.version, order.steps, blob.info, extra=order.extra)
         self._traffic(session.client).down += blob.info.size
-        session.send(wire_pb2.ServerMessage(order=messages.order_to_wire(wire)))
+        session.send_parts(messages.packed_order(told, self._packed[1]))
 
     def _send_outcome(self, session: Session, outcome: Outcome) -> None:
         told = messages.Outcome(

@@ -38,7 +38,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             f"/{SERVICE}/Control": grpc.stream_stream_rpc_method_handler(
                 self.control,
                 request_deserializer=wire_pb2.ClientMessage.FromString,
-                response_serializer=wire_pb2.ServerMessage.SerializeToString,
+                response_serializer=None,  # a session packs its messages itself
             ),
             f"/{SERVICE}/Inspect": grpc.unary_unary_rpc_method_handler(
                 self.inspect,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import RemoteError
+from atoll.protocols.packed import MORE, Parts, nested, size
 
 LATER = 0.05  # seconds a receipt or an outcome may wait for company
 QUEUE = 256  # messages; a client that does not read is cut off rather than buffered without bound
@@ -22,43 +23,53 @@ class Session:
     fence: int
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     down_codec: str = "fp32"
-    out: "asyncio.Queue[wire_pb2.ServerMessage | None]" = field(default_factory=asyncio.Queue)
+    out: "asyncio.Queue[Parts | None]" = field(default_factory=asyncio.Queue)
     room: int = QUEUE  # messages that may wait to be written
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # it does not read: end it now
     batch: bool = False  # the client reads several messages in one
     step: int = 0  # local steps done of the order in training, as last heard
-    _later: list[wire_pb2.ServerMessage] = field(default_factory=list)
+    _later: list[Parts] = field(default_factory=list)
+    _timer: asyncio.TimerHandle | None = None
 
     def send(self, message: wire_pb2.ServerMessage) -> None:
         """Queue a message, behind those that waited for one; a full queue ends the session."""
+        self.send_parts((message.SerializeToString(),))
+
+    def send_parts(self, message: Parts) -> None:
+        """The same, of a serialized ServerMessage."""
         self.flush()
         self._put(message)
 
     def send_later(self, message: wire_pb2.ServerMessage) -> None:
         """Queue a message that is not urgent: with the next that is, or within LATER seconds."""
-        if not self._later:
-            asyncio.get_running_loop().call_later(LATER, self.flush)
-        self._later.append(message)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LATER, self.flush)
+        self._later.append((message.SerializeToString(),))
 
     def flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         later, self._later = self._later, []
         for message in later:
             self._put(message)
 
-    async def next(self) -> wire_pb2.ServerMessage | None:
+    async def next(self) -> bytes | None:
         """What to write next: all that is queued in one message where the client reads that."""
         first = await self.out.get()
-        size = 0 if first is None else first.ByteSize()
-        while self.batch and first is not None and size < INLINE and not self.out.empty():
+        if first is None:
+            return None
+        parts, length = list(first), size(first)
+        while self.batch and length < INLINE and not self.out.empty():
             other = self.out.get_nowait()
             if other is None:
                 self.out.put_nowait(None)
                 break
-            first.more.append(other)
-            size += other.ByteSize()
-        return first
+            parts += nested(MORE, *other)
+            length += size(other)
+        return b"".join(parts)
 
-    def _put(self, message: wire_pb2.ServerMessage) -> None:
+    def _put(self, message: Parts) -> None:
         if self.out.qsize() < self.room:
             self.out.put_nowait(message)
         else:

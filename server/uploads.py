@@ -77,6 +77,7 @@ class Uploads:
         self.durable = durable
         self._free = free
         self._uploads: dict[str, _Upload] = {}
+        self._reserved = 0  # bytes of all of them
         self._spares = Spares(folder, spare)
         self._lock = threading.Lock()  # of the two above; held for moments only
 
@@ -197,7 +198,7 @@ class Uploads:
         Views that someone still holds stay as they are. Waits for a chunk that is being written.
         """
         with self._lock:
-            upload = self._uploads.pop(update, None)
+            upload = self._pop(update)
         if upload is None:
             return
         with upload.lock:
@@ -215,7 +216,7 @@ class Uploads:
     def reserved(self) -> int:
         """Bytes announced and not yet freed."""
         with self._lock:
-            return sum(u.size for u in self._uploads.values())
+            return self._reserved
 
     # ---- below -------------------------------------------------------------------------------
 
@@ -241,6 +242,7 @@ class Uploads:
                 small = size <= self.memory_limit
                 file = None if small else SpillFile(self.folder, update, size)
                 upload = self._uploads[update] = _Upload(update, size, file)
+                self._reserved += size
                 upload.lock.acquire()  # nobody else may see it before its file was looked at
         assert upload is not None
         if new:
@@ -254,8 +256,13 @@ class Uploads:
         with upload.lock:
             return upload
 
+    def _pop(self, update: str) -> _Upload | None:
+        upload = self._uploads.pop(update, None)
+        self._reserved -= upload.size if upload is not None else 0
+        return upload
+
     def _refuse_without_room(self, size: int) -> None:
-        announced = sum(u.size for u in self._uploads.values())
+        announced = self._reserved
         if self.capacity is not None and announced + size > self.capacity:
             raise _no_room(f"{announced} of {self.capacity} bytes are taken, {size} more asked for")
         if size <= self.memory_limit:
@@ -281,7 +288,7 @@ class Uploads:
             upload.file.close()
         except OSError as error:
             with self._lock:
-                self._uploads.pop(upload.id, None)
+                self._pop(upload.id)
             upload.gone = True
             upload.file.close()
             raise _disk(upload.id, error) from error

@@ -30,11 +30,17 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
     return asyncio.run(inside())
 
 
+async def read(session: Session) -> wire_pb2.ServerMessage | None:
+    """The next message, as its client parses it."""
+    data = await session.next()
+    return None if data is None else wire_pb2.ServerMessage.FromString(data)
+
+
 async def written(session: Session) -> list[str]:
     """All that is sent until the stream ends, each message with those that travel in it."""
     found = []
     async with asyncio.timeout(5):
-        while (message := await session.next()) is not None:
+        while (message := await read(session)) is not None:
             together = (message, *message.more)
             found += [*(one.order.id or one.outcome.update for one in together), "|"]
     return found
@@ -57,7 +63,7 @@ def test_what_nothing_urgent_follows_is_sent_all_the_same() -> None:
         session = Session("c", 1)
         session.send_later(outcome(1))
         began = asyncio.get_running_loop().time()
-        message = await asyncio.wait_for(session.next(), 5)
+        message = await asyncio.wait_for(read(session), 5)
         assert message is not None
         assert message.outcome.update == "o1.0"
         return asyncio.get_running_loop().time() - began
