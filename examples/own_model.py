@@ -2,7 +2,7 @@
 
     cd examples
     fl-server start --model own_model:Net --data own_model:load
-    fl-client start localhost:7000 --model own_model:Net --data own_model:load     (twice)
+    fl-client start 127.0.0.1:7447 --name a --model own_model:Net --data own_model:load
 
 or alone, to see that it trains:  python own_model.py
 """

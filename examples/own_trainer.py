@@ -3,7 +3,7 @@
 The run's model is named tensors; how they are trained is the client's affair. Here `linear`,
 softmax regression, is trained in numpy on this client's part of the digits.
 
-    fl-server start --model linear --data digits --target-accuracy 0.9
+    fl-server start --model linear --strategy fedcompass:min_clients=2 --target-accuracy 0.9
     fl-client start 127.0.0.1:7447 --name a --trainer own_trainer:Softmax:part=0,parts=2
     fl-client start 127.0.0.1:7447 --name b --trainer own_trainer:Softmax:part=1,parts=2
 """

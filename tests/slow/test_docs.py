@@ -66,7 +66,8 @@ def prepared(script: str, port: str) -> str:
 def run(commands: list[list[str]], folder: Path) -> None:
     """All at once; each must end well."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    running = []
+    running: list[subprocess.Popen[bytes]] = []
+    codes: list[int | None]
     try:
         for i, command in enumerate(commands):
             with (folder / f"said-{i}").open("wb") as said:
