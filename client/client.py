@@ -29,10 +29,10 @@ from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.codecs import BUILTIN, codec
 from atoll.protocols.errors import AtollError, ClientError
-from atoll.protocols.messages import ACK_FIELD, RESULT_FIELD
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.ids import machine_name
 from atoll.protocols.manifest import Manifest
+from atoll.protocols.messages import ACK_FIELD, RESULT_FIELD
 from atoll.protocols.packed import MORE, Parts, nested
 from atoll.protocols.runinfo import RunInfo
 

@@ -5,7 +5,6 @@ merging, saving and evaluating are handed to worker threads and come back as inp
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -34,9 +33,11 @@ from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
 from atoll.server.history import History
 from atoll.server.journal import ACKS, Payload
+from atoll.server.panel import Panel
 from atoll.server.recover import snapshot
 from atoll.server.rows import Recorder
 from atoll.server.run import Effect, Merge, Order, Outcome, Run
+from atoll.server.saver import Saver
 from atoll.server.sessions import Session, Sessions
 from atoll.server.spec import RunSpec
 from atoll.server.uploads import StoredUpdate
@@ -46,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
 BATCH = "batch"  # capability of clients that read several messages in one
-SAVE_PAUSE = 9.0  # times a save's duration, before the next
 
 
 @dataclass
@@ -91,12 +91,18 @@ class Host:
         self._meta: list[tuple[str, str]] = []
         self._acks: list[tuple[str, str]] = []  # (client, update), not yet written down
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="merge")
-        self._saving = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._save_task: asyncio.Task[None] | None = None
+        self._saver = Saver(
+            workshop,
+            spec.save_every,
+            published=lambda: self.run.published,
+            best=lambda: self.driver.rules.best_version,
+            ordered=lambda: [order.version for order in self.run.open.values()],
+            freed=self._spent_more,
+            failed=lambda error: self.driver.fail(error),
+        )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._closing = asyncio.Event()
         self._lease: asyncio.TimerHandle | None = None
-        self._asked_clients = -1  # newest version that clients were asked to evaluate
+        self._panel = Panel()  # where the server has no test data
         self._offered = self._judged = -1  # newest versions given to the evaluator, heard from it
         self._bye: wire_pb2.Goodbye | None = None  # said for good
         self._told: set[str] = set()  # who heard it
@@ -168,6 +174,9 @@ class Host:
         if acks:
             meta.append((ACKS + acks[0][1], json.dumps(acks)))
         return spent, meta
+
+    def _spent_more(self, updates: list[str]) -> None:
+        self._spent.extend(updates)
 
     def busy(self) -> bool:
         return self._judged < self._offered
@@ -249,6 +258,7 @@ class Host:
     def gone(self, session: Session, reason: str) -> None:
         """A control stream ended. Within its lease the client may come back."""
         self.sessions.drop(session)
+        self._panel_says(self._panel.gone(session.client))
         self.membership.broken(session.client, session.fence, self.driver.clock.now(), reason)
         self._arm_lease()
 
@@ -275,7 +285,10 @@ class Host:
                 self._expel(session.client, f"it could not train: {why}", error)
             case "evaluation":
                 found = messages.metrics_from_wire(message.evaluation.metrics)
-                self._evaluation(message.evaluation.version, found, message.evaluation.examples)
+                found_by = message.evaluation
+                judged = found_by.version, found, found_by.examples
+                answer = self._panel.answer(session.client, *judged)
+                self._panel_says(answer)
             case "goodbye":
                 reason = messages.text(message.goodbye.reason, 200)
                 now = self.driver.clock.now()
@@ -516,66 +529,25 @@ class Host:
         return None
 
     def _published(self, version: int) -> None:
-        if self._save_task is None and version % self.spec.save_every == 0:
-            self._save_task = self._spawn(self._save())
+        self._saver.offer(version)
         every = self.spec.evaluate_every
         if not every or version % every:
             return
         if self.evaluator is not None:
             self.evaluate(version)
-        elif self.driver.run.finished is None and version > self._asked_clients:
-            self._ask_clients(version)
-
-    async def _save(self) -> None:
-        """Save the newest version; those that came meanwhile are saved as one, the newest again.
-
-        Saving may take a tenth of the time: where versions come faster than that, those between
-        two saves are made again from kept updates after a crash.
-        """
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                newest, began = self.run.published, loop.time()
-                await loop.run_in_executor(self._saving, self.workshop.save, newest)
-                spent = self.workshop.settle()
-                self.workshop.forget(spent)
-                self._spent.extend(spent)
-                await self._save_best()
-                ordered = {order.version for order in self.run.open.values()}
-                await loop.run_in_executor(self._saving, self.workshop.prune, ordered)
-                with contextlib.suppress(TimeoutError):
-                    pause = SAVE_PAUSE * (loop.time() - began)
-                    await asyncio.wait_for(self._closing.wait(), pause)
-                if self.run.published == newest or self.run.published % self.spec.save_every:
-                    return
-        except AtollError as error:
-            self.driver.fail(error)
-        finally:
-            self._save_task = None
-
-    async def _save_best(self) -> None:
-        best = self.driver.rules.best_version
-        if (
-            best is not None
-            and best != self.workshop.best
-            and best in self.workshop.store.numbers()
-        ):
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._saving, self.workshop.save, best)
-            self.workshop.best = best
+        elif self.driver.run.finished is None:
+            self._panel.offer(version)
+            self._ask_clients()
 
     async def close(self) -> None:
         """Save the newest version, say goodbye, end the workers."""
         if self._lease is not None:
             self._lease.cancel()
-        self._closing.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self.driver.error is None:
-            await self._save()
+        await self._saver.close(save=self.driver.error is None)
         if self.evaluator is not None:
             await asyncio.to_thread(self.evaluator.close)
         self._merging.shutdown()
-        self._saving.shutdown()
         self.workshop.merger.close()
 
     def farewell(self, reason: str, done: bool, retry_seconds: float = 1.0) -> None:
@@ -608,8 +580,10 @@ class Host:
 
     # ---- evaluation by clients -----------------------------------------------------------------
 
-    def _ask_clients(self, version: int) -> None:
-        self._asked_clients = version
+    def _ask_clients(self) -> None:
+        version = self._panel.ask(list(self.sessions.of))
+        if version is None:
+            return
         blob = self._blob(version)
         small = blob.info.size <= INLINE
         model = messages.blob_to_wire(blob.info, bytes(blob.view) if small else b"")
@@ -617,9 +591,10 @@ class Host:
         for session in self.sessions.of.values():
             session.send(wire_pb2.ServerMessage(evaluate=asked))
 
-    def _evaluation(self, version: int, metrics: dict[str, float], examples: int) -> None:
-        if metrics and examples and version <= self.run.published:
-            self.driver.post(Evaluated(version, {**metrics, "examples": float(examples)}))
+    def _panel_says(self, found: tuple[int, dict[str, float]] | None) -> None:
+        if found is not None:
+            self.driver.post(Evaluated(*found))
+        self._ask_clients()
 
     def _spawn(self, work: object) -> "asyncio.Task[None]":
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]

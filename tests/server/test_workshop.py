@@ -233,7 +233,7 @@ class Life:
         async with asyncio.timeout(10):
             for step in steps:
                 await (self.merge(step) if isinstance(step, int) else step())
-            await self.until(lambda: self.host._save_task is None)
+            await self.until(lambda: not self.host._saver.busy)
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
 
@@ -276,7 +276,7 @@ class Life:
         """As a killed process: nothing is flushed, everything is let go."""
         self.assembly.journal.abandon()
         self.host._merging.shutdown()
-        self.host._saving.shutdown()
+        self.host._saver._thread.shutdown()
         self.assembly.history_file.close()
         self.assembly.workshop.merger.close()
 
@@ -388,7 +388,7 @@ def test_a_slow_client_finds_the_version_of_its_order_whatever_came_since(tmp_pa
         await life.until(lambda: "slow" in life.host.run.open)
 
     async def saved() -> None:
-        await life.until(lambda: life.host._save_task is None)
+        await life.until(lambda: not life.host._saver.busy)
 
     life.live(2, joins, saved, 1, saved, 1, saved, 1, saved, 1)
     assert life.host.run.open["slow"].version == 2

@@ -1,0 +1,55 @@
+"""Panel: a version judged by the clients, each on its own test data, where the server has none.
+
+A machine. One version is out at a time; those published meanwhile wait as one, the newest, so a
+slow client skips versions and never piles up work.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Panel:
+    """`ask` says which version to send to whom; `answer` and `gone` give the metrics, at last."""
+
+    version: int | None = None  # out with the clients
+    waiting: int | None = None  # the newest published meanwhile
+    asked: set[str] = field(default_factory=set)  # who has not answered
+    answers: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
+
+    def offer(self, version: int) -> None:
+        """A version could be judged."""
+        if self.waiting is None or version > self.waiting:
+            self.waiting = version
+
+    def ask(self, clients: Collection[str]) -> int | None:
+        """The version to send to these clients now; None: one is still out, or there is none."""
+        if self.version is not None or self.waiting is None or not clients:
+            return None
+        self.version, self.waiting = self.waiting, None
+        self.asked, self.answers = set(clients), {}
+        return self.version
+
+    def answer(
+        self, client: str, version: int, metrics: Mapping[str, float], examples: int
+    ) -> tuple[int, dict[str, float]] | None:
+        """What one client found on `examples` examples; 0: it has no test data."""
+        if version != self.version or client not in self.asked:
+            return None
+        self.answers[client] = (dict(metrics), examples)
+        return self.gone(client)
+
+    def gone(self, client: str) -> tuple[int, dict[str, float]] | None:
+        """A client will not answer (any more). The version and its metrics, when all have or left:
+        means weighted by examples, of what everybody measured."""
+        self.asked.discard(client)
+        if self.version is None or self.asked:
+            return None
+        version, self.version = self.version, None
+        found = [(m, n) for _, (m, n) in sorted(self.answers.items()) if n > 0 and m]
+        if not found:
+            return None
+        total = sum(n for _, n in found)
+        shared = sorted(set.intersection(*(set(m) for m, _ in found)))
+        means = {key: sum(m[key] * n for m, n in found) / total for key in shared}
+        return version, {**means, "examples": float(total)}

@@ -1,0 +1,56 @@
+"""Panel: versions judged by clients."""
+
+from atoll.server.panel import Panel
+
+
+def test_the_mean_is_weighted_by_examples_and_waits_for_all() -> None:
+    panel = Panel()
+    panel.offer(3)
+    assert panel.ask(["a", "b", "c"]) == 3
+    assert panel.answer("a", 3, {"accuracy": 0.5, "loss": 2.0}, 30) is None
+    assert panel.answer("c", 3, {}, 0) is None  # it has no test data
+    assert panel.answer("b", 3, {"accuracy": 1.0}, 10) == (
+        3,
+        {"accuracy": (0.5 * 30 + 1.0 * 10) / 40, "examples": 40.0},
+    )
+
+
+def test_one_version_is_out_at_a_time_and_the_newest_waits() -> None:
+    panel = Panel()
+    panel.offer(1)
+    assert panel.ask(["a"]) == 1
+    panel.offer(2)
+    panel.offer(4)
+    panel.offer(3)
+    assert panel.ask(["a"]) is None
+    assert panel.answer("a", 1, {"accuracy": 0.1}, 5) == (1, {"accuracy": 0.1, "examples": 5.0})
+    assert panel.ask(["a"]) == 4
+    assert panel.ask(["a"]) is None
+
+
+def test_nobody_to_ask_leaves_the_version_waiting() -> None:
+    panel = Panel()
+    assert panel.ask(["a"]) is None
+    panel.offer(1)
+    assert panel.ask([]) is None
+    assert panel.ask(["a"]) == 1
+
+
+def test_who_leaves_is_not_waited_for() -> None:
+    panel = Panel()
+    panel.offer(1)
+    panel.ask(["a", "b"])
+    assert panel.answer("a", 1, {"loss": 1.0}, 2) is None
+    assert panel.gone("b") == (1, {"loss": 1.0, "examples": 2.0})
+    assert panel.gone("b") is None
+
+
+def test_answers_to_another_version_or_from_others_do_not_count() -> None:
+    panel = Panel()
+    panel.offer(1)
+    panel.ask(["a"])
+    assert panel.answer("a", 0, {"loss": 1.0}, 2) is None
+    assert panel.answer("b", 1, {"loss": 1.0}, 2) is None
+    assert panel.gone("a") is None  # nobody answered: no metrics, and the next may be asked
+    panel.offer(2)
+    assert panel.ask(["a"]) == 2
