@@ -192,12 +192,12 @@ class Client:
         self._quit = self._loop.create_future()
         self._post(machine.Started(self._outbox.waiting()))
         try:
-            quit = await self._quit
+            leaving = await self._quit
         finally:
             await self._close()
-        self.report.reason = quit.reason
-        if quit.code:
-            raise ClientError(quit.code, quit.reason, quit.hint)
+        self.report.reason = leaving.reason
+        if leaving.code:
+            raise ClientError(leaving.code, leaving.reason, leaving.hint)
         return self.report
 
     async def _close(self) -> None:
@@ -269,6 +269,7 @@ class Client:
                 for action in self._session.handle(self._events.popleft(), self._loop.time()):
                     self._perform(action)
         except Exception as error:  # a bug of ours must end the client, not hang it
+            logger.exception("client=%s the session failed", self.name)
             self._quit.set_exception(error)
         finally:
             self._handling = False
