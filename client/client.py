@@ -270,7 +270,8 @@ class Client:
                     self._perform(action)
         except Exception as error:  # a bug of ours must end the client, not hang it
             logger.exception("client=%s the session failed", self.name)
-            self._quit.set_exception(error)
+            if not self._quit.done():
+                self._quit.set_exception(error)
         finally:
             self._handling = False
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from atoll.client.outbox import Outbox
+from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.errors import ClientError
 from atoll.protocols.messages import ULID, Result
@@ -184,3 +185,51 @@ def test_an_inline_payload_is_not_kept_twice_in_memory(tmp_path: Path) -> None:
     assert kept is not None
     assert kept[0].inline == b""
     again.close()
+
+
+def test_a_file_that_is_overwritten_holds_only_what_was_written_last(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    keep(outbox, result(1, INLINE))
+    outbox.drop("o1.0")
+    data = keep(outbox, result(2, SMALL))
+    keep(outbox, result(3, SMALL))
+    packed = outbox.packed("o2.0")
+    assert packed is not None
+    assert (tmp_path / "o2.0.result").stat().st_size == len(packed) + 4
+    outbox.close()
+    again = Outbox(tmp_path)
+    assert [update for _, update in again.waiting()] == ["o2.0", "o3.0"]
+    kept = again.get("o2.0")
+    assert kept is not None
+    assert bytes(kept[1]) == data
+    assert again.packed("o2.0") == packed
+    again.close()
+
+
+def test_an_overwritten_file_that_a_power_cut_left_mixed_is_not_listed(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    keep(outbox, result(1, INLINE))
+    outbox.close()
+    path = tmp_path / "o1.0.result"
+    mixed = bytearray(path.read_bytes())
+    mixed[8192:12288] = bytes(4096)  # one page is the former one's
+    path.write_bytes(mixed)
+    (tmp_path / "spare.o0.0").write_bytes(b"x")
+    again = Outbox(tmp_path)
+    assert again.waiting() == ()
+    assert not list(tmp_path.glob("*o*.0*"))
+    again.close()
+
+
+def test_small_results_are_packed_once_big_ones_are_not(tmp_path: Path) -> None:
+    outbox = Outbox(None)
+    data = keep(outbox, result(1))
+    keep(outbox, result(2, BIG))
+    packed = outbox.packed("o1.0")
+    assert packed is not None
+    whole = messages.result_from_wire(wire_pb2.Result.FromString(packed))
+    assert whole == replace(result(1), inline=data)
+    assert outbox.packed("o2.0") is None
+    outbox.drop("o1.0")
+    assert outbox.packed("o1.0") is None
+    outbox.close()

@@ -71,6 +71,21 @@ def test_what_nothing_urgent_follows_is_sent_all_the_same() -> None:
     assert LATER * 0.5 < run(send) < 5
 
 
+def test_what_travelled_with_another_hurries_nothing_that_waits_after_it() -> None:
+    """Each receipt's own timer stayed behind and sent the next one alone: twice the messages."""
+
+    async def send() -> int:
+        session = Session("c", 1)
+        session.send_later(outcome(1))
+        session.send(order(2))
+        await asyncio.sleep(LATER / 2)
+        session.send_later(outcome(3))
+        await asyncio.sleep(LATER * 0.75)
+        return session.out.qsize()
+
+    assert run(send) == 2
+
+
 def test_closing_lets_out_what_waits() -> None:
     async def send() -> list[str]:
         session = Session("c", 1)
