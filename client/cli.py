@@ -92,7 +92,7 @@ def start(
     _check_address(address)
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
     logging.basicConfig(level=level if console.verbosity() else logging.WARNING, stream=sys.stderr)
-    name = name or machine_name()
+    name = _client_name(name or machine_name())
     console.say(f"{name}: joining {address} (Ctrl-C leaves)")
 
     import torch
@@ -196,3 +196,15 @@ def _check_address(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if not host or not colon or not port.isdecimal():
         raise UsageError("FL-S108", f"address {address!r}", "give HOST:PORT, e.g. 127.0.0.1:7447")
+
+
+def _client_name(name: str) -> str:
+    from atoll.protocols.ids import CLIENT_NAME
+
+    if not CLIENT_NAME.fullmatch(name):
+        raise UsageError(
+            "FL-S108",
+            f"client name {name[:80]!r}",
+            "use lower case letters, digits, '.', '_' and '-', at most 63, a letter or digit first",
+        )
+    return name

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from atoll.protocols import slots
-from atoll.protocols.errors import DataError
+from atoll.protocols.errors import AtollError, DataError
 
 Kind = Literal["classification", "regression", "text", "other"]
 Indices = npt.NDArray[np.int64]
@@ -127,7 +127,15 @@ def load_data(spec: str, seed: int = 0) -> Data:
             (f"did you mean {near[0]!r}? " if near else "")
             + f"known: {', '.join(sorted(BUILTIN))}; or your own as module:object",
         )
-    return from_user(slots.resolve("data", spec, {}), spec, seed)
+    try:
+        found = slots.resolve("data", spec, {})
+    except AtollError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise DataError(
+            "FL-D102", f"{spec!r} failed: {error!r}", "mend it: -v shows where"
+        ) from error
+    return from_user(found, spec, seed)
 
 
 def from_user(found: object, spec: str, seed: int) -> Data:

@@ -5,6 +5,7 @@ import secrets
 import socket
 import time
 
+CLIENT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford base 32
 
 

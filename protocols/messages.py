@@ -18,12 +18,13 @@ from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import BLOB_ID, INLINE, BlobInfo, Section
 from atoll.protocols.errors import CATALOGUE, AtollError, RefusedError, RemoteError
 from atoll.protocols.events import ClientInfo, Then
+from atoll.protocols.ids import CLIENT_NAME
 from atoll.protocols.packed import Parts, nested
 
 ERROR_KEY = "atoll-error-bin"  # trailing metadata of a refused call
 SESSION_KEY = "atoll-session"  # metadata of every call beside Control
 
-CLIENT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+CLIENT = CLIENT_NAME
 ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ORDER = re.compile(r"o[0-9]{1,18}")

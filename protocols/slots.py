@@ -8,6 +8,7 @@ entry points in the group `atoll.<slot>`, e.g. `atoll.strategy`.
 import difflib
 import importlib
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 
@@ -52,8 +53,23 @@ def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str,
         return made(**params)
     except TypeError as error:
         raise UsageError(
-            "FL-S102", f"{slot} {spec!r}: {error}", "see `fl-server demo --help` for the parameters"
+            "FL-S102", f"{slot} {spec!r}: {error}", f"parameters: {_parameters(made)}"
         ) from error
+
+
+def _parameters(made: Callable[..., object]) -> str:
+    """What `made` can be given, with the defaults."""
+    try:
+        found = inspect.signature(made).parameters.values()
+    except (TypeError, ValueError):
+        return "see its documentation"
+    return (
+        ", ".join(
+            str(p).split(": ")[0] + (f"={p.default}" if p.default is not p.empty else "")
+            for p in found
+        )
+        or "none"
+    )
 
 
 def find(slot: str, spec: str, builtin: Mapping[str, str]) -> object:

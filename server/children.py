@@ -51,9 +51,14 @@ class Child:
     def pid(self) -> int:
         return self._process.pid if self._process else 0
 
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None: it has none yet."""
+        return self._process.poll() if self._process else None
+
     def died(self) -> bool:
         """Whether it has ended in any way but well; `reason` says how."""
-        code = self._process.poll() if self._process else None
+        code = self.code
         if code is None or code == 0:
             return False
         self.reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,5 +1,6 @@
 """`fl-server status` and `fl-server run ...`: where runs stand, and what is left of them."""
 
+import hashlib
 import json
 import sys
 import time
@@ -144,9 +145,14 @@ def export(state: Path, wanted: str, output: Path | None, kind: str, as_json: bo
     state = offline.find(state)
     number = offline.pick(state, wanted)
     target = output or Path(f"{RunSpec.read(state / 'run.json').name}-v{number}.{kind}")
-    sha256 = offline.export(state, number, target)
+    payload = offline.export(state, number, target)
     size = target.stat().st_size
-    told = {"version": number, "file": target, "format": kind, "bytes": size, "sha256": sha256}
+    with target.open("rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+    told = {
+        "version": number, "file": target, "format": kind, "bytes": size, "sha256": whole,
+        "payload_sha256": payload,
+    }  # fmt: skip
     console.emit(told, as_json, f"v{number} -> {target} ({console.size(size)})")
 
 

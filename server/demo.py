@@ -19,6 +19,8 @@ from atoll.server.children import MAX_RESTARTS, Child
 from atoll.server.history import History, Row, line
 from atoll.server.live import ClientView, Live, LiveView, view
 
+# Exit codes of a client that would fail the same way again: bad configuration, a mismatch, refused.
+HOPELESS = (2, 3, 64, 76, 77, 78)
 POLL = 0.1  # seconds between two looks at the processes and the history
 ASK = 0.3  # seconds between two questions to the server
 STEP = 0.05  # seconds a step takes at speed 1: slow enough that a person can watch
@@ -50,6 +52,8 @@ class DemoSpec:
                 f"--speeds names {len(self.speeds)} clients, --clients is {self.clients}",
                 "give one speed per client, e.g. --clients 4 --speeds 1,1,2,4",
             )
+        if not self.timeout > 0:
+            raise UsageError("FL-S108", f"--timeout {self.timeout}", "give seconds above 0")
         if not all(0 < s < float("inf") for s in self.speeds):
             raise UsageError("FL-S108", f"--speeds {self.speeds}", "speeds are above 0")
 
@@ -80,7 +84,12 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         spec = self.spec
-        spec.out.mkdir(parents=True, exist_ok=True)
+        try:
+            spec.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                "FL-S108", f"--out {spec.out}: {error.strerror}", "give a folder that can be made"
+            ) from error
         for left in (self.state, self.logs, spec.out / "clients"):
             shutil.rmtree(left, ignore_errors=True)  # of an earlier demo in the same folder
         with self._processes():
@@ -141,31 +150,26 @@ class Demo:
             self._check_time()
             time.sleep(0.05)
 
-    def _server_failed(self) -> AtollError:
-        """What the server said before it died: its own error, code and all."""
-        words = self.server.last_words(6)
+    def _failed(self, child: Child, otherwise: str) -> AtollError:
+        """What a process said before it died: its own error, code and all."""
+        words = child.last_words(6)
+        words = words[max(0, words.rfind("error FL-")) :]
         code, _, rest = words.removeprefix("error ").partition(": ")
         lines = [part.strip() for part in rest.splitlines()]
         hint = next((part.removeprefix("fix").strip() for part in lines if part[:3] == "fix"), "")
         if code.startswith("FL-") and lines:
             return ServerError(code, lines[0], hint)
-        return ServerError(
-            "FL-S204",
-            f"the server ended: {self.server.reason or 'early'}",
-            f"see {self.server.err}",
-        )
+        return ServerError("FL-S204", otherwise, f"see {child.err}")
+
+    def _server_failed(self) -> AtollError:
+        return self._failed(self.server, f"the server ended: {self.server.reason or 'early'}")
 
     def _look_after_clients(self) -> None:
         for name, child in self.children.items():
             if not child.died():
                 continue
-            if child.restarts >= MAX_RESTARTS:
-                raise ServerError(
-                    "FL-S204",
-                    f"{name} died {child.restarts + 1} times, {child.reason}: "
-                    f"{child.last_words(1)[:300]}",
-                    f"see {child.err}",
-                )
+            if child.code in HOPELESS or child.restarts >= MAX_RESTARTS:
+                raise self._failed(child, f"{name} died {child.restarts + 1} times, {child.reason}")
             now = self._clock()
             self._note({"t": now, "kind": "restart", "client": name, "reason": child.reason})
             child.restart()

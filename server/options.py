@@ -75,9 +75,27 @@ def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
         "clip": "clip",
     }
     local = {names[k]: given[k] for k in names if given[k] is not None}
+    _check_numbers(given, more)
     kept = ("strategy", "aggregator", "outer", "algorithm", "model", "data", "buffers", "seed")
     same = {k: given[k] for k in kept}
     return RunSpec(ulid(), codec_up=up, codec_down=down, local=local, **same, **more)
+
+
+def _check_numbers(given: dict[str, Any], more: dict[str, Any]) -> None:
+    """What nobody can mean is refused here, before anything starts. UsageError FL-S102."""
+    limits: dict[str, tuple[Callable[[float], bool], str]] = {  # option: (holds, what to give)
+        "lr": (lambda v: 0 < v < float("inf"), "a number above 0"),
+        "batch": (lambda v: v >= 1, "at least 1"),
+        "local_momentum": (lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+        "clip": (lambda v: v > 0, "a number above 0"),
+        "lease": (lambda v: 0 < v < float("inf"), "seconds above 0"),
+        "save_every": (lambda v: v >= 1, "at least 1"),
+        "keep": (lambda v: v >= 1, "at least 1"),
+    }
+    for name, (holds, want) in limits.items():
+        value = {**given, **more}.get(name)
+        if value is not None and not holds(value):
+            raise UsageError("FL-S102", f"--{name.replace('_', '-')} {value}", f"give {want}")
 
 
 def codecs_of(text: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ is found out before it does harm.
 """
 
 import json
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 
@@ -55,7 +56,7 @@ def recover(
         told = journal.meta("membership")
         if told is not None:
             state.restore(membership, json.loads(told))
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (sqlite3.DatabaseError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise _unlike(str(error)) from error
     for client, update in journal.acknowledged():
         found.run.acknowledge(client, update)

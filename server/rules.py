@@ -35,8 +35,13 @@ class Rules:
     def __post_init__(self) -> None:
         for name in ("versions", "updates", "steps", "seconds", "patience"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise UsageError("FL-S108", f"{name}={value} would end the run at once", "give > 0")
+        if self.target is not None:
+            share = self.metric == "accuracy"
+            if not math.isfinite(self.target) or (share and not 0 < self.target <= 1):
+                what = f"a target of {self.target} for {self.metric}"
+                raise UsageError("FL-S108", what, "give a number above 0 and at most 1")
 
     def evaluated(self, version: int, metrics: Mapping[str, float], now: float) -> None:
         """Hear of an evaluation; they may come out of order of their versions."""

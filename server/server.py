@@ -319,7 +319,12 @@ class _locked:  # noqa: N801  # reads as a verb
 
 
 def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ServerError(
+            "FL-S206", f"{folder} cannot be made: {error.strerror}", "give another --state"
+        ) from error
     return folder
 
 

@@ -12,6 +12,7 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from atoll.protocols import messages, wire_pb2
 from atoll.protocols.channel import SERVICE
@@ -37,12 +38,12 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._methods = {
             f"/{SERVICE}/Control": grpc.stream_stream_rpc_method_handler(
                 self.control,
-                request_deserializer=wire_pb2.ClientMessage.FromString,
+                request_deserializer=None,  # a malformed message is refused, not a stack trace
                 response_serializer=None,  # a session packs its messages itself
             ),
             f"/{SERVICE}/Inspect": grpc.unary_unary_rpc_method_handler(
                 self.inspect,
-                request_deserializer=wire_pb2.InspectRequest.FromString,
+                request_deserializer=None,
                 response_serializer=wire_pb2.InspectReply.SerializeToString,
             ),
         }
@@ -58,7 +59,8 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             await self._abort(context, RemoteError("FL-W101", "no Hello came", "say hello first"))
         host = await asyncio.shield(self._host)
         try:
-            if first is grpc.aio.EOF or first.WhichOneof("kind") != "hello":
+            first = wire_pb2.ClientMessage() if first is grpc.aio.EOF else _parse(first)
+            if first.WhichOneof("kind") != "hello":
                 raise RemoteError("FL-W101", "the first message is not Hello", "say hello first")
             session = host.hello(messages.hello_from_wire(first.hello))
         except AtollError as error:
@@ -84,9 +86,10 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                 task.cancel()
             await asyncio.gather(writer, reader, cut, return_exceptions=True)
 
-    async def inspect(self, request: wire_pb2.InspectRequest, context: Any) -> Any:
+    async def inspect(self, data: bytes, context: Any) -> Any:
         await asyncio.shield(self._host)
         try:
+            request = _read_request(data)
             arguments = json.loads(request.arguments or "{}")
             found = self._inspect(request.what, arguments)
             if isawaitable(found):  # it waits for news
@@ -108,7 +111,24 @@ async def _write(session: "Session", context: Any) -> None:
 
 
 async def _read(host: "Host", session: "Session", context: Any) -> None:
-    while (message := await context.read()) is not grpc.aio.EOF:
+    while (data := await context.read()) is not grpc.aio.EOF:
+        message = _parse(data)
         host.message(session, message)
         for further in message.more:
             host.message(session, further)
+
+
+def _parse(data: bytes) -> wire_pb2.ClientMessage:
+    try:
+        return wire_pb2.ClientMessage.FromString(data)
+    except DecodeError as error:
+        what = f"{len(data)} bytes that are no ClientMessage"
+        raise RemoteError("FL-W101", what, "see protocols/wire.proto") from error
+
+
+def _read_request(data: bytes) -> wire_pb2.InspectRequest:
+    try:
+        return wire_pb2.InspectRequest.FromString(data)
+    except DecodeError as error:
+        what = f"{len(data)} bytes that are no InspectRequest"
+        raise RemoteError("FL-W101", what, "see protocols/wire.proto") from error

@@ -102,7 +102,12 @@ def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> Run
     """
     path = folder / "run.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ServerError(
+                "FL-S206", f"{folder} cannot be made: {error.strerror}", "give another --state"
+            ) from error
         wanted.write(path)
         return wanted
     found = RunSpec.read(path)

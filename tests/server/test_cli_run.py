@@ -284,7 +284,8 @@ def test_export_copies_the_version_that_was_asked_for(
     told = data(capsys, "run", "export", str(state), "--version", wanted, "-o", str(target))
     assert (told["version"], told["bytes"]) == (number, target.stat().st_size)
     assert torch.equal(load_file(target)["w"], WEIGHTS[number])
-    assert told["sha256"] == hashlib.sha256(WEIGHTS[number].numpy().tobytes()).hexdigest()
+    assert told["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
+    assert told["payload_sha256"] == hashlib.sha256(WEIGHTS[number].numpy().tobytes()).hexdigest()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["atoll-state", "m.safetensors"]
 
 

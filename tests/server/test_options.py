@@ -1,0 +1,59 @@
+"""Options: what nobody can mean is refused before anything starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atoll.client.cli import cli as client
+from atoll.protocols import console
+from atoll.protocols.errors import UsageError
+from atoll.server.cli import cli as server
+from atoll.server.rules import Rules
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ("--lr", "nan"),
+        ("--lr", "-1"),
+        ("--batch", "0"),
+        ("--clip", "-1"),
+        ("--local-momentum", "1"),
+        ("--lease", "-4"),
+        ("--lease", "nan"),
+        ("--keep", "-1"),
+        ("--save-every", "0"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named_with_its_remedy(
+    bad: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    assert console.run(server, ["start", "--state", str(state), *bad, "--json"]) == 78
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "FL-S102"
+    assert bad[0] in error["message"]
+    assert error["hint"].startswith("give ")
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("target", [float("nan"), float("inf"), 0.0, -1.0, 7.0])
+def test_an_accuracy_that_cannot_be_reached_is_no_target(target: float) -> None:
+    with pytest.raises(UsageError, match="target"):
+        Rules(target=target)
+
+
+def test_another_metric_has_its_own_scale_and_time_is_a_number() -> None:
+    assert Rules(target=7.0, metric="loss").target == 7.0
+    with pytest.raises(UsageError, match="seconds"):
+        Rules(seconds=float("nan"))
+
+
+@pytest.mark.parametrize("name", ["B", " ", "\u00e4", "a/b", "-a", "a" * 64])
+def test_a_client_name_is_checked_before_anything_is_connected(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["start", "127.0.0.1:9", "--name", name, "--json"]
+    assert console.run(client, given) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "FL-S108"
