@@ -91,7 +91,12 @@ def start(
         orphan.stop_with_stdin()
     _check_address(address)
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
-    logging.basicConfig(level=level if console.verbosity() else logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(
+        level=level if console.verbosity() else logging.WARNING,
+        stream=sys.stderr,
+        format="%(message)s",
+    )
+    logging.getLogger("atoll.client.client").setLevel(level)  # joined, lost, back: always told
     name = _client_name(name or machine_name())
     console.say(f"{name}: joining {address} (Ctrl-C leaves)")
 

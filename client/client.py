@@ -299,14 +299,14 @@ class Client:
                 stale = await self._prepare(channel)
                 holding = tuple(order for order in holding if order not in stale)
                 await self._talk_on(channel, _Line(), holding)
-            self._post(machine.Lost("the server closed the stream"))
+            self._lost("the server closed the stream")
         except grpc.aio.AioRpcError as error:
             refused = messages.error_from_metadata(error.trailing_metadata())
             if refused is not None:
                 self._reject(refused, "")
             else:
                 details = messages.text(error.details() or "", 200)
-                self._post(machine.Lost(f"{error.code().name}: {details}"))
+                self._lost(f"{error.code().name}: {details}")
         except AtollError as error:
             self._reject(error, "")
         except Exception as error:  # a bug of ours must end the client, not hang it
@@ -329,6 +329,11 @@ class Client:
                 self._line = None
             line.close()
             line.out.put_nowait(None)
+
+    def _lost(self, reason: str) -> None:
+        if self._session.failures == 0 and self._session.phase != "over":
+            logger.info("client=%s has no server (%s), trying again", self.name, reason)
+        self._post(machine.Lost(reason))
 
     def _reject(self, error: AtollError, order: str) -> None:
         retry = getattr(error, "retry_seconds", None)
@@ -419,6 +424,7 @@ class Client:
         self.report.reconnections += self._session.failures > 0
         self._line = line
         self._spawn(self._beat(line, welcome.heartbeat_seconds))
+        logger.info("client=%s is in the run at %s", self.name, self.address)
         self._post(machine.Welcomed())
 
     async def _beat(self, line: _Line, seconds: float) -> None:
