@@ -281,8 +281,14 @@ class Assembly:
         )
         return Summary(
             self.spec.id, run.finished or "", run.published, run.updates_used, run.steps_used,
-            self.clock.now(), metrics, best, rules.reached_at,
+            self._seconds(), metrics, best, rules.reached_at,
         )  # fmt: skip
+
+    def _seconds(self) -> float:
+        """Run clock at the end of the run; waiting for its clients afterwards is not part of it."""
+        rows = self.history.rows
+        ended = next((row["t"] for row in reversed(rows) if row["kind"] == "finish"), None)
+        return self.clock.now() if ended is None else float(ended)
 
     def status(self, arguments: Mapping[str, object]) -> object:
         """What `fl-server status` and `run show` print."""
