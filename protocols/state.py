@@ -15,17 +15,19 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: it costs as much
+
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
 def dump(value: object) -> Json:
     """Plain JSON data for a dataclass, or for anything a dataclass field may hold."""
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: dump(getattr(value, f.name)) for f in _stored(type(value))}
+    if (names := _names(typing.cast("type", type(value)))) is not None:
+        return {name: dump(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return (
             [[dump(k), dump(v)] for k, v in value.items()]
@@ -40,7 +42,12 @@ def dump(value: object) -> Json:
 
 
 def dumps(value: object) -> str:
-    return json.dumps(dump(value), separators=(",", ":"), allow_nan=False)
+    return encode(dump(value))
+
+
+def encode(plain: object) -> str:
+    """JSON without a space. Raises ValueError where a number is not finite."""
+    return _ENCODER.encode(plain)
 
 
 def load(kind: type[T], data: Json) -> T:
@@ -66,6 +73,12 @@ def restore(machine: object, data: Json) -> None:
 
 def _odd_keys(value: Mapping[Any, object]) -> bool:
     return any(not isinstance(k, str) for k in value)
+
+
+@functools.cache
+def _names(kind: type) -> tuple[str, ...] | None:
+    """The fields to be stored of a dataclass; None of anything else."""
+    return tuple(f.name for f in _stored(kind)) if dataclasses.is_dataclass(kind) else None
 
 
 @functools.cache

@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from atoll.protocols import state
+
 OVER = "the run is over"  # why an order open at the end came to nothing
 
 Row = Mapping[str, Any]  # one line: JSON, the fields of its kind as above
@@ -300,9 +302,9 @@ _TAKERS = {
 def line(row: Row) -> str:
     """A row as the line of `history.jsonl`, newline included; what is not finite becomes null."""
     try:
-        return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
+        return state.encode(row) + "\n"
     except ValueError:
-        return json.dumps(_finite(row), separators=(",", ":"), allow_nan=False) + "\n"
+        return state.encode(_finite(row)) + "\n"
 
 
 def _finite(value: Any) -> Any:

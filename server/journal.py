@@ -6,6 +6,7 @@ together; decisions about a batch ride in the next transaction: they can be work
 """
 
 import contextlib
+import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +43,10 @@ CREATE TABLE IF NOT EXISTS snapshot (
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
+EVENT = "INSERT INTO event (seq, run, now, kind, event) VALUES (?, ?, ?, ?, ?)"
+DECIDED = "UPDATE event SET actions = ? WHERE seq = ?"
+PAYLOAD = "INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?, ?)"
+META = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
 FORGET = "DELETE FROM payload WHERE id = ? RETURNING segment"
 
 KINDS: dict[str, type[Event]] = {
@@ -63,7 +68,7 @@ class Payload:
     """The bytes of an update, as received: here when small, else in the update store's file."""
 
     id: str
-    info: BlobInfo
+    info: BlobInfo  # without SHA-256: `data` is hashed when it is written
     data: bytes | None
 
 
@@ -119,25 +124,23 @@ class Journal:
         first = self.seq + 1
         rows = [self._row(first + i, now, event) for i, (now, event) in enumerate(events)]
         with self._transaction():
-            self.base.executemany(
-                "INSERT INTO event (seq, run, now, kind, event) VALUES (?, ?, ?, ?, ?)",
-                [*self._derived, *rows],
-            )
-            self.base.executemany("UPDATE event SET actions = ? WHERE seq = ?", self._undecided)
-            self.base.executemany(
-                "INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?, ?)",
-                [(p.id, self.run, state.dumps(_plain(p.info)), *self._put(p)) for p in payloads],
-            )
+            self._many(EVENT, [*self._derived, *rows])
+            self._many(DECIDED, self._undecided)
+            self._many(PAYLOAD, [(p.id, self.run, _info(p), *self._put(p)) for p in payloads])
             if self._durable:
                 self._log.sync()
             dropped = [d for i in forget for d in self.base.execute(FORGET, (i,)).fetchall()]
-            self.base.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta))
+            self._many(META, list(meta))
         for (segment,) in dropped:
             if segment is not None:
                 self._log.drop(segment)
         self.seq += len(rows)
         self._undecided, self._derived = [], []
         return first
+
+    def _many(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
+        if rows:
+            self.base.executemany(statement, rows)
 
     def derive(self, now: float, event: Event) -> int:
         """Take in an event that follows from inputs already written; the next `append` writes it.
@@ -261,17 +264,22 @@ class Journal:
 
 def dump_actions(actions: Sequence[Action]) -> str:
     """Actions as JSON, each with its name: equal actions are equal text."""
-    return json.dumps([[type(a).__name__, state.dump(a)] for a in actions], separators=(",", ":"))
+    return state.encode([[type(a).__name__, state.dump(a)] for a in actions])
 
 
 def load_event(kind: str, text: str) -> Event:
     return state.loads(KINDS[kind], text)
 
 
-def _plain(info: BlobInfo) -> dict[str, object]:
-    return {
-        "id": info.id,
-        "size": info.size,
-        "sha256": info.sha256.hex(),
-        "sections": [state.dump(s) for s in info.sections],
-    }
+def _info(payload: Payload) -> str:
+    """A payload's description, as JSON. What came inline is hashed here, off the event loop."""
+    info = payload.info
+    sha256 = info.sha256 or hashlib.sha256(payload.data or b"").digest()
+    return state.encode(
+        {
+            "id": info.id,
+            "size": info.size,
+            "sha256": sha256.hex(),
+            "sections": [state.dump(s) for s in info.sections],
+        }
+    )

@@ -29,7 +29,7 @@ class StoredUpdate:
 
     id: str
     size: int
-    sha256: bytes
+    sha256: bytes  # empty of what came inline
     path: Path | None  # None: in memory
     data: bytes = b""
     _maps: "list[weakref.ref[mmap.mmap]]" = field(default_factory=list, compare=False, repr=False)

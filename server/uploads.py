@@ -154,18 +154,21 @@ class Uploads:
             return upload.stored
 
     def keep(self, update: str, data: bytes) -> StoredUpdate:
-        """Store a payload that came inline, in one step; may be repeated with the same bytes."""
+        """Store a payload that came inline, in one step; may be repeated with the same bytes.
+
+        It is not hashed: nothing was promised about it, and the journal hashes what it keeps.
+        """
         if len(data) > self.memory_limit:
             what = f"{len(data)} bytes inline, the limit is {self.memory_limit}"
             raise RemoteError("FL-W103", what, "send a blob")
         upload = self._begin(update, len(data))
-        sha256 = hashlib.sha256(data).digest()
         with upload.lock:
             if upload.stored is None:
-                upload.stored = StoredUpdate(update, len(data), sha256, None, data)
+                upload.stored = StoredUpdate(update, len(data), b"", None, data)
                 upload.held, upload.memory = len(data), bytearray()
-            elif upload.stored.sha256 != sha256:
-                raise _corrupt(update, sha256, upload.stored.sha256)
+            elif upload.stored.data != data:
+                found, told = (hashlib.sha256(d).digest() for d in (data, upload.stored.data))
+                raise _corrupt(update, found, told)
             return upload.stored
 
     def restore(self, update: str, size: int, sha256: bytes) -> StoredUpdate | None:
