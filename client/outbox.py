@@ -1,8 +1,9 @@
 """Outbox: a client's finished work, kept until the server has told what became of it.
 
-On disk where the client has a folder, so that a process killed after training never trains again;
-the result's description is renamed into place last, so what is listed is whole. It also keeps what
-a client must remember between two lives: its node id and where its data order stands.
+On disk where the client has a folder, so that a process killed after training never trains again:
+a small result in a slot (`slots.py`), a big one as a file of bytes whose description is renamed
+into place last, so what is listed is whole. It also keeps what a client must remember between two
+lives: its node id and where its data order stands.
 """
 
 import contextlib
@@ -10,22 +11,20 @@ import fcntl
 import json
 import mmap
 import os
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
+from atoll.client.room import disk, map_new
+from atoll.client.slots import ROOM, Slots
 from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import ClientError, RemoteError
-from atoll.protocols.frames import checksums
 from atoll.protocols.ids import ulid
 from atoll.protocols.messages import Result
 
 SUFFIX = ".result"
-SPARE = "spare."  # files whose bytes nobody needs
 
 
 @dataclass
@@ -46,7 +45,8 @@ class Outbox:
         self._results: dict[str, Result] = {}
         self._bytes: dict[str, memoryview] = {}
         self._packed: dict[str, bytes] = {}  # small ones, as they are written and sent
-        self._spares: list[Path] = []  # at most one file to be overwritten: three times as fast
+        self._slots: Slots | None = None
+        self._slot: dict[str, int] = {}  # of results that lie in one
         self._steps = memoryview(bytearray(8))
         self._lock = -1
         if folder is not None:
@@ -61,7 +61,11 @@ class Outbox:
                     f"client folder {folder} cannot be taken: {error.strerror}",
                     "stop the client that uses it, or give another --dir",
                 ) from error
-            self._read(folder)
+            try:
+                self._read(folder)
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Leave the folder to others; what is in it stays."""
@@ -92,7 +96,7 @@ class Outbox:
     def remember(self) -> None:
         if self.folder is not None:
             text = json.dumps(vars(self.memory))
-            with _disk(self.folder):
+            with disk(self.folder):
                 _replace(self.folder / "client.json", text.encode())
 
     def waiting(self) -> tuple[tuple[str, str], ...]:
@@ -108,11 +112,12 @@ class Outbox:
     def put(self, result: Result, view: memoryview) -> None:
         """Keep a result, its bytes in a view that `buffer` gave."""
         small = len(view) <= INLINE  # then it lies in the description itself
-        whole = replace(result, inline=bytes(view)) if small else result
-        packed = messages.result_to_wire(whole).SerializeToString()
-        if self.folder is not None:
-            with _disk(self.folder):
-                self._write(self.folder / f"{result.update}{SUFFIX}", packed)
+        packed = messages.packed_result(result, view if small else b"")
+        if self._slots is not None and small and len(packed) <= ROOM:
+            self._slot[result.update] = self._slots.put(packed)
+        elif self.folder is not None:
+            with disk(self.folder):
+                _replace(self.folder / f"{result.update}{SUFFIX}", packed)
         if small:
             self._packed[result.update] = packed
         self._bytes[result.update] = view
@@ -134,36 +139,13 @@ class Outbox:
         view = self._bytes.pop(update, None)
         if self.folder is None or view is None:
             return
-        path = self.folder / f"{update}{SUFFIX}"
-        if len(view) <= INLINE and not self._spares:
-            spare = self.folder / f"{SPARE}{update}"
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(path, spare)
-                self._spares.append(spare)
+        slot = self._slot.pop(update, None)
+        if slot is not None and self._slots is not None:
+            self._slots.free(slot)
             return
-        path.unlink(missing_ok=True)
+        (self.folder / f"{update}{SUFFIX}").unlink(missing_ok=True)
         if len(view) > INLINE:
             (self.folder / f"{update}.bin").unlink(missing_ok=True)
-
-    def _write(self, path: Path, packed: bytes) -> None:
-        """Write beside and rename, so that a reader finds all of it or nothing. After a power cut
-        an overwritten file may hold some of what it held before: its CRC says so."""
-        data = _crc(packed) + packed
-        try:
-            beside = self._spares.pop()
-        except IndexError:
-            beside = path.with_name(f"{SPARE}{path.name}")
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            written = 0
-            while written < len(data):  # a nearly full disk writes short
-                written += os.write(fd, memoryview(data)[written:])
-            os.ftruncate(fd, len(data))
-            now = time.time_ns()
-            os.utime(fd, ns=(now, now))  # their order: the system's own stamps are milliseconds
-        finally:
-            os.close(fd)
-        os.replace(beside, path)
 
     def _read(self, folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
@@ -173,41 +155,36 @@ class Outbox:
             self._steps = memoryview(mmap.mmap(file.fileno(), 8))
         for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns):
             try:
-                result, view, packed = _read_result(path)
+                self._take(path.read_bytes())
             except (OSError, ValueError, DecodeError, RemoteError):
                 path.unlink(missing_ok=True)  # not ours, or damaged: not listed again
-                continue
-            self._results[result.update] = result
-            self._bytes[result.update] = view
-            if packed is not None:
-                self._packed[result.update] = packed
-        for path in folder.glob(f"{SPARE}*"):
-            path.unlink()
+        self._slots = Slots(folder)
+        for slot, packed in self._slots.found:
+            try:
+                self._slot[self._take(packed)] = slot
+            except (OSError, ValueError, DecodeError, RemoteError):
+                self._slots.free(slot)
         for path in folder.glob("o*.bin"):
             if path.stem not in self._results:  # its process was killed before it was whole
                 path.unlink()
 
-
-def _read_result(path: Path) -> tuple[Result, memoryview, bytes | None]:
-    """A result, its bytes, and both packed where they are small; ValueError where they do not
-    belong together."""
-    crc, data = (whole := path.read_bytes())[:4], whole[4:]
-    if crc != _crc(data):
-        raise ValueError(f"{path}: not what was written")
-    result = messages.result_from_wire(wire_pb2.Result.FromString(data))
-    small = result.payload.size <= INLINE
-    if small:
-        found = memoryview(result.inline)
-    else:
-        with open(path.with_name(f"{result.update}.bin"), "rb") as file:
-            found = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
-    if len(found) != result.payload.size:
-        raise ValueError(f"{path}: {len(found)} bytes, expected {result.payload.size}")
-    return replace(result, inline=b""), found, data if small else None
-
-
-def _crc(packed: bytes) -> bytes:
-    return checksums(memoryview(packed))[0].to_bytes(4, "little")
+    def _take(self, packed: bytes) -> str:
+        """List a result that lies on disk, its update; ValueError where it is not whole."""
+        assert self.folder is not None
+        result = messages.result_from_wire(wire_pb2.Result.FromString(packed))
+        small = result.payload.size <= INLINE
+        if small:
+            found = memoryview(result.inline)
+        else:
+            with open(self.folder / f"{result.update}.bin", "rb") as file:
+                found = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        if len(found) != result.payload.size:
+            raise ValueError(f"{result.update}: {len(found)} bytes, not {result.payload.size}")
+        self._results[result.update] = replace(result, inline=b"")
+        self._bytes[result.update] = found
+        if small:
+            self._packed[result.update] = packed
+        return result.update
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -215,26 +192,3 @@ def _replace(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_bytes(data)
     os.replace(beside, path)
-
-
-def map_new(path: Path, size: int) -> memoryview:
-    """A file of `size` bytes, mapped to be written. Its room is taken at once: a write into a map
-    for which the disk has none would kill the process. ClientError FL-S203."""
-    with _disk(path.parent), open(path, "ab+") as file:
-        file.truncate(size)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        return memoryview(mmap.mmap(file.fileno(), size))
-
-
-@contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    """ClientError FL-S203 where the disk does not take it."""
-    try:
-        yield
-    except OSError as error:
-        raise ClientError(
-            "FL-S203",
-            f"client folder {folder} cannot be written: {error.strerror}",
-            "free space on its disk and start this client again",
-        ) from error

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from atoll.client.outbox import Outbox, map_new
+from atoll.client.outbox import Outbox
+from atoll.client.room import map_new
 from atoll.client.trainer import Task, Trained, Trainer
 from atoll.protocols import tensors
 from atoll.protocols.blobs import INLINE, BlobInfo
@@ -34,6 +35,8 @@ class Workbench:
         self.manifest = manifest
         self.up, self.down = up, down
         self.outbox = outbox
+        self._sections = tensors.sections_of(manifest, up)
+        self._size = sum(s.length for s in self._sections)  # bytes of an update
         self._model: memoryview | None = None  # the last big model's bytes, overwritten by the next
         self._held = b""  # their SHA-256: a version is fetched once for several orders
 
@@ -100,8 +103,7 @@ class Workbench:
     def _seal(
         self, order: Order, base: Payload, trained: Trained, seconds: float, snapshot: int = 0
     ) -> Result:
-        sections = tensors.sections_of(self.manifest, self.up)
-        size = sum(s.length for s in sections)
+        sections, size = self._sections, self._size
         result = Result(
             order.id,
             order.attempt,
@@ -123,7 +125,7 @@ class Workbench:
     def _pack(self, base: Payload, trained: Trained, view: memoryview) -> None:
         """delta and buffers into `view`; an fp32 delta is computed right where it will lie."""
         at = 0
-        for section in tensors.sections_of(self.manifest, self.up):
+        for section in self._sections:
             part = view[at : at + section.length]
             codec = tensors.section_codec(section.group, self.up)
             if section.group == "trainable":

@@ -37,6 +37,7 @@ CODEC = re.compile(r"[a-z0-9_.-]{1,32}")
 
 ORDER_FIELD, MODEL_FIELD = 3, 5  # ServerMessage.order, Order.model
 RESULT_FIELD, ACK_FIELD = 3, 4  # ClientMessage.result, .ack
+PAYLOAD_FIELD, INLINE_FIELD = 8, 5  # Result.payload, Blob.inline
 
 MAX_COUNT = 1 << 53  # exact as a float and in JSON
 MAX_METRICS = 256
@@ -195,6 +196,23 @@ def result_to_wire(result: Result) -> wire_pb2.Result:
         payload=blob_to_wire(result.payload, result.inline),
         snapshot=result.snapshot,
     )
+
+
+def packed_result(result: Result, inline: bytes | memoryview) -> bytes:
+    """A Result with these bytes inline, which are copied once."""
+    alone = wire_pb2.Result(
+        order=result.order,
+        attempt=result.attempt,
+        steps=result.steps,
+        examples=result.examples,
+        train_seconds=result.train_seconds,
+        metrics=result.metrics,
+        final=result.final,
+        snapshot=result.snapshot,
+    ).SerializeToString()
+    info = blob_to_wire(result.payload).SerializeToString()
+    held = nested(INLINE_FIELD, inline) if len(inline) else ()
+    return b"".join((alone, *nested(PAYLOAD_FIELD, info, *held)))
 
 
 def result_from_wire(wire: wire_pb2.Result) -> Result:

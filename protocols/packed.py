@@ -6,12 +6,12 @@ many clients is serialized once, and its bytes are copied once for each, when a 
 Stdlib only.
 """
 
-Parts = tuple[bytes, ...]  # of one message, to be joined
+Parts = tuple[bytes | memoryview, ...]  # of one message, to be joined
 
 MORE = 16  # ClientMessage.more, ServerMessage.more
 
 
-def nested(field: int, *parts: bytes) -> Parts:
+def nested(field: int, *parts: bytes | memoryview) -> Parts:
     """`parts`, a serialized message, as the field of that number of the message around it."""
     return varint(field << 3 | 2) + varint(size(parts)), *parts
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from atoll.client.outbox import Outbox
+from atoll.client.slots import Slots
 from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.errors import ClientError
-from atoll.protocols.messages import ULID, Result
+from atoll.protocols.messages import MAX_METRICS, ULID, Result
 
 SMALL, BIG = 64, INLINE + 4
 
@@ -124,7 +125,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_half_done_is_not_listed(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
-    keep(outbox, result(1))
+    keep(outbox, result(1, BIG))
     keep(outbox, result(2, BIG))
     keep(outbox, result(3, BIG))
     outbox.buffer("o4.0", BIG)  # killed while it packed
@@ -162,8 +163,7 @@ def test_a_memory_that_cannot_be_read_makes_a_new_node(tmp_path: Path, text: str
 def test_a_disk_that_fails_is_told(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     (tmp_path / "o1.0.bin").mkdir()  # no file can be written there
-    (tmp_path / "o2.0.result").mkdir()
-    (tmp_path / "o2.0.result" / "x").touch()
+    (tmp_path / "0.slot").mkdir()
     with pytest.raises(ClientError) as refused:
         outbox.buffer("o1.0", BIG)
     assert refused.value.code == "FL-S203"
@@ -173,6 +173,12 @@ def test_a_disk_that_fails_is_told(tmp_path: Path) -> None:
     assert outbox.waiting() == ()
     assert outbox.steps == 0
     outbox.close()
+    (tmp_path / "o1.0.bin").rmdir()
+    with pytest.raises(ClientError) as refused:
+        Outbox(tmp_path)
+    assert refused.value.code == "FL-S203"
+    (tmp_path / "0.slot").rmdir()
+    Outbox(tmp_path).close()  # the folder was given back
 
 
 def test_an_inline_payload_is_not_kept_twice_in_memory(tmp_path: Path) -> None:
@@ -187,37 +193,90 @@ def test_an_inline_payload_is_not_kept_twice_in_memory(tmp_path: Path) -> None:
     again.close()
 
 
-def test_a_file_that_is_overwritten_holds_only_what_was_written_last(tmp_path: Path) -> None:
+def test_a_slot_that_is_overwritten_holds_only_what_was_written_last(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     keep(outbox, result(1, INLINE))
     outbox.drop("o1.0")
     data = keep(outbox, result(2, SMALL))
     keep(outbox, result(3, SMALL))
     packed = outbox.packed("o2.0")
-    assert packed is not None
-    assert (tmp_path / "o2.0.result").stat().st_size == len(packed) + 4
     outbox.close()
+    assert sorted(p.name for p in tmp_path.glob("*.slot")) == ["0.slot", "1.slot"]
     again = Outbox(tmp_path)
     assert [update for _, update in again.waiting()] == ["o2.0", "o3.0"]
     kept = again.get("o2.0")
     assert kept is not None
     assert bytes(kept[1]) == data
     assert again.packed("o2.0") == packed
+    keep(again, result(4))
+    again.drop("o2.0")
+    again.close()
+    last = Outbox(tmp_path)
+    assert [update for _, update in last.waiting()] == ["o3.0", "o4.0"]
+    last.close()
+
+
+@pytest.mark.parametrize("at", [8, 12, 8192])  # its length, its CRC, a page of its payload
+def test_a_slot_that_a_power_cut_left_mixed_is_free(tmp_path: Path, at: int) -> None:
+    outbox = Outbox(tmp_path)
+    keep(outbox, result(1, INLINE))
+    keep(outbox, result(2))
+    outbox.close()
+    with open(tmp_path / "0.slot", "rb+") as file:
+        file.seek(at)
+        file.write(b"\xff" * 4)  # is the former result's
+    again = Outbox(tmp_path)
+    assert again.waiting() == (("o2", "o2.0"),)
+    keep(again, result(3))
+    assert len(list(tmp_path.glob("*.slot"))) == 2
     again.close()
 
 
-def test_an_overwritten_file_that_a_power_cut_left_mixed_is_not_listed(tmp_path: Path) -> None:
+def test_a_process_killed_in_the_middle_of_a_slot_leaves_it_free(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
-    keep(outbox, result(1, INLINE))
+    keep(outbox, result(1))
     outbox.close()
-    path = tmp_path / "o1.0.result"
-    mixed = bytearray(path.read_bytes())
-    mixed[8192:12288] = bytes(4096)  # one page is the former one's
-    path.write_bytes(mixed)
-    (tmp_path / "spare.o0.0").write_bytes(b"x")
+    with open(tmp_path / "0.slot", "rb+") as file:
+        file.write(bytes(8))  # its turn is written last
     again = Outbox(tmp_path)
     assert again.waiting() == ()
-    assert not list(tmp_path.glob("*o*.0*"))
+    again.close()
+
+
+def test_a_result_too_large_for_a_slot_has_a_file(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    made = replace(result(1), metrics={f"m{i}" * 16: 0.5 for i in range(MAX_METRICS)})
+    large = replace(result(2, INLINE), metrics={f"m{i}" * 2000: 0.5 for i in range(MAX_METRICS)})
+    keep(outbox, made)
+    keep(outbox, large)
+    assert [p.name for p in tmp_path.glob("*.result")] == ["o2.0.result"]
+    outbox.drop("o2.0")
+    assert list(tmp_path.glob("*.result")) == []
+    outbox.close()
+    again = Outbox(tmp_path)
+    assert again.waiting() == (("o1", "o1.0"),)
+    again.close()
+
+
+def test_a_slot_that_holds_no_result_is_free(tmp_path: Path) -> None:
+    slots = Slots(tmp_path)
+    slots.put(b"\xff\xff")
+    outbox = Outbox(tmp_path)
+    assert outbox.waiting() == ()
+    keep(outbox, result(1))
+    assert [p.name for p in tmp_path.glob("*.slot")] == ["0.slot"]
+    outbox.close()
+
+
+def test_slots_that_somebody_took_away_are_made_again(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    for order in (1, 2, 3):
+        keep(outbox, result(order))
+    outbox.close()
+    (tmp_path / "1.slot").unlink()
+    (tmp_path / "mine.slot").touch()
+    again = Outbox(tmp_path)
+    assert [update for _, update in again.waiting()] == ["o1.0", "o3.0"]
     again.close()
 
 

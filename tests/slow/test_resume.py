@@ -160,7 +160,7 @@ def test_work_left_from_another_run_does_not_stand_in_the_way(federation: "Feder
     federation.until(lambda: first.begun)
     gate.cut(refuse=True)
     federation.until(lambda: first.trained)
-    federation.until(lambda: list((federation.folder / "client-c").glob("*.result")))
+    federation.until(lambda: list((federation.folder / "client-c").glob("*.slot")))
     guest.client.stop()
     guest.ended()
     federation.locals[0].server.stop()

@@ -1,0 +1,32 @@
+"""Room: files whose place on the disk is taken before anything is written into them."""
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from atoll.protocols.errors import ClientError
+
+
+def map_new(path: Path, size: int) -> memoryview:
+    """A file of `size` bytes, mapped to be written; what it held stays. Its room is taken at once:
+    a write into a map for which the disk has none would kill the process. ClientError FL-S203."""
+    with disk(path.parent), open(path, "ab+") as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        return memoryview(mmap.mmap(file.fileno(), size))
+
+
+@contextlib.contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """ClientError FL-S203 where the disk does not take it."""
+    try:
+        yield
+    except OSError as error:
+        raise ClientError(
+            "FL-S203",
+            f"client folder {folder} cannot be written: {error.strerror}",
+            "free space on its disk and start this client again",
+        ) from error
