@@ -24,7 +24,7 @@ from atoll.client import transfer
 from atoll.client.outbox import Outbox
 from atoll.client.trainer import Trainer
 from atoll.client.work import Dropped, Workbench
-from atoll.protocols import messages, wire_pb2
+from atoll.protocols import loops, messages, wire_pb2
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.codecs import BUILTIN, codec
@@ -166,7 +166,7 @@ class Client:
 
     def run(self) -> Report:
         """Take part until the run is over. Raises AtollError where this client cannot go on."""
-        return asyncio.run(self._until_signal())
+        return loops.run(self._until_signal())
 
     async def _until_signal(self) -> Report:
         """Ctrl-C and SIGTERM leave with a goodbye: the run need not wait for a lease to end."""

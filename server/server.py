@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from atoll.protocols import messages
+from atoll.protocols import loops, messages
 from atoll.protocols.channel import SERVER_OPTIONS, tune_malloc
 from atoll.protocols.errors import RemoteError, ServerError, UsageError
 from atoll.protocols.ids import ulid
@@ -141,7 +141,7 @@ class Server:
         self, address: str = "127.0.0.1:7447", ready: Callable[[str], None] | None = None
     ) -> Summary:
         """Serve until the run is over, or until SIGINT or SIGTERM. Raises AtollError."""
-        return asyncio.run(self.serve(address, ready))
+        return loops.run(self.serve(address, ready))
 
     def stop(self) -> None:
         """Stop for now, from any thread: what is held is saved, and a new start goes on."""
