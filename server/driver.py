@@ -1,8 +1,9 @@
 """Driver: a run in real time. One task owns the machines; everyone else posts to its queue.
 
-An input is stamped with the run's clock when it is posted, written to the journal with whatever
-else has come meanwhile, and only then handled. Merging, disk and network happen elsewhere (`World`)
-and come back as inputs, so they never delay a decision.
+An input is stamped with the run's clock when it is posted, and decided about at once. Nothing of a
+decision shows outside before the input is in the journal: it is written when something urgent waits
+for it, with whatever else has come meanwhile, so a round of many results is one write. Merging,
+disk and network happen elsewhere (`World`) and come back as inputs: they never delay a decision.
 """
 
 import asyncio
@@ -46,6 +47,7 @@ from atoll.server.run import (
 
 logger = logging.getLogger(__name__)
 
+LAZY = 0.005  # seconds an input may wait for others when all that waits for it is a receipt
 BEHIND = 0.2  # seconds what was derived may wait for an input to be written with
 
 RANK: dict[type[Event], int] = {  # of inputs at the same instant
@@ -66,13 +68,21 @@ class World(Protocol):
 
     def interrupt(self, order: Order, then: Then) -> None: ...
 
+    def quick(self, merge: Merge) -> bool:
+        """Whether this merge is quicker done than handed to another thread: then `merge` is called
+        before its inputs are written, must change nothing that outlives the process, and calls
+        `derive` before it returns."""
+
     def merge(self, merge: Merge) -> None:
         """Make the version in the background, then post Merged."""
 
     def tell(self, client: str, outcome: Outcome) -> None: ...
 
-    def heard(self, now: float, event: Event, actions: list[Action], effects: list[Effect]) -> None:
-        """For the history and the log: what came and what was decided."""
+    def heard(
+        self, now: float, event: Event, actions: list[Action], effects: list[Effect]
+    ) -> Callable[[], None]:
+        """For the history and the log: what came and what was decided, while the run stands as it
+        did then. What it gives back is called when it is written."""
 
     def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
         """Payloads no longer needed, and meta rows, to be written with the next batch."""
@@ -107,6 +117,15 @@ class _Input:
     then: Callable[[], None] | None
 
 
+@dataclass(slots=True)
+class _Decided:
+    """An input of which nothing has been said yet."""
+
+    input: _Input
+    effects: list[Effect]
+    heard: Callable[[], None] | None  # None: the strategy failed on it
+
+
 class Driver:
     """Runs one `Run`. `serve()` returns when it has finished; `error` says whether it failed."""
 
@@ -123,11 +142,15 @@ class Driver:
         self.snapshot_every = 2000  # inputs
         self._since_snapshot = 0
         self._last = clock.now()
-        self._handling = self._serving = False
+        self._serving = self._settling = self._failed = False
+        self._unsaid: list[_Decided] = []  # not written yet
         self._derived: deque[Event] = deque()
-        self._queue: asyncio.Queue[_Input | None] = asyncio.Queue()  # None: look at `error`
+        # A callable is called when all before it has been said; None: look again what is to do.
+        self._queue: asyncio.Queue[_Input | Callable[[], None] | None] = asyncio.Queue()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._limit: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None  # to write what waits for no input
+        self._due = False  # it has waited long enough
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
@@ -163,12 +186,19 @@ class Driver:
         the disk. Where it was lost with the process it comes again before anything new, still at
         that time: so whatever it led to is decided again as it was.
         """
-        if self._handling:
+        if self._settling:
             self._derived.append(event)
         elif self._serving:
             self.post(event)
         else:
             self._put(self._last, event)
+
+    def after(self, then: Callable[[], None]) -> None:
+        """Call `then`, in the loop's thread, once all that was posted before has been said."""
+        if self._serving:
+            self._queue.put_nowait(then)
+        else:
+            then()
 
     def attach(self) -> None:
         """Belong to the running loop: from now on inputs may be posted."""
@@ -188,7 +218,7 @@ class Driver:
         self._check_rules(self.clock.now())  # it may have ended just before a restart
         try:
             while not self._over():
-                await self._handle(await self._batch())
+                await self._take(await self._batch())
         except AtollError as error:
             self.fail(error)
         except Exception as error:  # whatever it is, it is no good end
@@ -200,15 +230,21 @@ class Driver:
             raise self.error
 
     async def _close(self) -> None:
-        for handle in (*self._timers.values(), self._limit):
-            if handle is not None:
-                handle.cancel()
         assert self._loop is not None
         try:
+            await self._settle()
             await self._loop.run_in_executor(self._disk, self.journal.flush)
         except AtollError as error:
             self.fail(error)
         self._disk.shutdown()
+        for handle in (*self._timers.values(), self._limit, self._late):
+            if handle is not None:
+                handle.cancel()
+        self._serving = False
+        while not self._queue.empty():
+            last = self._queue.get_nowait()
+            if callable(last):
+                last()
 
     def stop(self, reason: str) -> None:
         """End the run from outside: a rule, the user."""
@@ -226,61 +262,133 @@ class Driver:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
-    async def _batch(self) -> list[_Input]:
+    async def _batch(self) -> list[_Input | Callable[[], None]]:
+        """What has come: inputs in order, then what is to be called after them."""
         batch = [await self._queue.get()]
         while not self._queue.empty():
             batch.append(self._queue.get_nowait())
-        inputs = [one for one in batch if one is not None]
-        return in_order(inputs)
+        inputs = [one for one in batch if isinstance(one, _Input)]
+        calls = [one for one in batch if one is not None and not isinstance(one, _Input)]
+        return [*in_order(inputs), *calls]
 
-    async def _handle(self, batch: list[_Input]) -> None:
-        assert self._loop is not None
-        if not batch and not self.journal.behind:
-            return
-        forget, meta = self.world.spent()
-        first = await self._loop.run_in_executor(self._disk, self._write, batch, forget, meta)
-        self._handling = True
-        try:
-            for i, one in enumerate(batch):
-                if not self._one(first + i, one):
-                    return
-            while self._derived:
-                one = _Input(batch[-1].now, self._derived.popleft(), None, None)
-                if not self._one(self.journal.derive(one.now, one.event), one):
-                    return
-                self._loop.call_later(BEHIND, self.wake)
-        finally:
-            self._handling = False
-        self._since_snapshot += len(batch)
-        if self.snapshot is not None and self._since_snapshot >= self.snapshot_every:
-            self._since_snapshot = 0
-            text, now = self.snapshot(), batch[-1].now
-            if text is not None:
-                await self._loop.run_in_executor(self._disk, self.journal.snapshot, now, text)
+    async def _take(self, batch: list[_Input | Callable[[], None]]) -> None:
+        """Decide about a batch, and say what was decided unless that can wait."""
+        calls = [one for one in batch if not isinstance(one, _Input)]
+        for one in batch:
+            if isinstance(one, _Input):
+                self._decide(one)
+        urgent = any(one.heard is None or any(map(_urgent, one.effects)) for one in self._unsaid)
+        if urgent or calls or self._due:
+            await self._settle()
+        elif self._unsaid:
+            self._settle_in(LAZY)
+        for call in calls:
+            call()
 
-    def _write(self, batch: list[_Input], forget: list[str], meta: list[tuple[str, str]]) -> int:
-        payloads = [i.payload for i in batch if i.payload is not None]
-        return self.journal.append([(i.now, i.event) for i in batch], payloads, forget, meta)
-
-    def _one(self, seq: int, one: _Input) -> bool:
+    def _decide(self, one: _Input) -> bool:
+        """Let the machines hear an input. False where the strategy failed, on it or on an earlier
+        one: then it is only written down, for the next life."""
+        seq = self.journal.enter(one.now, one.event)
+        if self._failed:
+            self._unsaid.append(_Decided(one, [], None))
+            return False
         try:
             heard, actions, effects = self.run.handle(one.event, one.now)
         except Exception as error:  # a strategy may raise anything; the run ends with it
             logger.exception("run=%s the strategy failed", self.journal.run)
             self.journal.fail(seq, repr(error))
+            self._failed = True
+            self._unsaid.append(_Decided(one, [], None))
             self.fail(failed(type(one.event).__name__, error))
             return False
         self.journal.decide(seq, actions)
-        if isinstance(one.event, Evaluated):
-            self.rules.evaluated(one.event.version, one.event.metrics, one.now)
-        self.world.heard(one.now, heard, actions, effects)
-        for effect in effects:
-            self._perform(effect)
-        if one.then is not None:
-            one.then()
-        if isinstance(one.event, Merged | Evaluated | TimerFired):
-            self._check_rules(one.now)
+        for effect in effects:  # a timer that fires is an input like any other
+            if isinstance(effect, Arm):
+                self._arm(effect.timer, effect.at)
+            elif isinstance(effect, Disarm):
+                self._disarm(effect.timer)
+        told = self.world.heard(one.now, heard, actions, effects)
+        self._unsaid.append(_Decided(one, effects, told))
         return True
+
+    async def _settle(self) -> None:
+        """Write down what was decided; then say it."""
+        self._due = False
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+        if not self._unsaid and not self.journal.behind:
+            return
+        assert self._loop is not None
+        payloads = [one.input.payload for one in self._unsaid if one.input.payload is not None]
+        batch = self.journal.take(payloads, *self.world.spent())
+        writing = self._loop.run_in_executor(self._disk, self.journal.commit, batch)
+        said, self._unsaid = self._unsaid, []
+        try:
+            followed = self._follow(said)
+        finally:
+            await writing
+        for one in (*said, *followed):
+            self._say(one)
+        if followed:
+            self._settle_in(BEHIND)
+        self._since_snapshot += len(said)
+        if self.snapshot is not None and self._since_snapshot >= self.snapshot_every:
+            self._since_snapshot = 0
+            text = self.snapshot()
+            if text is not None:
+                now = said[-1].input.now
+                await self._loop.run_in_executor(self._disk, self.journal.snapshot, now, text)
+
+    def _follow(self, said: list[_Decided]) -> list[_Decided]:
+        """What follows from these inputs alone, worked out while they are being written."""
+        self._settling = True
+        todo, followed = deque(said), list[_Decided]()
+        try:
+            while todo:
+                for effect in todo.popleft().effects:
+                    if isinstance(effect, Merge) and self.world.quick(effect):
+                        self.world.merge(effect)
+                while self._derived:
+                    more = _Input(said[-1].input.now, self._derived.popleft(), None, None)
+                    going = self._decide(more)
+                    todo.extend(self._unsaid)
+                    followed += self._unsaid
+                    self._unsaid = []
+                    if not going:
+                        return followed
+        finally:
+            self._settling = False
+        return followed
+
+    def _settle_in(self, seconds: float) -> None:
+        assert self._loop is not None
+        due = self._loop.time() + seconds
+        if self._late is not None and self._late.when() > due:
+            self._late.cancel()
+            self._late = None
+        if self._late is None:
+            self._late = self._loop.call_at(due, self._is_due)
+
+    def _is_due(self) -> None:
+        self._late = None
+        self._due = True
+        self._queue.put_nowait(None)
+
+    def _say(self, one: _Decided) -> None:
+        """An input is written: carry out what was decided about it."""
+        if one.heard is None:
+            return
+        event, now = one.input.event, one.input.now
+        if isinstance(event, Evaluated):
+            self.rules.evaluated(event.version, event.metrics, now)
+        one.heard()
+        for effect in one.effects:
+            self._perform(effect)
+        if one.input.then is not None:
+            one.input.then()
+        if isinstance(event, Merged | Evaluated | TimerFired):
+            self._check_rules(now)
 
     def _check_rules(self, now: float) -> None:
         run = self.run
@@ -295,14 +403,11 @@ class Driver:
             case Interrupt(order, then):
                 self.world.interrupt(order, then)
             case Merge():
-                self.world.merge(effect)
+                if not self.world.quick(effect):  # else it is made already
+                    self.world.merge(effect)
             case Tell(client, outcome):
                 self.world.tell(client, outcome)
-            case Arm(timer, at):
-                self._arm(timer, at)
-            case Disarm(timer):
-                self._disarm(timer)
-            case Stop(reason):  # pragma: no branch
+            case Stop(reason):
                 logger.info("run=%s finished: %s", self.journal.run, reason)
 
     def _arm(self, timer: str, at: float) -> None:
@@ -333,6 +438,11 @@ class Driver:
         """The run cannot go on: `serve` returns, and what is durable stays."""
         self.error = self.error or error
         self._queue.put_nowait(None)
+
+
+def _urgent(effect: Effect) -> bool:
+    """Whether somebody waits for it to be carried out."""
+    return not isinstance(effect, Tell | Arm | Disarm)
 
 
 def in_order(inputs: list[_Input]) -> list[_Input]:

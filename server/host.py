@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from atoll.protocols import messages, state, tensors, wire_pb2
 from atoll.protocols.blobs import CHUNK, INLINE, Blob
@@ -31,7 +32,7 @@ from atoll.protocols.membership import Back, Joined, Left, Membership
 from atoll.protocols.messages import Result
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
-from atoll.server.history import History
+from atoll.server.history import History, Row
 from atoll.server.journal import ACKS, Payload
 from atoll.server.panel import Panel
 from atoll.server.recover import snapshot
@@ -119,9 +120,12 @@ class Host:
         if session is not None:
             session.send(wire_pb2.ServerMessage(ask=messages.ask_to_wire(order.id, then)))
 
+    def quick(self, merge: Merge) -> bool:
+        return self._model_size <= INLINE
+
     def merge(self, merge: Merge) -> None:
         self.workshop.stock.merges.append(merge)
-        if self._model_size <= INLINE:  # quicker done than handed to a thread and back
+        if self.quick(merge):
             merged = self._made(merge)
             if merged is not None:
                 self.driver.derive(merged)
@@ -136,14 +140,20 @@ class Host:
         if session is not None:
             self._send_outcome(session, outcome)
 
-    def heard(self, now: float, event: Event, actions: list[Action], effects: list[Effect]) -> None:
+    def heard(
+        self, now: float, event: Event, actions: list[Action], effects: list[Effect]
+    ) -> Callable[[], None]:
         sizes = (0, self._model_size)
         if isinstance(event, UpdateReceived):
             info = self.workshop.infos.get(event.update.id)
             sizes = (info.size if info else 0, self._model_size)
             self._learn_pace(event.update)
         rows = list(self.recorder.rows(self.run, now, event, actions, effects, sizes))
-        for row in (*rows, *self._new_groups(now)):
+        rows.extend(self._new_groups(now))
+        return partial(self._written, event, rows)
+
+    def _written(self, event: Event, rows: list[Row]) -> None:
+        for row in rows:
             self.history.append(row)
             self._on_row(dict(row))
         if isinstance(event, Merged):
@@ -153,7 +163,7 @@ class Host:
             self._judged = max(self._judged, event.version)
             self.workshop.unpin(event.version, self.driver.rules.best_version)
 
-    def _new_groups(self, now: float) -> Iterator[dict[str, object]]:
+    def _new_groups(self, now: float) -> Iterator[Row]:
         """FedCompass's arrival groups, where one is new or has changed."""
         groups = getattr(self.run.strategy, "groups", None)
         found = groups(now) if groups is not None else ()
@@ -201,8 +211,24 @@ class Host:
 
     # ---- clients -------------------------------------------------------------------------------
 
+    async def greet(self, hello: messages.Hello) -> Session:
+        """Take a client in, when all that was decided about it is written: it may be told of it.
+        RemoteError where it cannot take part."""
+        greeted: asyncio.Future[Session] = asyncio.get_running_loop().create_future()
+
+        def now() -> None:
+            try:
+                session = self.hello(hello)
+            except Exception as error:  # noqa: BLE001  # whoever greets hears of it
+                greeted.set_exception(error)
+            else:
+                greeted.set_result(session)
+
+        self.driver.after(now)
+        return await greeted
+
     def hello(self, hello: messages.Hello) -> Session:
-        """Take a client in. RemoteError where it cannot take part."""
+        """The same, at once."""
         self._check_hello(hello)
         decision = self.membership.hello(hello.client, hello.node, self.driver.clock.now())
         session = self.sessions.open(hello.client, decision.fence)
@@ -464,7 +490,7 @@ class Host:
             session.send(wire_pb2.ServerMessage(refusal=refusal))
             return
         if update is None:
-            self._receipt(session.client, result)
+            self.driver.after(lambda: self._receipt(session.client, result))
             return
         stored = self.workshop.uploads.keep(update, result.inline)
         try:
@@ -485,7 +511,7 @@ class Host:
         self, client: str, result: Result, stored: StoredUpdate, then: Callable[[], None]
     ) -> None:
         if result.update in self.workshop.infos:
-            then()  # it came twice at once
+            self.driver.after(then)  # it came twice at once
             return
         self.workshop.infos[result.update] = result.payload
         self._traffic(client).up += result.payload.size

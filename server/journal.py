@@ -1,8 +1,8 @@
-"""Journal: every input of a run, written down before it is handled, and what was decided.
+"""Journal: every input of a run and what was decided, written down before anything of it is said.
 
 SQLite in WAL mode, one connection, used by one thread at a time (SQLite before 3.51.3 can corrupt
-a WAL that two connections write). A batch of inputs is one transaction, so receipts are released
-together; decisions about a batch ride in the next transaction: they can be worked out again.
+a WAL that two connections write). Inputs are entered as they are decided; a batch of them is one
+transaction, so receipts are released together.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS snapshot (
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
-EVENT = "INSERT INTO event (seq, run, now, kind, event) VALUES (?, ?, ?, ?, ?)"
+EVENT = "INSERT INTO event VALUES (?, ?, ?, ?, ?, ?)"
 DECIDED = "UPDATE event SET actions = ? WHERE seq = ?"
 PAYLOAD = "INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?, ?)"
 META = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
@@ -70,6 +70,31 @@ class Payload:
     id: str
     info: BlobInfo  # without SHA-256: `data` is hashed when it is written
     data: bytes | None
+
+
+@dataclass(slots=True)
+class Entry:
+    """A row of `event`, not yet written."""
+
+    seq: int
+    now: float
+    event: Event
+    actions: str | None = None
+
+    def row(self, run: str) -> tuple[object, ...]:
+        kind = type(self.event).__name__
+        return self.seq, run, self.now, kind, state.dumps(self.event), self.actions
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one transaction writes."""
+
+    entries: list[Entry]
+    decided: list[tuple[str, int]]  # (actions, seq) of rows written before
+    payloads: list[Payload]
+    forget: list[str]  # payloads no longer needed
+    meta: list[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +129,11 @@ class Journal:
                 if full
                 else "restore it from a backup, or start with a new state directory",
             ) from error
-        self.seq = int(found[0])
-        self._undecided: list[tuple[str, int]] = []
-        self._derived: list[tuple[int, str, float, str, str]] = []
+        self.seq = int(found[0])  # of the last input that was entered
+        self._entered: list[Entry] = []
+        self._decided: list[tuple[str, int]] = []
+        self._written = self.seq
+        self._lost = False  # a batch could not be written: nothing that followed from it may be
 
     def note(self, key: str, value: str) -> None:
         """Write one meta row down. Raises ServerError FL-S203."""
@@ -119,45 +146,66 @@ class Journal:
         forget: Iterable[str] = (),
         meta: Iterable[tuple[str, str]] = (),
     ) -> int:
-        """Write inputs down, with earlier decisions, and drop payloads no longer needed; the seq
-        of the first. Raises ServerError FL-S203 where the disk does not take it."""
+        """Enter inputs and write all that waits; the seq of the first. Raises ServerError FL-S203
+        where the disk does not take it."""
+        if self._lost:
+            self.seq, self._entered, self._lost = self._written, [], False
         first = self.seq + 1
-        rows = [self._row(first + i, now, event) for i, (now, event) in enumerate(events)]
-        with self._transaction():
-            self._many(EVENT, [*self._derived, *rows])
-            self._many(DECIDED, self._undecided)
-            self._many(PAYLOAD, [(p.id, self.run, _info(p), *self._put(p)) for p in payloads])
-            if self._durable:
-                self._log.sync()
-            dropped = [d for i in forget for d in self.base.execute(FORGET, (i,)).fetchall()]
-            self._many(META, list(meta))
+        for now, event in events:
+            self.enter(now, event)
+        self.commit(self.take(payloads, forget, meta))
+        return first
+
+    def enter(self, now: float, event: Event) -> int:
+        """Take in an input, its seq; the next batch writes it."""
+        self.seq += 1
+        self._entered.append(Entry(self.seq, now, event))
+        return self.seq
+
+    def take(
+        self,
+        payloads: Iterable[Payload] = (),
+        forget: Iterable[str] = (),
+        meta: Iterable[tuple[str, str]] = (),
+    ) -> Batch:
+        """All that waits, to be given to `commit`, perhaps in another thread."""
+        entered, self._entered = self._entered, []
+        decided, self._decided = self._decided, []
+        return Batch(entered, decided, list(payloads), list(forget), list(meta))
+
+    def commit(self, batch: Batch) -> None:
+        """Write it down, durably. ServerError FL-S203 where the disk does not take it: then what
+        was entered since is forgotten with it."""
+        dropped: list[tuple[int | None]] = []
+        try:
+            with self._transaction():
+                self._many(EVENT, [entry.row(self.run) for entry in batch.entries])
+                self._many(DECIDED, batch.decided)
+                rows = [(p.id, self.run, _info(p), *self._put(p)) for p in batch.payloads]
+                self._many(PAYLOAD, rows)
+                if self._durable:
+                    self._log.sync()
+                for update in batch.forget:
+                    dropped += self.base.execute(FORGET, (update,)).fetchall()
+                self._many(META, batch.meta)
+        except BaseException:
+            self._lost = True
+            self._decided = batch.decided + self._decided
+            raise
+        if batch.entries:
+            self._written = batch.entries[-1].seq
         for (segment,) in dropped:
             if segment is not None:
                 self._log.drop(segment)
-        self.seq += len(rows)
-        self._undecided, self._derived = [], []
-        return first
 
     def _many(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
         if rows:
             self.base.executemany(statement, rows)
 
-    def derive(self, now: float, event: Event) -> int:
-        """Take in an event that follows from inputs already written; the next `append` writes it.
-
-        Were it lost, a replay would come to the same event again.
-        """
-        self.seq += 1
-        self._derived.append(self._row(self.seq, now, event))
-        return self.seq
-
     @property
     def behind(self) -> bool:
         """Whether something waits to be written with the next inputs."""
-        return bool(self._derived or self._undecided)
-
-    def _row(self, seq: int, now: float, event: Event) -> tuple[int, str, float, str, str]:
-        return seq, self.run, now, type(event).__name__, state.dumps(event)
+        return bool(self._entered or self._decided) and not self._lost
 
     def _put(self, payload: Payload) -> tuple[int | None, int | None]:
         if payload.data is None:
@@ -166,12 +214,19 @@ class Journal:
         return place.segment, place.offset
 
     def decide(self, seq: int, actions: Sequence[Action]) -> None:
-        """What was decided about input `seq`; written with the next batch."""
-        self._undecided.append((dump_actions(actions), seq))
+        """What was decided about input `seq`; written with it, or with the next batch."""
+        self._decide(seq, dump_actions(actions))
 
     def fail(self, seq: int, error: str) -> None:
         """Nothing was decided about input `seq`: the strategy failed on it."""
-        self._undecided.append((json.dumps({FAILED: error}), seq))
+        self._decide(seq, json.dumps({FAILED: error}))
+
+    def _decide(self, seq: int, text: str) -> None:
+        at = len(self._entered) - 1 - (self.seq - seq)
+        if at >= 0:
+            self._entered[at].actions = text
+        else:
+            self._decided.append((text, seq))
 
     def snapshot(self, now: float, text: str) -> None:
         """A state from which reading may start, instead of from the beginning. FL-S203."""
@@ -246,7 +301,7 @@ class Journal:
             ) from error
 
     def flush(self) -> None:
-        """Write decisions that have not ridden along yet."""
+        """Write what has not ridden along yet."""
         if self.behind:
             self.append([])
 

@@ -34,7 +34,7 @@ from atoll.protocols.events import (
 )
 from atoll.server.driver import Clock, Driver, in_order
 from atoll.server.driver import _Input as Input
-from atoll.server.journal import Journal, dump_actions
+from atoll.server.journal import Batch, Journal, dump_actions
 from atoll.server.replay import replay
 from atoll.server.rules import Rules
 from atoll.server.run import Effect, Merge, Order, Outcome, Run
@@ -87,8 +87,13 @@ class Answering:
     def tell(self, client: str, outcome: Outcome) -> None:
         self.told.append(outcome)
 
-    def heard(self, now: float, event: Event, actions: list[Action], effects: list[Effect]) -> None:
-        self.heard_.append((now, event, actions))
+    def quick(self, merge: Merge) -> bool:
+        return False
+
+    def heard(
+        self, now: float, event: Event, actions: list[Action], effects: list[Effect]
+    ) -> Callable[[], None]:
+        return lambda: self.heard_.append((now, event, actions))
 
     def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
         forget, self.forget = self.forget, []
@@ -285,7 +290,7 @@ def test_an_update_at_the_instant_of_its_deadline_is_in_time(tmp_path: Path) -> 
         async def late() -> None:
             driver.attach()
             driver.post(JOINED)
-            await driver._handle(await driver._batch())
+            await driver._take(await driver._batch())
             clock.shown = 0.9999
             driver._fire("deadline", 1.0)
             driver.post(result(driver.run.open["a"]))
@@ -305,7 +310,7 @@ def test_a_timer_cancelled_while_it_waits_to_be_handled_is_not_heard(tmp_path: P
         async def both() -> None:
             driver.attach()
             driver.post(JOINED)
-            await driver._handle(await driver._batch())
+            await driver._take(await driver._batch())
             clock.shown = 2.0
             driver.post(result(driver.run.open["a"]))
             driver._fire("deadline", 1.0)
@@ -531,7 +536,8 @@ def test_snapshots_are_taken_every_so_many_inputs_where_there_are_any(tmp_path: 
             driver.attach()
             for client in "abcd":
                 driver.post(ClientJoined(client, ClientInfo(1)))
-                await driver._handle(await driver._batch())
+                await driver._take(await driver._batch())
+                await driver._settle()
             await serving(driver, Stopping("enough"))
 
         driver.run.strategy = Strategy()
@@ -577,6 +583,9 @@ def test_decisions_that_cannot_be_written_at_the_end_are_told(tmp_path: Path) ->
 class Quick(Answering):
     """A world whose merges take no time: they are heard without a wait for the disk."""
 
+    def quick(self, merge: Merge) -> bool:
+        return True
+
     def merge(self, merge: Merge) -> None:
         self.driver.derive(Merged(merge.version, tuple(u for u, _ in merge.items)))
 
@@ -591,13 +600,13 @@ def test_what_follows_from_an_input_has_its_time_not_that_of_what_waits(tmp_path
         async def three() -> None:
             driver.attach()
             driver.post(JOINED)
-            await driver._handle(await driver._batch())
+            await driver._take(await driver._batch())
             clock.shown = 1.0
             driver.post(result(driver.run.open["a"]))
             batch = await driver._batch()
             clock.shown = 2.0
             driver.post(ClientJoined("b", ClientInfo(1)))  # while the batch goes to the disk
-            await driver._handle(batch)
+            await driver._take(batch)
             clock.shown = 3.0
             await serving(driver, Stopping("enough"))
 
@@ -661,10 +670,140 @@ def test_a_strategy_may_fail_on_what_follows_too(tmp_path: Path) -> None:
         async def fail() -> None:
             driver.attach()
             driver.post(JOINED)
-            await driver._handle(await driver._batch())
+            await driver._take(await driver._batch())
             await serving(driver, result(driver.run.open["a"]))
 
         with pytest.raises(ServerError, match="failed on Merged") as failed:
             asyncio.run(fail())
         assert failed.value.code == "FL-S204"
         assert [seq for seq, _ in driver.journal.failures()] == [3]
+
+
+# ---- what is said, and when ------------------------------------------------------------------
+
+
+class Careful(Answering):
+    """Looks into the journal whenever something shows outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []  # what was said, inputs in the journal by then
+
+    def _look(self, what: str) -> None:
+        (count,) = self.driver.journal.base.execute("SELECT count(*) FROM event").fetchone()
+        self.seen.append((what, count))
+
+    def deliver(self, order: Order) -> None:
+        self._look(order.id)
+
+    def tell(self, client: str, outcome: Outcome) -> None:
+        self._look(outcome.fate)
+
+
+def joined(client: str) -> ClientJoined:
+    return ClientJoined(client, ClientInfo(1))
+
+
+def test_nothing_is_said_of_an_input_that_is_not_written(tmp_path: Path) -> None:
+    world = Careful()
+    with driven(tmp_path, FedAvg(steps=1, min_clients=2), world) as driver:
+
+        async def two() -> None:
+            driver.attach()
+            driver.post(joined("a"))
+            await driver._take(await driver._batch())
+            assert world.seen == []  # nobody waits: it is not written yet either
+            assert driver.journal.behind
+            driver.post(joined("b"))
+            await driver._take(await driver._batch())
+            assert world.seen == [("o0", 2), ("o1", 2)]
+            await serving(driver, Stopping("enough"))
+
+        asyncio.run(two())
+
+
+def test_inputs_for_which_only_receipts_wait_are_written_together(tmp_path: Path) -> None:
+    with driven(tmp_path, FedAvg(steps=1, min_clients=3), Careful()) as driver:
+        receipts: list[str] = []
+        commits: list[int] = []
+        commit = driver.journal.commit
+
+        def counted(batch: Batch) -> None:
+            commit(batch)
+            commits.append(len(batch.entries))
+
+        driver.journal.commit = counted  # type: ignore[method-assign]
+
+        async def three() -> None:
+            driver.attach()
+            for client in "abc":
+                driver.post(joined(client))
+            await driver._take(await driver._batch())
+            for client in "abc":
+                done = result(driver.run.open[client])
+                driver.post(done, then=lambda: receipts.append(str(len(commits))))
+                await driver._take(await driver._batch())
+                assert len(receipts) == (3 if client == "c" else 0)
+            await serving(driver, Stopping("enough"))
+
+        asyncio.run(three())
+        assert commits[:2] == [3, 3]
+        assert receipts == ["2", "2", "2"]
+
+
+def test_a_receipt_does_not_wait_for_an_input_that_never_comes(tmp_path: Path) -> None:
+    with driven(tmp_path, FedAvg(steps=1, min_clients=3)) as driver:
+
+        async def one() -> None:
+            served = asyncio.create_task(driver.serve())
+            await asyncio.sleep(0)
+            written = asyncio.Event()
+            driver.post(joined("a"), then=written.set)
+            await asyncio.wait_for(written.wait(), 5)
+            driver.stop("enough")
+            await asyncio.wait_for(served, 5)
+
+        asyncio.run(one())
+
+
+def test_what_comes_after_waits_for_all_that_came_before(tmp_path: Path) -> None:
+    """A client that is back is told of its order: by then the order must be in the journal."""
+    with driven(tmp_path, FedAvg(steps=1, min_clients=2)) as driver:
+        seen: list[int] = []
+
+        def look() -> None:
+            seen.append(len(rows(driver)))
+
+        async def back() -> None:
+            driver.attach()
+            served = asyncio.create_task(driver.serve())
+            await asyncio.sleep(0)
+            driver.post(joined("a"))
+            driver.after(look)
+            driver.stop("enough")
+            driver.after(look)
+            await asyncio.wait_for(served, 5)
+            driver.after(look)
+
+        asyncio.run(back())
+        assert seen == [2, 2, 2]
+
+
+def test_a_journal_that_failed_writes_nothing_that_followed(tmp_path: Path) -> None:
+    """What was worked out while the disk refused its cause would make no sense without it."""
+    with driven(tmp_path, FedBuff(size=1, steps=5), Quick()) as driver:
+
+        async def full() -> None:
+            driver.attach()
+            driver.post(JOINED)
+            await driver._take(await driver._batch())
+            driver.post(result(driver.run.open["a"]))
+            driver.journal.base.execute("PRAGMA query_only = ON")
+            with pytest.raises(ServerError, match="readonly"):
+                await driver._take(await driver._batch())
+            driver.journal.base.execute("PRAGMA query_only = OFF")
+            driver.journal.flush()
+
+        asyncio.run(full())
+        assert [type(event).__name__ for _, event, _ in rows(driver)] == ["ClientJoined"]
+        driver._disk.shutdown()

@@ -54,8 +54,13 @@ class Instant:
         used = tuple(update for update, _ in merge.items)
         self.driver.post(Merged(merge.version, used), then=self.merged.set)
 
-    def heard(self, now: float, event: Event, actions: list[Action], effects: list[Effect]) -> None:
-        self.rows.append((now, event, actions))
+    def quick(self, merge: Merge) -> bool:
+        return False
+
+    def heard(
+        self, now: float, event: Event, actions: list[Action], effects: list[Effect]
+    ) -> Callable[[], None]:
+        return lambda: self.rows.append((now, event, actions))
 
     def deliver(self, order: Order) -> None: ...
 
