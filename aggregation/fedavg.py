@@ -87,6 +87,16 @@ class FedAvg(Strategy):
                 "FL-S102", f"cohort={self.cohort} and fraction={self.fraction}", "give one of them"
             )
 
+    def merge_sizes(self, clients: int | None = None) -> tuple[int, int | None]:
+        """With late="stale" there is no most: any number of stragglers may join a merge."""
+        most = [n for n in (self.cohort, clients) if n is not None]
+        return self.min_results, None if self.late == "stale" else min(most, default=None)
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """See `atoll.protocols.facts`."""
+        return frozenset({"stale" if self.late == "stale" else "rounds"})
+
     # ---- events
 
     def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:

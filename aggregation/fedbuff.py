@@ -6,7 +6,7 @@ Nguyen et al. 2022, https://arxiv.org/abs/2106.06639. With `size=1` it is FedAsy
 
 import random
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from atoll.aggregation.checks import at_least, one_of, positive
 from atoll.aggregation.staleness import discount
@@ -42,6 +42,8 @@ class FedBuff(Strategy):
     nobody is left training.
     """
 
+    gives: ClassVar[frozenset[str]] = frozenset({"stale"})
+
     size: int = 10  # K, results a version
     steps: int = 50  # local steps of every order
     lr: float = 1.0  # server step size
@@ -69,6 +71,10 @@ class FedBuff(Strategy):
         positive(lr=self.lr, max_age=self.max_age)
         one_of(("examples", "equal"), weighting=self.weighting)
         discount(self.staleness)
+
+    def merge_sizes(self, clients: int | None = None) -> tuple[int, int | None]:
+        """A buffer is merged before it is full when nobody is left to fill it."""
+        return 1, self.size
 
     # ---- events
 

@@ -5,7 +5,7 @@ Li et al., ICLR 2024, https://arxiv.org/abs/2309.14675, with the repairs that a 
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from atoll.aggregation import compass_groups as compass
 from atoll.aggregation.checks import at_least, at_most, one_of, positive
@@ -53,11 +53,13 @@ class FedCompass(Strategy):
     absent until it is heard again.
     """
 
+    gives: ClassVar[frozenset[str]] = frozenset({"stale"})
+
     min_steps: int = 20  # Q_min, local steps
     max_steps: int = 100  # Q_max
     slack: float = 1.2  # lambda: a group waits so many times its expected length
     smoothing: float = 0.9  # beta: weight of the newest observation of a client's pace
-    alpha: float = 0.9
+    alpha: float = 0.9  # server step size; the weights of all clients, fresh, sum to it
     staleness_exponent: float = 0.5  # a
     staleness_at: Literal["aggregation", "arrival"] = "aggregation"  # "arrival" is the paper's
     client_weight: Literal["samples", "equal"] = "samples"

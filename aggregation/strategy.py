@@ -8,6 +8,7 @@ JSON by `atoll.protocols.state`.
 
 from collections.abc import Iterator
 
+from atoll.protocols.errors import ServerError
 from atoll.protocols.events import (
     Action,
     ClientInfo,
@@ -31,25 +32,39 @@ class Strategy:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about `event` at `now` (run clock, seconds, never decreasing)."""
+        actions = self._heard(event, now)
+        if actions is None:
+            raise _no_actions(self, event)
+        return list(actions)
+
+    def _heard(self, event: Event, now: float) -> Actions:
         match event:
             case UpdateReceived(update):
                 if not update.final:
-                    return list(self.on_snapshot(update, now))
+                    return self.on_snapshot(update, now)
                 if not update.current:
-                    return list(self.on_late(update, now))
-                return list(self.on_update(update, now))
+                    return self.on_late(update, now)
+                return self.on_update(update, now)
             case ClientJoined(client, info):
-                return list(self.on_join(client, info, now))
+                return self.on_join(client, info, now)
             case ClientLeft(client, reason):
-                return list(self.on_leave(client, reason, now))
+                return self.on_leave(client, reason, now)
             case TimerFired(timer):
-                return list(self.on_timer(timer, now))
+                return self.on_timer(timer, now)
             case Merged():
-                return list(self.on_merged(event, now))
+                return self.on_merged(event, now)
             case Evaluated():
-                return list(self.on_evaluated(event, now))
+                return self.on_evaluated(event, now)
             case Stopping(reason):
-                return list(self.on_stop(reason, now))
+                return self.on_stop(reason, now)
+
+    def merge_sizes(self, clients: int | None = None) -> tuple[int, int | None]:
+        """The fewest and the most updates a version may be made of; None: there is no most.
+
+        `clients`: how many there will ever be, None if nobody knows. By this the check at start
+        finds an aggregator that would never have enough.
+        """
+        return 1, None
 
     def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
         """A client may be trained from now on."""
@@ -86,3 +101,11 @@ class Strategy:
     def on_stop(self, reason: str, now: float) -> Actions:
         """The run ends: aggregate what is still held, or leave it. Orders are no longer given."""
         yield from ()
+
+
+def _no_actions(strategy: Strategy, event: Event) -> ServerError:
+    return ServerError(
+        "FL-S204",
+        f"{type(strategy).__name__} answers {type(event).__name__} with None, not with actions",
+        "a hook yields its actions: where it has none to yield, end it with `yield from ()`",
+    )

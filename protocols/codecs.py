@@ -85,6 +85,7 @@ class _Half:
 
     name: str
     dtype: torch.dtype
+    gives: typing.ClassVar[frozenset[str]] = frozenset({"lossy"})
 
     def size(self, count: int) -> int:
         return 2 * count

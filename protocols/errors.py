@@ -33,6 +33,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-S107": Entry(3, "no such run or version"),
     "FL-S108": Entry(2, "bad argument"),
     "FL-S109": Entry(4, "state directory belongs to another run"),
+    "FL-S110": Entry(78, "name offered twice"),
     "FL-S201": Entry(73, "port in use"),
     "FL-S202": Entry(73, "state directory in use by another server"),
     "FL-S203": Entry(74, "disk full or failing"),

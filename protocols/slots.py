@@ -2,7 +2,12 @@
 
 A spec is `name`, `name:key=value,key=value`, `module:object` or `module:object:key=value`. Built-in
 names are given as `{"fedavg": "atoll.aggregation.fedavg:FedAvg"}`; third parties add theirs as
-entry points in the group `atoll.<slot>`, e.g. `atoll.strategy`.
+entry points:
+
+    [project.entry-points."atoll.strategies"]      # also .aggregators, .outers, .locals, .codecs,
+    pairs = "their_package:Pairs"                  # .models, .trainers
+
+A name that is offered twice is nobody's: it is refused when it is used.
 """
 
 import difflib
@@ -73,15 +78,33 @@ def _parameters(made: Callable[..., object]) -> str:
 
 
 def find(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
-    """The object that `spec` names, not called."""
+    """The object that `spec` names, not called. UsageError FL-S101, FL-S103 or FL-S110."""
+    where, package = locate(slot, spec, builtin)
+    return _load(slot, where, package)
+
+
+def locate(slot: str, spec: str, builtin: Mapping[str, str]) -> tuple[str, str]:
+    """(module:object, the installed package that offers it or ""); nothing is imported.
+
+    UsageError FL-S101 (no such name, with the nearest) or FL-S110 (offered twice).
+    """
     name, target, _ = split(spec)
     if target:
-        return _load(slot, f"{name}:{target}")
+        return f"{name}:{target}", ""
+    offered = installed(slot)
+    found = offered.get(name, [])
+    if len(found) + (name in builtin) > 1:
+        by = ["Atoll itself"] if name in builtin else []
+        raise UsageError(
+            "FL-S110",
+            f"{slot} {name!r} is offered by {' and by '.join([*by, *map(offerer, found)])}",
+            f"uninstall one, or name yours as {found[0].module}:{found[0].attr}",
+        )
+    if found:
+        return f"{found[0].module}:{found[0].attr}", offerer(found[0])
     if name in builtin:
-        return _load(slot, builtin[name])
-    for point in importlib.metadata.entry_points(group=f"atoll.{slot}", name=name):
-        return point.load()
-    known = sorted(builtin)
+        return builtin[name], ""
+    known = sorted({*builtin, *offered})
     near = difflib.get_close_matches(name, known, 1)
     raise UsageError(
         "FL-S101",
@@ -91,13 +114,33 @@ def find(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
     )
 
 
+def group(slot: str) -> str:
+    """The group of entry points in which packages offer theirs, e.g. "atoll.codecs"."""
+    return "atoll." + {"strategy": "strategies", "local algorithm": "locals"}.get(slot, f"{slot}s")
+
+
+def installed(slot: str) -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """What installed packages offer, by name; one that is offered twice has two."""
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in importlib.metadata.entry_points(group=group(slot)):
+        same = found.setdefault(point.name, [])
+        if all(point.value != other.value for other in same):
+            same.append(point)
+    return dict(sorted(found.items()))
+
+
+def offerer(point: importlib.metadata.EntryPoint) -> str:
+    """The package that an entry point came with."""
+    return "an installed package" if point.dist is None else f"package {point.dist.name!r}"
+
+
 def see_own_folder() -> None:
     """Let imports find a user's own module in the folder the command is typed in."""
     if "" not in sys.path:
         sys.path.insert(0, "")
 
 
-def _load(slot: str, path: str) -> object:
+def _load(slot: str, path: str, package: str) -> object:
     module, _, attribute = path.partition(":")
     see_own_folder()
     try:
@@ -105,10 +148,19 @@ def _load(slot: str, path: str) -> object:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
+        of = f" of {package}" if package else ""
         raise UsageError(
             "FL-S103",
-            f"{slot} {path!r} cannot be imported: {error}",
-            "check the path and PYTHONPATH",
+            f"{slot} {path!r}{of} cannot be imported: {error}",
+            "mend the package, or uninstall it" if package else "check the path and PYTHONPATH",
+        ) from error
+    except Exception as error:
+        if not package:
+            raise
+        raise UsageError(
+            "FL-S103",
+            f"{slot} {path!r} of {package} fails when it is imported: {error!r}",
+            "mend the package, or uninstall it",
         ) from error
     return found
 

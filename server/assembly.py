@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from atoll.protocols.events import Evaluated
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.membership import Membership
 from atoll.protocols.tensors import sections_of
+from atoll.server.check import mixed
 from atoll.server.driver import Clock, Driver
 from atoll.server.evaluate import Evaluator, Judge
 from atoll.server.history import line
@@ -38,6 +40,8 @@ from atoll.server.spec import STRATEGIES, RunSpec
 from atoll.server.uploads import Uploads
 from atoll.server.versions import VersionStore
 from atoll.server.workshop import Stock, Workshop
+
+logger = logging.getLogger(__name__)
 
 FLUSH = 0.1  # seconds a row of the history may wait for the disk
 MOST_LINES = 500  # of the history, in one answer
@@ -68,6 +72,9 @@ class Assembly:
             cast("Outer", slots.get("outer") or outer(spec.outer)),
             cast("Buffers", spec.buffers),
         )
+        parts = {"strategy": strategy, "aggregator": merger.aggregator, "outer": merger.outer}
+        for warning in mixed(spec, None, parts):
+            logger.warning("run=%s %s", spec.id, warning)
         self.workshop = Workshop(self.store, merger, uploads, codec(spec.codec_up), spec.keep)
         self.journal = Journal(folder / "journal.sqlite", spec.id)
         self.resumed = self.journal.seq > 0 or bool(self.store.numbers())

@@ -1,46 +1,101 @@
 """Check: refuse what cannot be before a port is opened, a file written, or torch imported.
 
-Names are looked up, not made: their parameters are for the slots themselves, later. Only where data
-is not found is torch needed, to say precisely why.
+Names are looked up, not made: their parameters are for the slots themselves, later. Then the mix is
+judged by what its parts declare (`atoll.aggregation.compose`): here by what can be read without an
+import, and once more, by the parts themselves, where they are made. Only where data is not found is
+torch needed, to say precisely why.
 """
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
+from atoll.aggregation import compose
 from atoll.aggregation.strategy import Strategy
-from atoll.protocols import slots
+from atoll.protocols import facts, slots
 from atoll.protocols.errors import UsageError
+from atoll.protocols.facts import Facts
+from atoll.server import catalogue
 from atoll.server.spec import STRATEGIES, RunSpec
 
-# The built-in names, whose own tables lie beside torch; a test holds these to those.
-KNOWN: Mapping[str, frozenset[str]] = {
-    "aggregator": frozenset(
-        {"mean", "median", "trimmed-mean", "krum", "multi-krum", "rfa", "geometric-median"}
-        | {"centered-clipping", "norm-clipping"}
-    ),
-    "outer": frozenset({"average", "sgd", "momentum", "nesterov", "adam", "yogi", "adagrad"}),
-    "local algorithm": frozenset({"plain", "fedprox"}),
-    "model": frozenset({"linear", "mlp", "cnn", "resnet18", "charlm"}),
-    "codec": frozenset({"fp32", "fp16", "bf16"}),
-    "data": frozenset({"digits", "mnist", "cifar10", "text", "npz", "synthetic", "csv"}),
-}
 FILES = ("mnist", "cifar10", "text", "csv", "npz")  # data that lies at a path
+SLOTS: Mapping[str, str] = {  # slot -> the field of the spec that names it
+    "strategy": "strategy",
+    "aggregator": "aggregator",
+    "outer": "outer",
+    "local algorithm": "algorithm",
+    "codec": "codec_up",
+    "codec down": "codec_down",
+}
 
 
-def check(spec: RunSpec, trains: bool = True) -> None:
-    """UsageError or DataError for a slot's name; `trains` False: the strategy alone matters."""
-    strategy_of(spec)
+def check(
+    spec: RunSpec,
+    trains: bool = True,
+    clients: int | None = None,
+    made: Mapping[str, object] = MappingProxyType({}),
+) -> list[str]:
+    """Warnings. UsageError or DataError for a slot's name, or a mix that cannot be.
+
+    `trains` False: the strategy alone matters. `clients`: how many there will ever be. `made` are
+    parts that are objects already, by slot.
+    """
+    strategy = strategy_of(spec) if "strategy" not in made else made["strategy"]
     if not trains:
-        return
-    named = [
-        ("aggregator", spec.aggregator), ("outer", spec.outer),
-        ("local algorithm", spec.algorithm), ("model", spec.model),
-        ("codec", spec.codec_up), ("codec", spec.codec_down),
-    ]  # fmt: skip
-    for slot, name in named:
-        _check_name(slot, name)
-    _check_data(spec.data)
+        return []
+    for slot, name in [*_named(spec).items(), ("model", spec.model)]:
+        if slot not in made and slot != "strategy":
+            _check_name("codec" if slot == "codec down" else slot, name)
+    if "data" not in made and spec.data:
+        _check_data(spec.data)
+    return mixed(spec, clients, {**made, "strategy": strategy})
+
+
+def mixed(spec: RunSpec, clients: int | None, made: Mapping[str, object]) -> list[str]:
+    """Judge the mix: by the parts in `made`, by slot, and by what can be read of the others."""
+    parts = [_of_the_run(spec)]
+    for slot, name in _named(spec).items():
+        part = made.get(slot)
+        parts.append(
+            catalogue.facts_of(slot, name) if part is None else of_part(slot, name, part, clients)
+        )
+    return compose.check(parts, catalogue.offers)
+
+
+def made_of(spec: RunSpec) -> dict[str, object]:
+    """The server's parts of the mix, made: what they declare may depend on their parameters."""
+    from atoll.aggregation.aggregator import aggregator
+    from atoll.aggregation.outer import outer
+    from atoll.protocols.codecs import codec
+
+    return {
+        "strategy": strategy_of(spec),
+        "aggregator": aggregator(spec.aggregator),
+        "outer": outer(spec.outer),
+        "codec": codec(spec.codec_up),
+        "codec down": codec(spec.codec_down),
+    }
+
+
+def of_part(slot: str, name: str, part: object, clients: int | None = None) -> Facts:
+    found = facts.of_object(slot, name, part)
+    if isinstance(part, Strategy):
+        return replace(found, merges=part.merge_sizes(clients))
+    return found
+
+
+def _of_the_run(spec: RunSpec) -> Facts:
+    """What the run's own options give; clients of this package keep state in any case."""
+    gives = {"client_state"}
+    if spec.local.get("optimizer", "sgd") == "sgd" and not spec.local.get("momentum"):
+        gives.add("plain_sgd")
+    return Facts("run", spec.name, gives=frozenset(gives))
+
+
+def _named(spec: RunSpec) -> dict[str, str]:
+    return {slot: getattr(spec, field) for slot, field in SLOTS.items()}
 
 
 def strategy_of(spec: RunSpec) -> Strategy:
@@ -56,11 +111,9 @@ def strategy_of(spec: RunSpec) -> Strategy:
 
 def _check_name(slot: str, spec: str) -> None:
     name, target, _ = slots.split(spec)
-    if name in KNOWN[slot] and not target:
-        return
-    if target and _importable(name):
-        return
-    slots.find(slot, spec, dict.fromkeys(KNOWN[slot], ""))  # an entry point, or an error
+    where, _ = slots.locate(slot, spec, catalogue.builtin(slot))
+    if target and not _importable(name):
+        slots.find(slot, where, {})  # it knows better, and says what is wrong
 
 
 def _importable(module: str) -> bool:
@@ -74,7 +127,7 @@ def _importable(module: str) -> bool:
 
 def _check_data(spec: str) -> None:
     name, _, rest = spec.partition(":")
-    if name in KNOWN["data"]:
+    if name in catalogue.builtin("data"):
         there = name not in FILES or Path(rest.partition(",")[0]).exists()
     else:
         there = bool(rest) and _importable(name)

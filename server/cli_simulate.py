@@ -75,14 +75,17 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
 
     The same command gives the same history, whose hash is printed.
     """
-    from atoll.server.check import check, strategy_of
+    from atoll.server.check import check, made_of, mixed, strategy_of
     from atoll.server.simulator import simulate as run
 
     spec, rules = spec_of(given), rules_of(given)
     if given["null"] and rules.target is not None:
         raise UsageError("FL-S104", "--null evaluates nothing", "drop --target-accuracy or --null")
-    check(spec, trains=not given["null"])
     clients = clients_of(given, spec.seed)
+    check(spec, trains=not given["null"], clients=len(clients))
+    if not given["null"]:
+        for warning in mixed(spec, len(clients), made_of(spec)):
+            console.say(f"warning: {warning}")
     began = time.monotonic()
     learning = None if given["null"] else training_of(spec, clients, given)
     up, down = _sizes(spec, learning, given)

@@ -25,6 +25,7 @@ from atoll.protocols.channel import SERVER_OPTIONS, tune_malloc
 from atoll.protocols.errors import RemoteError, ServerError, UsageError
 from atoll.protocols.ids import ulid
 from atoll.server.bulk import Bulk
+from atoll.server.check import check
 from atoll.server.rules import Rules
 from atoll.server.service import Service
 from atoll.server.spec import RunSpec, open_spec
@@ -94,6 +95,8 @@ class Server:
             codec_down=codec, local=dict(local or {}), seed=seed, lease=lease,
         )  # fmt: skip
         slots = {k: v for k, v in given.items() if v is not None and not isinstance(v, str)}
+        if not (Path(folder) / "run.json").exists():
+            check(wanted, made=slots)
         spec = open_spec(Path(folder), wanted, set(names))
         self._set(spec, Path(folder), rules, slots, init, insecure_lan, None)
 

@@ -12,6 +12,7 @@ from atoll.aggregation import FedAvg, FedBuff, FedCompass, Strategy
 from atoll.aggregation.strategy import Actions
 from atoll.aggregation.testing import check_strategy, history, restart
 from atoll.aggregation.virtual import Virtual
+from atoll.protocols.errors import ServerError
 from atoll.protocols.events import (
     Action,
     Aggregate,
@@ -56,6 +57,41 @@ def result(**more: bool) -> UpdateReceived:
 )
 def test_every_event_has_an_empty_answer(event: Event, said: list[Action]) -> None:
     assert Strategy().handle(event, 0.0) == said
+
+
+def test_a_hook_without_a_yield_is_told_with_its_remedy() -> None:
+    class Halting(Strategy):
+        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:  # type: ignore[return]
+            pass
+
+    with pytest.raises(ServerError) as caught:
+        Halting().handle(ClientJoined("a", ClientInfo(1)), 0.0)
+    assert caught.value.code == "FL-S204"
+    assert caught.value.message == "Halting answers ClientJoined with None, not with actions"
+    assert "yield from ()" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("strategy", "clients", "sizes"),
+    [
+        (Strategy(), 4, (1, None)),
+        (FedAvg(), None, (1, None)),
+        (FedAvg(cohort=8, min_results=2), None, (2, 8)),
+        (FedAvg(cohort=8), 5, (1, 5)),
+        (FedAvg(cohort=8, late="stale"), 5, (1, None)),
+        (FedBuff(size=3), 2, (1, 3)),
+        (FedCompass(), 4, (1, None)),
+    ],
+)
+def test_a_strategy_knows_how_many_updates_a_version_may_have(
+    strategy: Strategy, clients: int | None, sizes: tuple[int, int | None]
+) -> None:
+    assert strategy.merge_sizes(clients) == sizes
+
+
+def test_what_a_strategy_gives_depends_on_its_parameters() -> None:
+    assert FedAvg().gives == {"rounds"}
+    assert FedAvg(late="stale").gives == FedBuff().gives == FedCompass().gives == {"stale"}
 
 
 # ---- a strategy of one's own

@@ -1,39 +1,27 @@
-"""Check: wrong names are refused without torch, and the names it knows are those there are."""
+"""Check: wrong names, and mixes that cannot be, are refused without torch."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from atoll.aggregation import FedAvg, FedBuff, Krum, Median
 from atoll.protocols.errors import AtollError, UsageError
-from atoll.server.check import FILES, KNOWN, check
+from atoll.server import catalogue
+from atoll.server.check import FILES, check, made_of, mixed
 from atoll.server.spec import RunSpec, withdraw
-
-TABLES = {
-    "aggregator": "atoll.aggregation.aggregator",
-    "outer": "atoll.aggregation.outer",
-    "local algorithm": "atoll.client.algorithm",
-    "model": "atoll.client.models",
-    "codec": "atoll.protocols.codecs",
-    "data": "atoll.client.data",
-}
 
 
 def spec(**given: str) -> RunSpec:
     return RunSpec("01J8ZQ4T0V7M3N5P6R8S9T0V1W", **given)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("slot", KNOWN)
-def test_the_names_it_knows_are_those_of_the_slot(slot: str) -> None:
-    assert set(importlib.import_module(TABLES[slot]).BUILTIN) == KNOWN[slot]
-
-
 @pytest.mark.parametrize("slot", ["aggregator", "outer", "algorithm", "model", "data"])
 def test_every_built_in_name_passes(slot: str) -> None:
-    for name in KNOWN["local algorithm" if slot == "algorithm" else slot] - set(FILES):
-        check(spec(**{slot: name}))
+    for name in catalogue.builtin("local algorithm" if slot == "algorithm" else slot):
+        if name not in FILES:
+            check(spec(strategy="fedavg:cohort=20", **{slot: name}))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +80,48 @@ def test_a_wrong_name_costs_no_import_of_torch() -> None:
     assert told.stdout == "False\n", told.stderr
     assert told.stderr.count("error FL-S101") == 12
     assert not Path("never").exists()
+
+
+def test_a_rule_that_never_has_enough_updates_is_refused_by_its_parameters() -> None:
+    asked = spec(strategy="fedavg:cohort=4", aggregator="krum:f=2")
+    with pytest.raises(UsageError) as caught:
+        mixed(asked, None, made_of(asked))
+    assert caught.value.code == "FL-S104"
+    assert caught.value.message == (
+        "aggregator krum:f=2 needs 7 updates for a version, "
+        "strategy fedavg:cohort=4 never brings more than 4"
+    )
+
+
+def test_of_few_clients_no_round_is_large() -> None:
+    with pytest.raises(UsageError, match="never brings more than 2"):
+        check(spec(strategy="fedavg", aggregator="median"), clients=2)
+    check(spec(strategy="fedavg:min_results=3", aggregator="median"), clients=3)
+
+
+def test_a_buffer_of_one_is_never_enough_for_a_median() -> None:
+    with pytest.raises(UsageError, match="strategy fedasync never brings more than 1"):
+        check(spec(strategy="fedasync", aggregator="median"))
+
+
+def test_a_strategy_that_may_bring_fewer_is_a_warning() -> None:
+    (warning,) = check(spec(strategy="fedcompass", aggregator="median"))
+    assert warning == (
+        "aggregator median needs 3 updates for a version; strategy fedcompass may bring fewer, "
+        "and those are merged by their mean"
+    )
+    assert check(spec(strategy="fedavg:min_results=3", aggregator="median")) == []
+
+
+def test_objects_are_judged_like_names() -> None:
+    named = spec(strategy="own:Rounds", aggregator="own:Rule", data="")
+    made = {"strategy": FedAvg(cohort=6), "aggregator": Krum(f=2), "model": object()}
+    with pytest.raises(UsageError, match=r"own:Rule needs 7 updates .* own:Rounds never .* 6"):
+        check(named, made=made)
+    check(named, made={**made, "strategy": FedBuff(size=7)})
+    assert (
+        check(named, made={**made, "strategy": FedAvg(min_results=3), "aggregator": Median()}) == []
+    )
 
 
 def test_a_run_that_never_began_is_withdrawn(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""Catalogue: every part there is to mix, built in or installed, without importing one of them.
+
+The tables of names stand in the code of their slots, beside torch; they and the parts are read
+from the source (`atoll.protocols.reading`), so a listing is quick and runs nobody's code.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from atoll.protocols import facts, reading, slots
+from atoll.protocols.errors import UsageError
+from atoll.protocols.facts import Facts
+
+TABLES: Mapping[str, str] = {  # slot -> where its built-in names stand
+    "strategy": "atoll.server.spec:STRATEGIES",
+    "aggregator": "atoll.aggregation.aggregator:BUILTIN",
+    "outer": "atoll.aggregation.outer:BUILTIN",
+    "local algorithm": "atoll.client.algorithm:BUILTIN",
+    "codec": "atoll.protocols.codecs:BUILTIN",
+    "model": "atoll.client.models:BUILTIN",
+    "data": "atoll.client.data:BUILTIN",
+}
+MIXED = ("strategy", "aggregator", "outer", "local algorithm", "codec")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One part that can be named."""
+
+    slot: str
+    name: str
+    where: str  # module:object
+    package: str  # that offers it; empty: built in
+    source: reading.Source | None  # None: it has none that can be read
+    error: str = ""  # why it cannot be used
+
+    @property
+    def summary(self) -> str:
+        """In one line: its module's where that is about it by name, else its own."""
+        if self.source is None:
+            return self.error
+        subject, _, idea = self.source.about.partition(": ")
+        named = {_letters(self.name), _letters(self.where.rpartition(":")[2])}
+        return idea if _letters(subject) in named else self.source.summary or self.source.about
+
+    @property
+    def facts(self) -> Facts:
+        """Without what depends on its parameters."""
+        return of_source(self.slot, self.name, self.source)
+
+
+def builtin(slot: str) -> dict[str, str]:
+    """The names of a slot, and where each leads."""
+    try:
+        return reading.table(TABLES[slot])
+    except LookupError:  # no source: installed without, or a table that is computed
+        module, _, name = TABLES[slot].partition(":")
+        return dict(getattr(importlib.import_module(module), name))
+
+
+def entries(slot: str) -> list[Entry]:
+    """All there are: the built-in ones in their own order, then those of installed packages."""
+    found, table = [], builtin(slot)
+    offered = slots.installed(slot)
+    for name in [*table, *(name for name in offered if name not in table)]:
+        points = offered.get(name, [])
+        package = slots.offerer(points[0]) if points else ""
+        try:
+            where, package = slots.locate(slot, name, table)
+            found.append(Entry(slot, name, where, package, *_source(where)))
+        except UsageError as error:
+            found.append(Entry(slot, name, "", package, None, error.message))
+    return found
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+def _source(where: str) -> tuple[reading.Source | None, str]:
+    """What can be read of it, and why it surely cannot be used."""
+    try:
+        return reading.read(where), ""
+    except LookupError as error:
+        there = reading.locate(where.partition(":")[0]) is not None
+        return None, "" if there else str(error.args[0])
+
+
+def facts_of(slot: str, spec: str) -> Facts:
+    """What can be known of a part that a spec names, before it is imported.
+
+    A codec may be several, joined by "+": their facts together.
+    """
+    kind = "codec" if slot == "codec down" else slot
+    table = builtin(kind)
+    told = []
+    for one in spec.split("+") if kind == "codec" else [spec]:
+        try:
+            told.append(of_source(slot, spec, reading.read(slots.locate(kind, one, table)[0])))
+        except (LookupError, UsageError):  # nothing to read, or for others to refuse
+            continue
+    whole = Facts(slot, spec)
+    for one_of in told:
+        whole = Facts(
+            slot, spec, whole.needs | one_of.needs, whole.gives | one_of.gives,
+            whole.refuses | one_of.refuses, one_of.min_results,
+        )  # fmt: skip
+    return whole
+
+
+def of_source(slot: str, name: str, source: reading.Source | None) -> Facts:
+    return facts.told(slot, name, (source.attributes if source else {}).get)
+
+
+def offers() -> Iterator[Facts]:
+    """What could stand in a mix; a codec in both of its slots."""
+    for slot in MIXED:
+        for entry in entries(slot):
+            yield entry.facts
+            if slot == "codec":
+                yield of_source("codec down", entry.name, entry.source)
