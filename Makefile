@@ -17,7 +17,7 @@ BENCHMARKS := merge rate round simulator time_to_target
 # One thread a process: the tests' models are small, and processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check lint bench proto prove-processes prove-packaging clean
+.PHONY: help setup demo test check lint bench proto prove-processes prove-packaging prove-science clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ prove-processes: $(STAMP)  ## Slow proofs: real sockets, real processes, kills
 
 prove-packaging: $(STAMP)  ## Slow proof: wheel from sdist, and nothing but atoll/ in it
 	@$(PYTEST) -m slow tests/test_packaging.py $(ARGS)
+
+prove-science: $(STAMP)  ## Slow proof: the methods' effects on real data; writes docs/science.md (ARGS=fedlaw)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/science/page.py $(ARGS)
 
 clean:  ## Remove what the commands above made, .venv too
 	@rm -rf .venv build dist atoll.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov

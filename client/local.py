@@ -269,14 +269,28 @@ def make_trainer(
     """A trainer from specs, for client `shard[0]` (from 0) of `shard[1]` clients."""
     loaded = load_data(data) if isinstance(data, str) else data
     mine = loaded.shard(shard_of(loaded, partition, shard, seed))
+    return trainer_on(mine, loaded, model, seed, local, algorithm, client, slowdown)
+
+
+def trainer_on(
+    mine: Examples,
+    data: Data,
+    model: str,
+    seed: int = 0,
+    local: LocalConfig = LocalConfig(),
+    algorithm: str = "plain",
+    client: str = "client",
+    slowdown: float = 0.0,
+) -> TorchTrainer:
+    """A trainer from specs, for a client that holds `mine` of `data`."""
     if algorithm == "plain" and local.prox:
         algorithm, local = f"fedprox:mu={local.prox}", replace(local, prox=0.0)
     return TorchTrainer(
-        build(model, loaded.info, seed),
+        build(model, data.info, seed),
         mine,
-        loaded.test,
+        data.test,
         local,
-        kind=loaded.info.kind,
+        kind=data.info.kind,
         algorithm=local_algorithm(algorithm),
         client=client,
         seed=seed,

@@ -60,6 +60,11 @@ def shard_of(data: Data, spec: str, shard: tuple[int, int], seed: int) -> Indice
     at, clients = shard
     if not 0 <= at < clients:
         raise _impossible(f"shard {at} of {clients}", "shards are counted from 0")
+    return shards_of(data, spec, clients, seed)[at]
+
+
+def shards_of(data: Data, spec: str, clients: int, seed: int) -> list[Indices]:
+    """The examples of each of so many clients."""
     name, _, column = spec.partition(":")
     labelled = name in ("classes", "dirichlet")
     if labelled and data.info.kind != "classification":
@@ -70,7 +75,7 @@ def shard_of(data: Data, spec: str, shard: tuple[int, int], seed: int) -> Indice
     if name == "column" and sites is None:
         known = ", ".join(sorted(data.columns)) or "none"
         raise _impossible(f"the data has no column {column!r}", f"its columns: {known}")
-    return partition(spec, data.labels(labelled), clients, seed, sites)[at]
+    return partition(spec, data.labels(labelled), clients, seed, sites)
 
 
 def _by_classes(labels: Labels, clients: int, k: float, rng: np.random.Generator) -> list[Indices]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from atoll.aggregation.aggregator import Aggregator, aggregator
 from atoll.aggregation.outer import Outer, outer
-from atoll.client.data import Data, load_data, size
-from atoll.client.local import LocalConfig, make_trainer
-from atoll.client.partition import shard_of
+from atoll.client.data import Data, Indices, load_data
+from atoll.client.local import LocalConfig, trainer_on
+from atoll.client.partition import shards_of
 from atoll.client.trainer import Task, Trainer
 from atoll.protocols import tensors
 from atoll.protocols.codecs import Codec, Fp32, codec
@@ -75,7 +75,7 @@ class Training:
         *,
         model: str = "mlp",
         data: str | Data = "digits",
-        partition: str = "iid",
+        partition: str | Sequence[Indices] = "iid",
         seed: int = 0,
         local: LocalConfig = LocalConfig(),  # noqa: B008  frozen
         algorithm: str = "plain",
@@ -84,22 +84,24 @@ class Training:
         up: str = "fp32",
         buffers: str = "weighted_mean",
     ) -> Self:
-        """From the specs of a command line; each client has the shard of its place in the list."""
+        """From the specs of a command line; each client has the shard of its place in the list.
+
+        `partition` may be the shards themselves: the rows of each client.
+        """
         loaded = load_data(data) if isinstance(data, str) else data
-        many = len(clients)
-        place = {name: i for i, name in enumerate(clients)}
+        if isinstance(partition, str):
+            partition = shards_of(loaded, partition, len(clients), seed)
+        parts = dict(zip(clients, partition, strict=True))
 
         def make(name: str) -> Trainer:
-            shard = (place[name], many)
-            return make_trainer(model, loaded, partition, shard, seed, local, algorithm, name)
+            mine = loaded.shard(parts[name])
+            return trainer_on(mine, loaded, model, seed, local, algorithm, name)
 
-        judge = make_trainer(model, loaded, seed=seed, local=local, client="server")
-        shards = {
-            n: loaded.shard(shard_of(loaded, partition, (place[n], many), seed)) for n in place
-        }
+        some = loaded.train if loaded.test is None else loaded.test  # it trains on neither
+        judge = trainer_on(some, loaded, model, seed, local, client="server")
         return cls(
             make, judge.manifest, judge.export(), judge=judge if loaded.test is not None else None,
-            examples={name: size(shard) for name, shard in shards.items()},
+            examples={name: len(rows) for name, rows in parts.items()},
             aggregator=aggregator(aggregation), outer=outer(step), codec=codec(up),
             buffers=cast("Buffers", buffers),
         )  # fmt: skip
