@@ -21,6 +21,7 @@ import grpc
 
 from atoll.client import session as machine
 from atoll.client import transfer
+from atoll.client.keep import Keep
 from atoll.client.outbox import Outbox
 from atoll.client.trainer import Trainer
 from atoll.client.work import Dropped, Workbench
@@ -148,6 +149,9 @@ class Client:
         self._examples = examples
         self._pace = seconds_per_step
         self._outbox = Outbox(folder)
+        self._keep = Keep(folder / "keep" if folder is not None else None)
+        self._keep.retain([update for _, update in self._outbox.waiting()])
+        self._settling: set[str] = set()  # updates whose outcome private state is taking in
         node = self._outbox.memory.node
         self._session = machine.Session(seed=node, give_up_seconds=patience_seconds)
         self._bench: Workbench | None = None
@@ -212,6 +216,7 @@ class Client:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._training.shutdown(wait=False, cancel_futures=True)
         self._bulk.shutdown(wait=False, cancel_futures=True)
+        self._keep.close()
         self._outbox.close()
 
     # ---- what the machine says -----------------------------------------------------------------
@@ -232,15 +237,36 @@ class Client:
             case machine.Complain(order, code, message):
                 self._say(failure=wire_pb2.Failure(order=order, code=code, message=message))
             case machine.Acknowledge(update):
-                if self._line is not None:
-                    self._line.acknowledge(update)
+                if update not in self._settling:
+                    self._acknowledge(update)
             case machine.Settle(update, fate):
                 self.report.used += fate == "used"
                 self.report.discarded += fate != "used"
-                self._outbox.drop(update)
+                if self._keep.announce(update) and self._bench is not None:
+                    self._settling.add(update)
+                    self._spawn(self._settle(self._bench, update, fate))
+                else:
+                    self._outbox.drop(update)
             case machine.Quit():
                 assert self._quit is not None
                 self._quit.set_result(action)
+
+    def _acknowledge(self, update: str) -> None:
+        if self._line is not None:
+            self._line.acknowledge(update)
+
+    async def _settle(self, bench: Workbench, update: str, fate: str) -> None:
+        """First the private state, then the outbox, then the acknowledgement. An order that comes
+        meanwhile waits for the state: it was announced in the same turn of the loop."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._bulk, bench.settle, update, fate)
+        except AtollError as error:
+            self._reject(error, "")
+            return
+        self._outbox.drop(update)
+        self._settling.discard(update)
+        self._acknowledge(update)
 
     def _interrupt(self, order: str, then: Then) -> None:
         if self._job is None or self._job.order.id != order:
@@ -359,6 +385,9 @@ class Client:
         for order, update in stale:
             self._post(machine.Told(order, update, "discarded"))
         self._outbox.enter(info.id)
+        self._keep.enter(info.id)
+        if self._keep.lost:
+            logger.warning("client=%s private state is lost: %s", self.name, self._keep.lost)
         loop = asyncio.get_running_loop()
         self._bench = await loop.run_in_executor(self._training, self._make, info)
         return {order for order, _ in stale}
@@ -379,7 +408,7 @@ class Client:
         pace = self._pace(trainer) if callable(self._pace) else self._pace
         self._info = ClientInfo(examples, pace, (BATCH, *sorted(BUILTIN)))
         up, down = codec(_known(info.codec_up)), codec(_known(info.codec_down))
-        return Workbench(trainer, info.manifest, up, down, self._outbox)
+        return Workbench(trainer, info.manifest, up, down, self._outbox, self._keep)
 
     def _hello(self, holding: tuple[str, ...]) -> wire_pb2.Hello:
         assert self._bench is not None
@@ -387,7 +416,7 @@ class Client:
         return messages.hello_to_wire(
             messages.Hello(
                 PROTOCOL, memory.run, self.name, memory.node, self._info,
-                self._bench.manifest.schema, holding, "0.1.0",
+                self._bench.manifest.schema, holding, "0.1.0", self._keep.report(),
             )
         )  # fmt: skip
 

@@ -20,6 +20,13 @@ class Trained:
     steps: int  # really run: fewer than asked only where `asked` said to stop
     examples: int  # examples seen
     metrics: Mapping[str, float]  # e.g. {"loss": mean over the steps}
+    # What the order makes of the client's private state, kind -> tensors, if its result is used:
+    # pending until then (see `client/keep.py`).
+    state: Mapping[str, Tensors] = field(default_factory=dict)
+
+
+def _no_state(kind: str) -> Tensors:
+    return {}
 
 
 def _nothing_asked() -> Then | None:
@@ -48,10 +55,16 @@ class Task:
     asked: Callable[[], Then | None] = _nothing_asked  # look after each step, each ask comes once
     report: Callable[[int], None] = _no_report  # call after each step with the steps done
     snapshot: Callable[[Trained], None] = _no_snapshot  # asked to "continue": call, then go on
+    state: Callable[[str], Tensors] = (
+        _no_state  # the client's private state of a kind, as it is now
+    )
 
 
 class Trainer(Protocol):
-    """What a client needs of a training loop."""
+    """What a client needs of a training loop.
+
+    One that keeps private state has `rules` too: each kind's name and its `keep.Rule`.
+    """
 
     def load(self, tensors: Tensors) -> None:
         """Take these values into the model; raise ValueError where names or shapes do not fit."""

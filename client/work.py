@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from atoll.client.keep import Keep, nothing_sent
 from atoll.client.outbox import Outbox
 from atoll.client.room import map_new
 from atoll.client.trainer import Task, Trained, Trainer
@@ -29,9 +30,19 @@ class Workbench:
     """A trainer, warm for the client's life, and the buffers between it and the wire."""
 
     def __init__(
-        self, trainer: Trainer, manifest: Manifest, up: Codec, down: Codec, outbox: Outbox
+        self,
+        trainer: Trainer,
+        manifest: Manifest,
+        up: Codec,
+        down: Codec,
+        outbox: Outbox,
+        keep: Keep | None = None,
     ) -> None:
+        """`keep` None: private state is kept in memory."""
         self.trainer = trainer
+        self.keep = keep if keep is not None else Keep(None)
+        for kind, rule in getattr(trainer, "rules", {}).items():
+            self.keep.register(kind, rule)
         self.manifest = manifest
         self.up, self.down = up, down
         self.outbox = outbox
@@ -79,7 +90,9 @@ class Workbench:
             seconds = time.perf_counter() - began
             snapped(self._seal(order, base, work, seconds, next(snapshots)))
 
-        task = Task(order.steps, self.outbox.steps, order.extra, asked, report, snapshot)
+        task = Task(
+            order.steps, self.outbox.steps, order.extra, asked, report, snapshot, self.keep.now
+        )
         trained = self._train(task)
         seconds = time.perf_counter() - began
         if asked() == "drop":
@@ -119,8 +132,17 @@ class Workbench:
         self._pack(base, trained, view)
         payload = Payload(sections, view, self.up)
         tensors.finite(self.manifest, payload)
+        self.keep.hold(result.update, trained.state)  # before the result: see `client/keep.py`
         self.outbox.put(result, view)
         return result
+
+    def settle(self, update: str, fate: str) -> None:
+        """Private state hears what became of a result that the outbox still has."""
+        kept = self.outbox.get(update)
+        sent = nothing_sent
+        if kept is not None:
+            sent = Payload(kept[0].payload.sections, kept[1], self.up).read
+        self.keep.settle(update, fate, sent)
 
     def _pack(self, base: Payload, trained: Trained, view: memoryview) -> None:
         """delta and buffers into `view`; an fp32 delta is computed right where it will lie."""

@@ -33,6 +33,7 @@ METRIC = re.compile(r"[a-zA-Z0-9_./-]{1,64}")
 CAPABILITY = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,63}")
 SCHEMA = re.compile(r"([0-9a-f]{64})?")
 GROUP = re.compile(r"[a-z_]{1,32}(:[A-Za-z0-9_.\-/]{1,64})?")
+KIND = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 CODEC = re.compile(r"[a-z0-9_.-]{1,32}")
 
 ORDER_FIELD, MODEL_FIELD = 3, 5  # ServerMessage.order, Order.model
@@ -60,6 +61,7 @@ class Hello:
     schema: str = ""  # empty: the client takes the run's model
     holding: tuple[str, ...] = ()
     version: str = ""
+    kept: Mapping[str, int] = field(default_factory=dict)  # kind of private state -> outcomes in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ def hello_to_wire(hello: Hello) -> wire_pb2.Hello:
         schema=hello.schema,
         holding=hello.holding,
         version=hello.version,
+        kept=hello.kept,
     )
 
 
@@ -139,6 +142,7 @@ def hello_from_wire(wire: wire_pb2.Hello) -> Hello:
         schema=_name("schema", wire.schema, SCHEMA),
         holding=_names("holding", wire.holding, ORDER),
         version=text(wire.version, 64),
+        kept=_kept(wire.kept),
     )
 
 
@@ -392,6 +396,11 @@ def _names(what: str, values: Iterable[str], pattern: re.Pattern[str]) -> tuple[
     if len(found) > MAX_LIST:
         raise _malformed(f"{len(found)} {what}, at most {MAX_LIST} are taken")
     return tuple(_name(what, value, pattern) for value in found)
+
+
+def _kept(wire: Mapping[str, int]) -> dict[str, int]:
+    kinds = _names("kinds of private state", sorted(wire), KIND)
+    return {kind: _count(f"outcomes in {kind}", wire[kind]) for kind in kinds}
 
 
 def _run(value: str) -> str:

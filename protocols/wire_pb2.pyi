@@ -55,7 +55,14 @@ class ServerMessage(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., order: _Optional[_Union[Order, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., relay: _Optional[_Union[Relay, _Mapping]] = ..., more: _Optional[_Iterable[_Union[ServerMessage, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "run", "client", "node", "examples", "seconds_per_step", "capabilities", "schema", "holding", "version")
+    __slots__ = ("protocol", "run", "client", "node", "examples", "seconds_per_step", "capabilities", "schema", "holding", "version", "kept")
+    class KeptEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +73,7 @@ class Hello(_message.Message):
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     HOLDING_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     run: str
     client: str
@@ -76,7 +84,8 @@ class Hello(_message.Message):
     schema: str
     holding: _containers.RepeatedScalarFieldContainer[str]
     version: str
-    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[str] = ..., node: _Optional[str] = ..., examples: _Optional[int] = ..., seconds_per_step: _Optional[float] = ..., capabilities: _Optional[_Iterable[str]] = ..., schema: _Optional[str] = ..., holding: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ...) -> None: ...
+    kept: _containers.ScalarMap[str, int]
+    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[str] = ..., node: _Optional[str] = ..., examples: _Optional[int] = ..., seconds_per_step: _Optional[float] = ..., capabilities: _Optional[_Iterable[str]] = ..., schema: _Optional[str] = ..., holding: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., kept: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("run", "session", "chunk_bytes", "inline_limit", "lease_seconds", "heartbeat_seconds", "up_codec", "down_codec", "spec", "manifest")

@@ -9,6 +9,7 @@ One JSON object a line, in journal order, written by the driver (real or virtual
     join       client, examples
     leave      client, reason
     restart    client
+    state-lost client, state                        it came back without this private state
     train      client, order, steps, version        an order is given
     started    order [, bytes]                      it can be fetched; bytes: what is sent down
     update     client, order, update, steps, base, train_seconds, started, bytes, metrics [, final]

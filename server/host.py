@@ -235,6 +235,7 @@ class Host:
         session.down_codec = self.spec.codec_down
         session.batch = BATCH in hello.info.capabilities
         session.send(wire_pb2.ServerMessage(welcome=self._welcome(session)))
+        self._note_lost_state(hello)
         untold = list(self.run.untold.get(hello.client, {}).values())
         session.room += len(untold)
         for outcome in untold:
@@ -254,6 +255,19 @@ class Host:
         info = ClientInfo(hello.info.examples, known, hello.info.capabilities)
         logger.info("client=%s joined%s", joined.name, " again" if joined.again else "")
         self.driver.post(ClientJoined(joined.name, info))
+
+    def _note_lost_state(self, hello: messages.Hello) -> None:
+        """A client whose work we had keeps private state of each outcome: without any, it has lost
+        it, as with a new disk. What follows from that is the method's affair (`client/keep.py`)."""
+        totals = self.history.clients.get(hello.client)
+        lost = sorted(kind for kind, outcomes in hello.kept.items() if not outcomes)
+        if lost and totals is not None and totals.updates:
+            what = ", ".join(lost)
+            logger.warning("client=%s lost its state: %s", hello.client, what)
+            self._on_row(
+                {"t": self.driver.clock.now(), "kind": "state-lost", "client": hello.client,
+                 "state": what}
+            )  # fmt: skip
 
     def _back(self, hello: messages.Hello, back: Back, session: Session) -> None:
         """Within its lease: its order goes on, or is sent again where it was lost on the way."""

@@ -56,7 +56,9 @@ def test_results_survive_the_wire(
 
 
 def test_hello_order_outcome_and_ask_survive_the_wire() -> None:
-    hello = replace(HELLO, holding=("o1", "o2"), version="0.1.0")
+    hello = replace(
+        HELLO, holding=("o1", "o2"), version="0.1.0", kept={"residual": 0, "scaffold": 7}
+    )
     assert messages.hello_from_wire(messages.hello_to_wire(hello)) == hello
     unknown = replace(HELLO, info=ClientInfo(7, None, ()), schema="", run="")
     assert messages.hello_from_wire(messages.hello_to_wire(unknown)) == unknown
@@ -70,6 +72,16 @@ def test_hello_order_outcome_and_ask_survive_the_wire() -> None:
     thens: tuple[Then, ...] = ("continue", "send", "drop")
     for then in thens:
         assert messages.ask_from_wire(messages.ask_to_wire("o1", then)) == ("o1", then)
+
+
+def test_a_hello_bounds_what_it_says_of_private_state() -> None:
+    def said(**kept: int) -> Callable[[], object]:
+        wire = messages.hello_to_wire(replace(HELLO, kept=kept))
+        return lambda: messages.hello_from_wire(wire)
+
+    assert refused(said(UP=1)) == "FL-W101"
+    assert refused(said(**{f"k{i}": 1 for i in range(messages.MAX_LIST + 1)})) == "FL-W101"
+    assert refused(said(k=messages.MAX_COUNT + 1)) == "FL-W101"
 
 
 def test_the_enums_have_the_numbers_of_the_proto() -> None:
