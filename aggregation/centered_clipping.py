@@ -24,9 +24,9 @@ class CenteredClipping(Robust):
     `weighted` False: all updates count alike, and nobody gains by claiming many examples.
     """
 
-    radius: float | None = None
-    iterations: int = 3
-    weighted: bool = False
+    radius: float | None = None  # of the ball; None: the median distance
+    iterations: int = 3  # 1 is enough where clients send momenta
+    weighted: bool = False  # by the strategy's weights; False: all alike
 
     memory: ClassVar[bool] = True  # the last row of the stack is the last merge's result
 

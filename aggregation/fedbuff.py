@@ -167,6 +167,9 @@ class FedBuff(Strategy):
         self.parked.clear()
 
 
-def fedasync(alpha: float = 0.6, **parameters: Any) -> FedBuff:
+def fedasync(
+    alpha: float = 0.6,  # server step size; the other parameters are FedBuff's
+    **parameters: Any,
+) -> FedBuff:
     """FedAsync in delta form: FedBuff with a buffer of one and the step size `alpha`."""
     return FedBuff(size=1, lr=alpha, **parameters)

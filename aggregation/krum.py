@@ -24,8 +24,8 @@ class MultiKrum(Robust):
     2f + 3 <= n.
     """
 
-    f: float = 0.2
-    m: int | None = None
+    f: float = 0.2  # who are not honest: a share of the updates, or how many
+    m: int | None = None  # how many of the best are averaged; None: all but f
 
     def __post_init__(self) -> None:
         check_share(f=self.f)
@@ -51,7 +51,7 @@ class Krum(MultiKrum):
     2f + 3 <= n.
     """
 
-    m: int | None = 1
+    m: int | None = 1  # how many of the best are averaged
 
 
 def scores(gram: Tensor, f: int) -> Tensor:

@@ -6,6 +6,7 @@ clients claim.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Median(Robust):
 
     min_results = 3  # the median of two is their mean, and protects from nothing
     coordinatewise = True
+    refuses: ClassVar[frozenset[str]] = frozenset({"sparse"})  # of which the middle is 0
 
     def combine(self, x: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The median of `deltas`, of the shape of `x`."""

@@ -19,8 +19,8 @@ class NormClipping(Robust):
     `weighted` False: all updates count alike, and nobody gains by claiming many examples.
     """
 
-    limit: float | None = None
-    weighted: bool = False
+    limit: float | None = None  # of a delta's length; None: the median length
+    weighted: bool = False  # by the strategy's weights; False: all alike
 
     def __post_init__(self) -> None:
         positive(limit=self.limit)

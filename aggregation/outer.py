@@ -23,8 +23,8 @@ from atoll.protocols.codecs import TILE
 from atoll.protocols.errors import UsageError
 
 BUILTIN: Mapping[str, str] = {
-    "average": "atoll.aggregation.outer:Sgd",
     "sgd": "atoll.aggregation.outer:Sgd",
+    "average": "atoll.aggregation.outer:Sgd",
     "momentum": "atoll.aggregation.outer:Momentum",
     "nesterov": "atoll.aggregation.outer:Nesterov",
     "adam": "atoll.aggregation.outer:Adam",
@@ -96,7 +96,8 @@ class Sgd(Outer):
     """x -= lr * delta. With lr 1 (`average`) the plain average of FedAvg."""
 
     in_place: ClassVar[bool] = True
-    lr: float = 1.0
+    paper: ClassVar[str] = "https://arxiv.org/abs/1602.05629"
+    lr: float = 1.0  # server step size
 
     def __post_init__(self) -> None:
         _positive(lr=self.lr)
@@ -112,8 +113,9 @@ class Momentum(Outer):
     """v = momentum * v + delta;  x -= lr * v."""
 
     in_place: ClassVar[bool] = True
-    lr: float = 1.0
-    momentum: float = 0.9
+    paper: ClassVar[str] = "https://arxiv.org/abs/1909.06335"
+    lr: float = 1.0  # server step size
+    momentum: float = 0.9  # share of the last step that is taken again
 
     def __post_init__(self) -> None:
         _positive(lr=self.lr)
@@ -134,7 +136,8 @@ class Momentum(Outer):
 class Nesterov(Momentum):
     """v = momentum * v + delta;  x -= lr * (delta + momentum * v). The defaults are DiLoCo's."""
 
-    lr: float = 0.7
+    paper: ClassVar[str] = "https://arxiv.org/abs/2311.08105"
+    lr: float = 0.7  # server step size
 
     def kernel(
         self, anchor: Tensor, delta: Tensor, state: Mapping[str, Tensor], steps: int, out: Tensor
@@ -151,12 +154,13 @@ class Adam(Outer):
     counted from 1, as Flower's FedAdam does. `v0` None: tau squared, or 0 with `flower`.
     """
 
-    lr: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.99
-    tau: float = 1e-3
-    v0: float | None = None
-    flower: bool = False
+    paper: ClassVar[str] = "https://arxiv.org/abs/2003.00295"
+    lr: float = 0.01  # server step size: about how far an element moves in one version
+    beta1: float = 0.9  # how long the mean of deltas remembers
+    beta2: float = 0.99  # how long the mean of their squares remembers
+    tau: float = 1e-3  # added to the root; large: steps as of plain averaging, small: as of signs
+    v0: float | None = None  # what v starts at; None: tau squared, or 0 with `flower`
+    flower: bool = False  # start and correct bias as Flower does
 
     def __post_init__(self) -> None:
         _positive(lr=self.lr, tau=self.tau)
@@ -207,8 +211,8 @@ class Yogi(Adam):
 class Adagrad(Adam):
     """Adam with v = v + delta^2. `beta2` is not used; `flower` as for Yogi."""
 
-    lr: float = 0.1
-    beta1: float = 0.0
+    lr: float = 0.1  # server step size
+    beta1: float = 0.0  # how long the mean of deltas remembers; 0: not at all
 
     def second_moment(self, v: Tensor, square: Tensor, scratch: Tensor) -> None:
         """Take delta^2 into v, in place."""

@@ -24,9 +24,9 @@ class GeometricMedian(Robust):
     `weighted` False: all updates count alike, and nobody gains by claiming many examples.
     """
 
-    iterations: int = 1000
-    floor: float = 1e-6
-    weighted: bool = True
+    iterations: int = 1000  # at most; 0: the weighted mean
+    floor: float = 1e-6  # distances below it count as it is
+    weighted: bool = True  # by the strategy's weights; False: all alike
 
     min_results = 3  # between two updates no point is better than another
 

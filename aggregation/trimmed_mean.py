@@ -6,6 +6,7 @@ clients claim.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ class TrimmedMean(Robust):
     It must be at least the share of those who are not honest. With `trim=0` it is the plain mean.
     """
 
-    trim: float = 0.2
+    trim: float = 0.2  # cut off at either end: a share of the updates, or how many
 
     coordinatewise = True
+    refuses: ClassVar[frozenset[str]] = frozenset({"sparse"})  # of which the middle is 0
 
     def __post_init__(self) -> None:
         check_share(trim=self.trim)

@@ -50,7 +50,10 @@ class FedProx(LocalAlgorithm):
     strategy may send another `mu` with an order.
     """
 
-    def __init__(self, mu: float = 0.1) -> None:
+    def __init__(
+        self,
+        mu: float = 0.1,  # how strong the pull is
+    ) -> None:
         if not (math.isfinite(mu) and mu >= 0):
             raise UsageError("FL-S102", f"fedprox: mu={mu}", "give mu of at least 0")
         self.mu = mu

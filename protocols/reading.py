@@ -53,13 +53,17 @@ def read(where: str) -> Source:
 def table(where: str) -> dict[str, str]:
     """The dict of texts at `module:NAME`. LookupError where it is not there, or no literal."""
     module, _, name = where.partition(":")
-    for node in _tree(module).body:
+    tree = _tree(module)
+    for node in tree.body:
         target, value = _assigned(node)
         if target == name and value is not None:
             found = _literal(value)
             if isinstance(found, dict):
                 return found
-    raise LookupError(f"no table {where}")
+    origin = tree.origin(name)
+    if origin is None:
+        raise LookupError(f"no table {where}")
+    return table(":".join(origin))
 
 
 # ---- modules -------------------------------------------------------------------------------
@@ -115,11 +119,12 @@ class _Module:
                         return node.module, alias.name
         return None
 
-    def comment(self, node: ast.stmt) -> str:
-        """What stands behind a statement, on its last line."""
+    def comment(self, node: ast.stmt | ast.expr | ast.arg) -> str:
+        """What stands behind a field or an argument, on its last line."""
         assert node.end_lineno is not None
         rest = self.lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-        return rest.strip().removeprefix("#").strip() if "#" in rest else ""
+        rest = rest.strip(" ,")
+        return rest.removeprefix("#").strip() if rest.startswith("#") else ""
 
 
 # ---- classes and functions -----------------------------------------------------------------
@@ -134,7 +139,9 @@ def _read(where: str, module: _Module, name: str) -> Source:
         return read(":".join(origin))
     about = _docstring(module.body)
     if isinstance(node, ast.FunctionDef):
-        return _told(where, ast.get_docstring(node) or "", about, _arguments(node.args, drop=0))
+        return _told(
+            where, ast.get_docstring(node) or "", about, _arguments(module, node.args, drop=0)
+        )
     assert isinstance(node, ast.ClassDef)
     bases = [base for base in (_base(module, b) for b in node.bases) if base is not None]
     attributes: dict[str, object] = {}
@@ -148,7 +155,7 @@ def _read(where: str, module: _Module, name: str) -> Source:
     for statement in node.body:
         if isinstance(statement, ast.FunctionDef):
             if statement.name == "__init__":
-                arguments = _arguments(statement.args, drop=1)
+                arguments = _arguments(module, statement.args, drop=1)
             elif "property" in map(ast.unparse, statement.decorator_list):
                 computed.add(statement.name)
                 attributes.pop(statement.name, None)
@@ -201,7 +208,7 @@ def _base(module: _Module, node: ast.expr) -> Source | None:
         return None
 
 
-def _arguments(given: ast.arguments, drop: int) -> tuple[Parameter, ...]:
+def _arguments(module: _Module, given: ast.arguments, drop: int) -> tuple[Parameter, ...]:
     positional = [*given.posonlyargs, *given.args]
     required = [None] * (len(positional) - len(given.defaults))
     pairs = list(zip(positional, [*required, *given.defaults], strict=True))[drop:]
@@ -210,7 +217,7 @@ def _arguments(given: ast.arguments, drop: int) -> tuple[Parameter, ...]:
         Parameter(
             arg.arg,
             None if default is None else _shown(default),
-            "",
+            module.comment(default or arg),
             "" if arg.annotation is None else ast.unparse(arg.annotation),
         )
         for arg, default in pairs

@@ -5,6 +5,7 @@ from the source (`atoll.protocols.reading`), so a listing is quick and runs nobo
 """
 
 import importlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -42,12 +43,63 @@ class Entry:
             return self.error
         subject, _, idea = self.source.about.partition(": ")
         named = {_letters(self.name), _letters(self.where.rpartition(":")[2])}
-        return idea if _letters(subject) in named else self.source.summary or self.source.about
+        text = idea if _letters(subject) in named else self.source.summary or self.source.about
+        return text[:1].upper() + text[1:] if text[1:2].islower() else text
 
     @property
     def facts(self) -> Facts:
         """Without what depends on its parameters."""
         return of_source(self.slot, self.name, self.source)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part under all its names, as a listing shows it."""
+
+    names: tuple[str, ...]
+    entry: Entry
+
+    @property
+    def summary(self) -> str:
+        return self.entry.summary
+
+    @property
+    def parameters(self) -> tuple[reading.Parameter, ...]:
+        return self.entry.source.parameters if self.entry.source else ()
+
+    def told(self) -> dict[str, object]:
+        """Its object in --json; what only its parameters decide stands in `by_parameters`."""
+        entry, found = self.entry, self.entry.facts
+        declared = {"needs", "gives", "refuses", "min_results"}
+        return {
+            "name": self.names[0],
+            "also": list(self.names[1:]),
+            "summary": self.summary,
+            "papers": list(entry.source.papers) if entry.source else [],
+            "needs": sorted(found.needs),
+            "gives": sorted(found.gives),
+            "refuses": sorted(found.refuses),
+            "min_results": found.min_results,
+            "by_parameters": sorted(declared & entry.source.computed) if entry.source else [],
+            "parameters": [
+                {"name": p.name, "default": p.default, "says": p.says, "choices": list(p.choices)}
+                for p in self.parameters
+            ],
+            "object": entry.where,
+            "package": entry.package,
+            "error": entry.error,
+        }
+
+
+def parts(slot: str) -> list[Part]:
+    """Each part once, under the name that comes first."""
+    names: dict[str, list[str]] = {}
+    first: dict[str, Entry] = {}
+    for entry in entries(slot):
+        key = entry.where or entry.name
+        names.setdefault(key, []).append(entry.name)
+        first.setdefault(key, entry)
+    return [Part(tuple(names[key]), entry) for key, entry in first.items()]
 
 
 def builtin(slot: str) -> dict[str, str]:
@@ -82,9 +134,10 @@ def _source(where: str) -> tuple[reading.Source | None, str]:
     """What can be read of it, and why it surely cannot be used."""
     try:
         return reading.read(where), ""
-    except LookupError as error:
-        there = reading.locate(where.partition(":")[0]) is not None
-        return None, "" if there else str(error.args[0])
+    except LookupError:
+        package = where.partition(":")[0].partition(".")[0]
+        there = importlib.util.find_spec(package) is not None
+        return None, "" if there else f"{where} cannot be imported: no package {package}"
 
 
 def facts_of(slot: str, spec: str) -> Facts:
@@ -96,6 +149,8 @@ def facts_of(slot: str, spec: str) -> Facts:
     table = builtin(kind)
     told = []
     for one in spec.split("+") if kind == "codec" else [spec]:
+        name = one.partition(":")[0]
+        one = name if name in table else one  # `topk:0.01` is no module
         try:
             told.append(of_source(slot, spec, reading.read(slots.locate(kind, one, table)[0])))
         except (LookupError, UsageError):  # nothing to read, or for others to refuse

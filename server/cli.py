@@ -8,6 +8,7 @@ import click
 
 from atoll.protocols import console, orphan
 from atoll.protocols.errors import AtollError
+from atoll.server.cli_catalogue import COMMANDS, command
 from atoll.server.cli_demo import demo
 from atoll.server.cli_run import run, status
 from atoll.server.cli_simulate import simulate
@@ -27,6 +28,8 @@ cli.add_command(demo)
 cli.add_command(status)
 cli.add_command(run)
 cli.add_command(simulate)
+for name in COMMANDS:
+    cli.add_command(command(name))
 
 
 STOPS = ("target_accuracy", "versions", "updates", "steps", "seconds", "patience")

@@ -37,7 +37,8 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
     "--strategy",
     default="fedcompass",
     show_default=True,
-    help="fedcompass, fedavg, fedbuff, with parameters as fedavg:steps=50.",
+    help="fedcompass, fedavg, fedbuff, with parameters as fedavg:steps=50. "
+    "See `fl-server strategies`.",
 )
 @click.option(
     "--data",
@@ -70,14 +71,22 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
     show_default=True,
     help="Model, history, plots and logs go there.",
 )
-@click.option("--aggregator", default="mean", show_default=True, help="How updates are combined.")
 @click.option(
-    "--outer", default="sgd", show_default=True, help="The server's step, e.g. nesterov:lr=0.7."
-)
+    "--aggregator", default="mean", show_default=True,
+    help="How updates are combined: see `fl-server aggregators`.",
+)  # fmt: skip
 @click.option(
-    "--local", "algorithm", default="plain", show_default=True, help="plain, fedprox:mu=0.1."
-)
-@click.option("--codec", default="fp32", show_default=True, help="fp32, fp16, bf16.")
+    "--outer", default="sgd", show_default=True,
+    help="The server's step, e.g. nesterov:lr=0.7: see `fl-server outers`.",
+)  # fmt: skip
+@click.option(
+    "--local", "algorithm", default="plain", show_default=True,
+    help="plain, fedprox:mu=0.1: see `fl-server locals`.",
+)  # fmt: skip
+@click.option(
+    "--codec", default="fp32", show_default=True,
+    help="fp32, fp16, bf16: see `fl-server codecs`.",
+)  # fmt: skip
 @click.option("--lr", type=float, default=None, help="Local learning rate.")
 @console.json_option
 def demo(

@@ -19,12 +19,15 @@ def run_options(command: F) -> F:
     options = [
         click.option("--strategy", default="fedcompass", show_default=True,
                      help="fedavg, fedbuff, fedasync, fedcompass, with parameters as "
-                     "fedavg:steps=50,cohort=8; or MODULE:OBJECT."),
-        click.option("--aggregator", default="mean", show_default=True, help="Or MODULE:OBJECT."),
+                     "fedavg:steps=50,cohort=8; or MODULE:OBJECT. See `fl-server strategies`."),
+        click.option("--aggregator", default="mean", show_default=True,
+                     help="mean, median, krum:f=0.2, ...; or MODULE:OBJECT. "
+                     "See `fl-server aggregators`."),
         click.option("--outer", default="sgd", show_default=True,
-                     help="sgd, momentum, nesterov, adam, yogi, adagrad, e.g. nesterov:lr=0.7."),
+                     help="sgd, momentum, nesterov, adam, yogi, adagrad, e.g. nesterov:lr=0.7. "
+                     "See `fl-server outers`."),
         click.option("--local", "algorithm", default="plain", show_default=True,
-                     help="Local algorithm: plain, fedprox:mu=0.1."),
+                     help="Local algorithm: plain, fedprox:mu=0.1. See `fl-server locals`."),
         click.option("--model", default="mlp", show_default=True,
                      help="mlp, cnn, resnet18, charlm, linear, or MODULE:OBJECT."),
         click.option("--data", default="digits", show_default=True,
@@ -36,7 +39,7 @@ def run_options(command: F) -> F:
         click.option("--local-momentum", type=float, default=None, help="Of local SGD."),
         click.option("--clip", type=float, default=None, help="Largest local gradient norm."),
         click.option("--codec", default="fp32", show_default=True,
-                     help="fp32, fp16, bf16; or up=bf16,down=fp16."),
+                     help="fp32, fp16, bf16; or up=bf16,down=fp16. See `fl-server codecs`."),
         click.option("--buffers", default="weighted_mean", show_default=True,
                      type=click.Choice(["weighted_mean", "keep_server", "personal"]),
                      help="What becomes of BatchNorm statistics."),

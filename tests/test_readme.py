@@ -4,7 +4,6 @@ Their commands and programs are run by tests/slow/test_docs.py.
 """
 
 import ast
-import dataclasses
 import importlib
 import inspect
 import re
@@ -12,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from atoll.aggregation import FedAvg, FedBuff, FedCompass, Strategy
+from atoll.server.catalogue import MIXED, Part, parts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "CONTRIBUTING.md"]
-PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
+PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
 SHOWN = re.compile(r"^```py\n(.*?)^```", re.MULTILINE | re.DOTALL)
-STRATEGIES = ROOT / "docs" / "strategies.md"
 
 
 def test_the_readme_is_read_in_one_go() -> None:
@@ -57,11 +55,17 @@ def headings(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
 
 
-def test_the_index_names_every_page_and_so_does_one_of_its_pages() -> None:
-    index = (ROOT / "docs" / "index.md").read_text()
-    for page in PAGES[2:]:
-        name = page.removeprefix("docs/")
-        assert name == "index.md" or f"({name})" in index, name
+@pytest.mark.parametrize("page", PAGES[2:])
+def test_the_index_of_its_folder_names_a_page(page: str) -> None:
+    path = ROOT / page
+    index = path.with_name("index.md")
+    if path == index:
+        index, named = path.parents[1] / "index.md", f"{path.parent.name}/index.md"
+        if path.parent.name == "docs":
+            return
+    else:
+        named = path.name
+    assert f"({named})" in index.read_text(), page
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -86,33 +90,45 @@ def check_call(called: object, node: ast.Call) -> None:
         inspect.signature(called).bind(*node.args, **given)
 
 
-@pytest.mark.parametrize("strategy", [FedAvg, FedBuff, FedCompass])
+# ---- tables of parameters ------------------------------------------------------------------
+
+TABLE = re.compile(r"<!-- parameters of (.+) -->\n((?:.*\n)*?)<!-- end -->")
+DESCRIBED = ("strategy", "aggregator", "outer")
+PARTS = {f"{slot} {part.names[0]}": part for slot in MIXED for part in parts(slot)}
+PAGES_OF_PARTS = sorted((ROOT / "docs" / "strategies").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES_OF_PARTS, ids=lambda page: page.name)
 def test_parameters_stand_on_their_page_as_in_the_code(
-    strategy: type[Strategy], pytestconfig: pytest.Config
+    page: Path, pytestconfig: pytest.Config
 ) -> None:
     """The tables are made from the fields and their comments; `pytest --rewrite` does it."""
-    page = STRATEGIES.read_text()
-    begin, end = f"<!-- parameters of {strategy.__name__} -->\n", "<!-- end -->"
-    before, found, rest = page.partition(begin)
-    assert found, f"no place for the parameters of {strategy.__name__}"
-    shown, _, after = rest.partition(end)
+    text = page.read_text()
+    wanted = TABLE.sub(lambda found: made(found[1]), text)
     if pytestconfig.getoption("--rewrite"):
-        STRATEGIES.write_text(before + begin + table(strategy) + end + after)
+        page.write_text(wanted)
     else:
-        assert shown == table(strategy), "pytest --rewrite tests/test_readme.py"
+        assert text == wanted, "pytest --rewrite tests/test_readme.py"
 
 
-def table(strategy: type[Strategy]) -> str:
-    """Markdown: each field that can be given, its default, and what its comment says."""
-    source = inspect.getsource(strategy)
-    lines = ["| parameter | default | |", "|---|---|---|"]
-    for field in dataclasses.fields(strategy):  # type: ignore[arg-type]
-        if field.init:
-            said = re.search(rf"^    {field.name}: (.*?) = .*?(?:  # (.*))?$", source, re.MULTILINE)
-            assert said, field.name
-            kind = re.fullmatch(r"Literal\[(.*)\]", said[1])
-            words = [f"{kind[1]}".replace('"', "`")] if kind else []
-            words += [said[2]] if said[2] else []
-            default = "" if field.default is None else f"`{field.default}`"
-            lines.append(f"| `{field.name}` | {default} | {'; '.join(words)} |")
+def test_every_part_with_parameters_has_its_table() -> None:
+    shown = {name for page in PAGES_OF_PARTS for name, _ in TABLE.findall(page.read_text())}
+    wanted = {name for name, p in PARTS.items() if p.parameters and p.entry.slot in DESCRIBED}
+    assert wanted <= shown, "give it a page in docs/strategies, with <!-- parameters of ... -->"
+
+
+def made(name: str) -> str:
+    assert name in PARTS, f"no part {name!r}"
+    return f"<!-- parameters of {name} -->\n{table(PARTS[name])}<!-- end -->"
+
+
+def table(part: Part) -> str:
+    """Markdown: each parameter, its default, and what its comment says."""
+    lines = [f"| `{part.names[0]}` | default | |", "|---|---|---|"]
+    for p in part.parameters:
+        words = [", ".join(f"`{choice}`" for choice in p.choices)] if p.choices else []
+        words += [p.says] if p.says else []
+        assert words, f"{part.names[0]}: {p.name} has no comment"
+        default = "" if p.default in (None, "None") else f"`{p.default}`"
+        lines.append(f"| `{p.name}` | {default} | {'; '.join(words)} |")
     return "\n".join(lines) + "\n"

@@ -61,7 +61,7 @@ def test_every_event_has_an_empty_answer(event: Event, said: list[Action]) -> No
 
 def test_a_hook_without_a_yield_is_told_with_its_remedy() -> None:
     class Halting(Strategy):
-        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:  # type: ignore[return]
+        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:  # type: ignore[empty-body]
             pass
 
     with pytest.raises(ServerError) as caught:

@@ -41,10 +41,13 @@ class Plain(Rule):
     paper = "https://example.org/said"
     min_results = 4
 
-    def __init__(self, a, b: int = 2, *, c: str = "x", **rest): ...
+    def __init__(self, a, b: int = 2, *, c: str = "x", **rest): ...  # of no argument
 
 
-def made(alpha: float = 0.5) -> Rule:
+def made(
+    alpha: float = 0.5,  # a share
+    beta: int = 1,
+) -> Rule:
     return Rule()
 '''
 BASE = """from dataclasses import dataclass
@@ -95,14 +98,17 @@ def test_an_init_a_paper_and_a_value_go_before_what_is_inherited() -> None:
     assert found.papers == ("https://example.org/said",)
     assert found.attributes["min_results"] == 4
     assert found.computed == frozenset()
-    assert [(p.name, p.default, p.kind) for p in found.parameters] == [
-        ("a", None, ""), ("b", "2", "int"), ("c", "x", "str"),
+    assert [(p.name, p.default, p.kind, p.says) for p in found.parameters] == [
+        ("a", None, "", ""), ("b", "2", "int", ""), ("c", "x", "str", ""),
     ]  # fmt: skip
 
 
 def test_a_function_has_its_parameters_and_its_modules_paper() -> None:
     found = read("rule_atoll:made")
-    assert found.parameters == (Parameter("alpha", "0.5", "", "float"),)
+    assert found.parameters == (
+        Parameter("alpha", "0.5", "a share", "float"),
+        Parameter("beta", "1", "", "int"),
+    )
     assert found.papers == ("https://example.org/module",)
 
 
