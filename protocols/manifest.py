@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from atoll.protocols.blobs import Section
 from atoll.protocols.errors import RemoteError
 
 Group = Literal["trainable", "buffers_float", "buffers_other", "frozen"]
@@ -66,6 +67,11 @@ class Manifest:
     def counts(self) -> Mapping[Group, int]:
         """Elements per group."""
         return {g: sum(t.numel for t in self.tensors if t.group == g) for g in GROUPS}
+
+    @functools.cached_property
+    def plans(self) -> dict[str, tuple[Section, ...]]:
+        """Sections of a whole blob by the codec's name, once `tensors.sections_of` made them."""
+        return {}
 
     def spans(self, group: Group) -> Iterable[tuple[TensorSpec, int, int]]:
         """Each tensor of `group` with its first and last-plus-one element in the flat vector."""

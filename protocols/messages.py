@@ -5,6 +5,7 @@ finite and of the right size, names match, lists are short, sizes add up, and te
 has no control characters. Whatever is wrong is RemoteError FL-W101 with the value.
 """
 
+import functools
 import math
 import re
 import unicodedata
@@ -270,20 +271,12 @@ def blob_from_wire(wire: wire_pb2.Blob) -> tuple[BlobInfo, bytes]:
     """The blob's description and its inline bytes (empty: to be fetched, or an empty blob)."""
     if len(wire.sections) > MAX_SECTIONS:
         raise _malformed(f"{len(wire.sections)} sections, at most {MAX_SECTIONS} are taken")
-    sections = tuple(
-        Section(
-            group=_name("section group", s.group, GROUP),
-            codec=_name("section codec", s.codec, CODEC),
-            count=_count("section count", s.count),
-            length=_count("section length", s.length),
-        )
-        for s in wire.sections
+    sections, length = _sections(
+        tuple((s.group, s.codec, s.count, s.length) for s in wire.sections)
     )
-    if len({s.group for s in sections}) != len(sections):
-        raise _malformed("a section group stands twice")
     size = _count("blob size", wire.size)
-    if sum(s.length for s in sections) != size:
-        raise _malformed(f"blob size {size}, its sections have {sum(s.length for s in sections)}")
+    if length != size:
+        raise _malformed(f"blob size {size}, its sections have {length}")
     if len(wire.sha256) not in (0, 32):
         raise _malformed(f"a SHA-256 of {len(wire.sha256)} bytes")
     inline = wire.inline  # each look at it is a copy
@@ -294,6 +287,23 @@ def blob_from_wire(wire: wire_pb2.Blob) -> tuple[BlobInfo, bytes]:
     if inline and len(inline) != size:
         raise _malformed(f"blob size {size}, but {len(inline)} bytes inline")
     return BlobInfo(_name("blob id", wire.id, BLOB_ID), size, wire.sha256, sections), inline
+
+
+@functools.lru_cache(maxsize=64)  # a run's blobs have the same few
+def _sections(told: tuple[tuple[str, str, int, int], ...]) -> tuple[tuple[Section, ...], int]:
+    """Sections, and their bytes together."""
+    sections = tuple(
+        Section(
+            group=_name("section group", group, GROUP),
+            codec=_name("section codec", codec, CODEC),
+            count=_count("section count", count),
+            length=_count("section length", length),
+        )
+        for group, codec, count, length in told
+    )
+    if len({s.group for s in sections}) != len(sections):
+        raise _malformed("a section group stands twice")
+    return sections, sum(s.length for s in sections)
 
 
 # ---- ask and outcome ---------------------------------------------------------------------------

@@ -26,6 +26,8 @@ def dump(value: object) -> Json:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if type(value) is dict and not value:  # most metrics and extras
+        return {}
     if (names := _names(typing.cast("type", type(value)))) is not None:
         return {name: dump(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):

@@ -109,12 +109,16 @@ def sections_of(
     manifest: Manifest, codec: Codec, groups: Collection[str] = TRAVELLING
 ) -> tuple[Section, ...]:
     """The sections in which `groups` travel: in the order of TRAVELLING, empty ones left out."""
+    if groups is TRAVELLING and codec.name in manifest.plans:
+        return manifest.plans[codec.name]
     made = []
     for group in TRAVELLING:
         count = manifest.counts[group]
         if group in groups and count:
             packs = section_codec(group, codec)
             made.append(Section(group, packs.name, count, packs.size(count)))
+    if groups is TRAVELLING:
+        manifest.plans[codec.name] = tuple(made)
     return tuple(made)
 
 
@@ -213,6 +217,8 @@ def check(
     A model has every group that is not empty; an update may leave buffers out. `extras` are the
     extra sections allowed, with their counts. Needs no bytes, so an upload is refused unsent.
     """
+    if tuple(sections) == sections_of(manifest, codec) and sum(s.length for s in sections) == size:
+        return  # all there, in order: nearly every blob
     allowed = {f"{EXTRA}{name}": count for name, count in (extras or {}).items()}
     seen: set[str] = set()
     for section in sections:

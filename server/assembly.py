@@ -27,7 +27,7 @@ from atoll.protocols.tensors import sections_of
 from atoll.server.check import mixed
 from atoll.server.driver import Clock, Driver
 from atoll.server.evaluate import Evaluator, Judge
-from atoll.server.history import line
+from atoll.server.history import Row, line
 from atoll.server.host import Host
 from atoll.server.journal import Journal
 from atoll.server.merge import Buffers, Merger
@@ -99,6 +99,7 @@ class Assembly:
         self._news: asyncio.Event | None = None  # set with the next row; made when one waits
         self._on_row = on_row
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._rows: list[Row] = []  # not in the file yet
         self._flushing: asyncio.TimerHandle | None = None
         self.evaluator = self._evaluator(judge)
         self.host = Host(
@@ -203,24 +204,24 @@ class Assembly:
         up, down = (sum(s.length for s in sections_of(self.manifest, way)) for way in ways)
         return Past(path, snapshot[1] if snapshot else -math.inf, (up, down))
 
-    def _row(self, row: dict[str, object]) -> None:
-        self._on_disk(lambda: self.history_file.write(line(row)))
+    def _row(self, row: Row) -> None:
+        self._rows.append(row)
         if self._news is not None:
             self._news.set()
             self._news = None
         if self._flushing is None and self._loop is not None:
             self._flushing = self._loop.call_later(FLUSH, self._flush)
         if self._on_row is not None:
-            self._on_row(row)
+            self._on_row(dict(row))
 
     def _flush(self) -> None:
+        """Write to the history, many rows at once; where the disk does not take it, the run
+        stops."""
         self._flushing = None
-        self._on_disk(self.history_file.flush)
-
-    def _on_disk(self, work: Callable[[], object]) -> None:
-        """Write to the history; where the disk does not take it, the run stops."""
+        rows, self._rows = self._rows, []
         try:
-            work()
+            self.history_file.write("".join(map(line, rows)))
+            self.history_file.flush()
         except OSError as error:
             self.driver.fail(_unwritten(error))
 
@@ -261,7 +262,9 @@ class Assembly:
         if self._flushing is not None:
             self._flushing.cancel()
         try:
-            self._on_disk(self.history_file.close)
+            self._flush()
+            with contextlib.suppress(OSError):  # it was said already
+                self.history_file.close()
             if self.host.dismiss():
                 self.journal.note("membership", state.dumps(self.host.membership))
         finally:

@@ -1,5 +1,6 @@
 """A version of the model: as it is written, tile by tile, and as it is once it is sealed."""
 
+import functools
 import os
 import shutil
 import threading
@@ -209,9 +210,14 @@ def placed(sections: Sequence[Section]) -> list[tuple[Section, int]]:
 
 def outer_layout(vectors: Mapping[str, int]) -> Layout:
     """The file of an outer optimizer's state: its vectors, by name."""
+    return _outer_layout(tuple(vectors.items()))
+
+
+@functools.lru_cache(maxsize=8)  # the same for every version of a run
+def _outer_layout(vectors: tuple[tuple[str, int], ...]) -> Layout:
     return layout(
-        (name, torch.int64 if name == STEPS else torch.float32, (vectors[name],))
-        for name in sorted(vectors, key=lambda n: (n != STEPS, n))  # int64 first, so aligned
+        (name, torch.int64 if name == STEPS else torch.float32, (count,))
+        for name, count in sorted(vectors, key=lambda v: (v[0] != STEPS, v[0]))  # int64 is aligned
     )
 
 

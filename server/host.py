@@ -69,7 +69,7 @@ class Host:
         workshop: Workshop,
         history: History,
         evaluator: Evaluator | None,
-        on_row: Callable[[dict[str, object]], None],
+        on_row: Callable[[Row], None],
     ) -> None:
         self.spec = spec
         self.run = run
@@ -155,7 +155,7 @@ class Host:
     def _written(self, event: Event, rows: list[Row]) -> None:
         for row in rows:
             self.history.append(row)
-            self._on_row(dict(row))
+            self._on_row(row)
         if isinstance(event, Merged):
             self.workshop.stock.published(event)
             self._published(event.version)

@@ -28,7 +28,7 @@ class Session:
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # it does not read: end it now
     batch: bool = False  # the client reads several messages in one
     step: int = 0  # local steps done of the order in training, as last heard
-    _later: list[Parts] = field(default_factory=list)
+    _later: dict[str, wire_pb2.ServerMessage] = field(default_factory=dict)
     _timer: asyncio.TimerHandle | None = None
 
     def send(self, message: wire_pb2.ServerMessage) -> None:
@@ -41,18 +41,21 @@ class Session:
         self._put(message)
 
     def send_later(self, message: wire_pb2.ServerMessage) -> None:
-        """Queue a message that is not urgent: with the next that is, or within LATER seconds."""
+        """Queue a receipt or an outcome, for which nobody waits: with the next message that is
+        urgent, or within LATER seconds. An outcome says all that its receipt would."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LATER, self.flush)
-        self._later.append((message.SerializeToString(),))
+        self._later[message.outcome.update or message.receipt.update] = message
 
     def flush(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        later, self._later = self._later, []
-        for message in later:
-            self._put(message)
+        if not self._later:
+            return
+        later, self._later = self._later, {}
+        for message in later.values():
+            self._put((message.SerializeToString(),))
 
     async def next(self) -> bytes | None:
         """What to write next: all that is queued in one message where the client reads that."""

@@ -58,6 +58,22 @@ def test_what_is_not_urgent_travels_before_the_next_that_is() -> None:
     assert run(send) == ["o1.0", "|", "o2.0", "|", "o3", "|"]
 
 
+def test_an_outcome_stands_for_the_receipt_that_still_waits() -> None:
+    async def send() -> list[str]:
+        session = Session("c", 1)
+        for update in ("o1.0", "o2.0"):
+            receipt = wire_pb2.Receipt(update=update)
+            session.send_later(wire_pb2.ServerMessage(receipt=receipt))
+        session.send_later(outcome(1))
+        session.close()
+        kinds = []
+        while (message := await read(session)) is not None:
+            kinds.append(str(message.WhichOneof("kind")))
+        return kinds
+
+    assert run(send) == ["outcome", "receipt"]
+
+
 def test_what_nothing_urgent_follows_is_sent_all_the_same() -> None:
     async def send() -> float:
         session = Session("c", 1)
