@@ -73,13 +73,17 @@ _DEVICE = click.option(
     metavar="SECONDS",
     help="Give up after so long without a server. Default: never.",
 )
+@click.option(
+    "--codec", default="", metavar="CODEC",
+    help="Ask for one that the run allows: int8, or up=int8,down=fp32.  [default: the run's]",
+)  # fmt: skip
 @click.option("--stop-with-stdin", is_flag=True, hidden=True)
 @click.option("--sleep-per-step", type=float, default=0.0, hidden=True)
 @console.json_option
 def start(
     address: str, name: str, folder: Path | None, model: str, data: str, trainer: str,
     partition: str, shard: tuple[int, int], device: str, bench: bool, patience: float,
-    stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
+    codec: str, stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Take part in the run at ADDRESS until it is over.
 
@@ -115,6 +119,7 @@ def start(
         folder=folder or Path(f"atoll-client-{name}"),
         seconds_per_step=(lambda made: measure(made).seconds_per_step) if bench else None,
         patience_seconds=patience,
+        codec=codec,
     )
     report = client.run()
     told = {"name": name, **vars(report)}
