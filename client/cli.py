@@ -27,6 +27,8 @@ def _shard(context: click.Context, option: click.Parameter, value: str) -> tuple
     raise click.BadParameter(f"{value!r} is not I/N with I < N, e.g. 0/4")
 
 
+FIRST = 600.0  # seconds to wait for a server that has not been there yet
+
 _MODEL = click.option("--model", default="", help="Built-in name or MODULE:OBJECT.")
 _DATA = click.option(
     "--data", default="", help="digits, mnist:DIR, csv:FILE, ... or MODULE:OBJECT."
@@ -69,21 +71,18 @@ _DEVICE = click.option(
 @click.option(
     "--patience",
     type=float,
-    default=float("inf"),
+    default=None,
     metavar="SECONDS",
-    help="Give up after so long without a server. Default: never.",
+    help=f"Give up after so long without a server. Default: {FIRST:.0f} until it is in the run for "
+    "the first time, then never.",
 )
-@click.option(
-    "--codec", default="", metavar="CODEC",
-    help="Ask for one that the run allows: int8, or up=int8,down=fp32.  [default: the run's]",
-)  # fmt: skip
 @click.option("--stop-with-stdin", is_flag=True, hidden=True)
 @click.option("--sleep-per-step", type=float, default=0.0, hidden=True)
 @console.json_option
 def start(
     address: str, name: str, folder: Path | None, model: str, data: str, trainer: str,
-    partition: str, shard: tuple[int, int], device: str, bench: bool, patience: float,
-    codec: str, stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
+    partition: str, shard: tuple[int, int], device: str, bench: bool, patience: float | None,
+    stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Take part in the run at ADDRESS until it is over.
 
@@ -118,8 +117,8 @@ def start(
         name=name,
         folder=folder or Path(f"atoll-client-{name}"),
         seconds_per_step=(lambda made: measure(made).seconds_per_step) if bench else None,
-        patience_seconds=patience,
-        codec=codec,
+        patience_seconds=float("inf") if patience is None else patience,
+        first_seconds=FIRST if patience is None else patience,
     )
     report = client.run()
     told = {"name": name, **vars(report)}
@@ -157,7 +156,11 @@ def bench(model: str, data: str, trainer: str, device: str, seconds: float, as_j
 @_TRAINER
 @_DEVICE
 @click.option(
-    "--run", "address", default="", metavar="ADDRESS", help="Compare with this server's run."
+    "--run",
+    "address",
+    default="",
+    metavar="ADDRESS",
+    help="Compare with this server's run.",
 )
 @console.json_option
 def test(model: str, data: str, trainer: str, device: str, address: str, as_json: bool) -> None:
@@ -197,7 +200,7 @@ def _offline(model: str, data: str, trainer: str, device: str):  # type: ignore[
     from atoll.client.options import Options, own_trainer, torch_trainer
 
     if trainer:
-        return own_trainer(trainer)
+        return own_trainer(trainer, "local")
     options = Options("local", device=device)
     return torch_trainer(options, model or "mlp", data or "digits", LocalConfig(device=device))
 

@@ -55,17 +55,31 @@ class Outbox:
                 self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                refused = self._not_taken(folder, error)
                 self.close()
-                raise ClientError(
-                    "FL-C108",
-                    f"client folder {folder} cannot be taken: {error.strerror}",
-                    "stop the client that uses it, or give another --dir",
-                ) from error
+                raise refused from error
+            with contextlib.suppress(OSError):  # a full disk: only for whoever comes second
+                os.truncate(self._lock, 0)
+                os.write(self._lock, str(os.getpid()).encode())
             try:
                 self._read(folder)
             except BaseException:
                 self.close()
                 raise
+
+    def _not_taken(self, folder: Path, error: OSError) -> ClientError:
+        if isinstance(error, BlockingIOError):
+            pid = os.read(self._lock, 20).decode(errors="replace") or "?"
+            return ClientError(
+                "FL-C108",
+                f"client folder {folder} is in use by another client (pid {pid})",
+                f"stop it (kill {pid}), or give another --dir",
+            )
+        return ClientError(
+            "FL-C108",
+            f"client folder {folder} cannot be taken: {error.strerror}",
+            "give another --dir",
+        )
 
     def close(self) -> None:
         """Leave the folder to others; what is in it stays."""

@@ -221,10 +221,13 @@ class Session:
     base_seconds: float = 0.2  # of the first wait; doubles with each failure
     cap_seconds: float = 30.0
     give_up_seconds: float = float("inf")  # without a server for so long: Quit FL-C101
+    first_seconds: float = float("inf")  # the same, until it was in the run for the first time
+    known: bool = False  # it was in the run: its server will be back
     phase: Phase = "offline"
     failures: int = 0  # connections lost or not made since the last Welcome
     silent_since: float = 0.0  # run of failures began
     due: float = 0.0  # of the next connection
+    missed: str = ""  # why there is no server, as heard last
     training: str | None = None  # order in work
     fetched: bool = False  # its model is here
     stopping: bool = False  # it was told to stop without a result
@@ -238,12 +241,13 @@ class Session:
         match event:
             case Started(results):
                 self.outbox = {update: order for order, update in results}
+                self.known = bool(results)
                 self.silent_since = self.due = now
                 return [Connect(now)]
             case Tick(at):
-                return self._tick(at)
+                return self._tick(at, now)
             case Welcomed():
-                self.phase, self.failures = "online", 0
+                self.phase, self.failures, self.known = "online", 0, True
                 return [Deliver(u) for u in self.outbox if u not in self.received]
             case Lost(reason, retry):
                 return self._lost(reason, retry, now)
@@ -279,9 +283,11 @@ class Session:
         finished = dict.fromkeys(reversed(self.outbox.values()))
         return tuple(dict.fromkeys((*mine, *finished)))[:HELD]
 
-    def _tick(self, at: float) -> list[Action]:
+    def _tick(self, at: float, now: float) -> list[Action]:
         if self.phase != "offline" or at != self.due:
             return []
+        if self.failures and at >= self._end():
+            return self._give_up(now)
         self.phase = "connecting"
         self.received.clear()  # a restarted server may have lost what it had not written down
         return [Greet(self.holding())]
@@ -289,19 +295,28 @@ class Session:
     def _lost(self, reason: str, retry: float, now: float) -> list[Action]:
         if self.failures == 0:
             self.silent_since = now
-        self.phase = "offline"
+        self.phase, self.missed = "offline", reason
         self.next = None  # it will be sent again
         stop = self._stop() if not self.fetched else []
-        if now - self.silent_since >= self.give_up_seconds:
-            self.phase = "over"
-            silence = f"no server for {now - self.silent_since:.0f} s: {reason}"
-            hint = "check the address and that `fl-server start` runs"
-            return [*stop, *self._stop(), Quit(silence, "FL-C101", hint)]
+        if now >= self._end():
+            return [*stop, *self._give_up(now)]
         limit = min(self.cap_seconds, self.base_seconds * 2.0 ** min(self.failures, 30))
         jitter = random.Random(f"{self.seed}/{self.failures}").random()
         self.failures += 1
-        self.due = now + max(retry, limit * jitter)
+        self.due = min(self._end(), now + max(retry, limit * jitter))
         return [*stop, Connect(self.due)]
+
+    def _end(self) -> float:
+        """When patience with a silent server ends."""
+        first = float("inf") if self.known else self.first_seconds
+        return self.silent_since + min(self.give_up_seconds, first)
+
+    def _give_up(self, now: float) -> list[Action]:
+        silence = f"no server for {now - self.silent_since:.0f} s: {self.missed}"
+        hint = "check the address and that `fl-server start` runs"
+        if not self.known:
+            hint = "check the address: `fl-server start` has not begun there, or its run is over"
+        return self._over(silence, "FL-C101", hint)
 
     def _over(self, reason: str, code: str = "", hint: str = "") -> list[Action]:
         self.phase = "over"

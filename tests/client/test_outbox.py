@@ -1,5 +1,6 @@
 """The outbox: what a client has finished outlives its process, whole or not at all."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,8 @@ def test_a_folder_serves_one_client_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(ClientError, match=str(tmp_path)) as taken:
         Outbox(tmp_path)
     assert taken.value.code == "FL-C108"
+    assert f"in use by another client (pid {os.getpid()})" in taken.value.message
+    assert f"kill {os.getpid()}" in taken.value.hint
     first.close()
     first.close()
     Outbox(tmp_path).close()

@@ -234,6 +234,32 @@ def test_a_client_without_a_server_gives_up_in_the_end() -> None:
     assert say(session, Lost("x"), Ordered("o2"), Finished("o1", "o1.0"), Tick(session.due)) == []
 
 
+def test_patience_is_not_overshot_by_a_back_off() -> None:
+    """The last wait ends when patience does, and then nothing more is tried."""
+    session = online(give_up_seconds=10.0, cap_seconds=1000.0, base_seconds=1000.0)
+    (connect,) = say(session, Lost("cut"), now=100.0)
+    assert isinstance(connect, Connect)
+    assert connect.at == 110.0
+    (left,) = say(session, Tick(110.0), now=110.002)
+    assert isinstance(left, Quit)
+    assert (left.code, left.reason) == ("FL-C101", "no server for 10 s: cut")
+
+
+def test_a_client_that_was_never_in_the_run_does_not_wait_for_ever() -> None:
+    """It may have come after the end: who was in the run before waits for its server."""
+    session = Session("x", first_seconds=60.0, base_seconds=1000.0, cap_seconds=1000.0)
+    say(session, Started(), Tick(0.0), Lost("refused"))
+    assert session.due == 61.0  # a second after its start it heard that nobody is there
+    (left,) = say(session, Tick(61.0), now=61.0)
+    assert isinstance(left, Quit)
+    assert left.code == "FL-C101"
+    assert "its run is over" in left.hint
+    for known in (online(first_seconds=60.0), Session("x", first_seconds=60.0)):
+        say(known, Started((("o1", "o1.0"),)) if known.phase != "online" else Ended("", False))
+        say(known, Tick(known.due), Lost("refused"), now=1e6)
+        assert known.phase == "offline"
+
+
 def test_the_end_of_the_run_stops_training_and_quits_well() -> None:
     session = online()
     say(session, Ordered("o1"), Ordered("o2"))
