@@ -18,6 +18,7 @@ One JSON object a line, in journal order, written by the driver (real or virtual
     evaluated  version, metrics
     discard    update, reason
     group      group, arrival, latest, members      FedCompass: when it is expected, and at latest
+    limits     target, metric, versions, ...         what ends it, from now on; absent: no limit
     finish     reason
 
 A kind that is not known here is kept and written, and counts for nothing.
@@ -110,6 +111,7 @@ class History:
     groups: dict[str, Group] = field(default_factory=dict)
     merges: list[tuple[float, int]] = field(default_factory=list)  # (run clock, version)
     evaluations: list[tuple[float, int, Mapping[str, float]]] = field(default_factory=list)
+    limits: Mapping[str, Any] = field(default_factory=dict)  # as asked for last
     finished: str | None = None
 
     _ordered: dict[str, Span] = field(default_factory=dict, repr=False)
@@ -273,6 +275,9 @@ class History:
             self.groups[name] = self._waiting[name] = group
         group.arrival, group.latest, group.members = row["arrival"], row["latest"], members
 
+    def _limits(self, row: Row, t: float) -> None:
+        self.limits = {k: v for k, v in row.items() if k not in ("t", "kind")}
+
     def _finish(self, row: Row, t: float) -> None:
         self.finished = row["reason"]
         for name in list(self.open):
@@ -296,6 +301,7 @@ _TAKERS = {
     "evaluated": History._evaluated,
     "discard": History._discard,
     "group": History._group,
+    "limits": History._limits,
     "finish": History._finish,
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from atoll.protocols.errors import ServerError
+from atoll.protocols.errors import ServerError, UsageError
 from atoll.server.history import History
 from atoll.server.rules import Rules
 from atoll.server.spec import RunSpec
@@ -75,19 +75,21 @@ def end_of(status: Status, told: History) -> Status:
         steps=sum(used.values()),
         elapsed_s=round(told.now, 3),
         metric=rules.metric,
+        target=told.limits.get("target"),
         latest=rules.latest,
         best=rules.best,
         best_version=rules.best_version,
+        clients=tuple(_counted(client, told) for client in status.clients),
         groups=(),
     )
 
 
 def judged(told: History) -> Rules:
-    """Which version was best: by accuracy where it was measured, else by loss."""
+    """Which version was best: by what its limits look at, else by accuracy, else by loss."""
+    asked = told.limits.get("metric")
     measured = {name for _, _, metrics in told.evaluations for name in metrics}
-    rules = Rules(
-        metric="loss" if "accuracy" not in measured and "loss" in measured else "accuracy"
-    )
+    usual = "loss" if "accuracy" not in measured and "loss" in measured else "accuracy"
+    rules = Rules(metric=asked if asked in measured else usual)
     for now, version, metrics in told.evaluations:
         rules.evaluated(version, metrics, now)
     return rules
@@ -112,6 +114,11 @@ def _client(told: History, name: str) -> ClientStatus:
         bytes_up=totals.bytes_up,
         bytes_down=totals.bytes_down,
     )
+
+
+def _counted(client: ClientStatus, told: History) -> ClientStatus:
+    totals = told.clients.get(client.name)
+    return client if totals is None else replace(client, updates=totals.updates)
 
 
 def _last_words(told: History, name: str) -> str:
@@ -185,8 +192,15 @@ def pick(state: Path, wanted: str) -> int:
 def export(state: Path, number: int, target: Path) -> str:
     """Copy a version's model, checked against its record, to `target`; its SHA-256 there, hex.
 
-    Atomic. ServerError FL-S206 where it is damaged, FL-S203 where the disk does not take it.
+    Atomic. UsageError FL-S108 where nothing can be put there, ServerError FL-S206 where the version
+    is damaged, FL-S203 where the disk does not take it.
     """
+    if not target.parent.is_dir():
+        hint = f"make it (mkdir -p {target.parent}), or give another --output"
+        raise UsageError("FL-S108", f"no folder {target.parent}", hint)
+    if not os.access(target.parent, os.W_OK):
+        hint = "give an --output that you may write"
+        raise UsageError("FL-S108", f"{target.parent} may not be written", hint)
     from atoll.server.regions import disk, map_file, write_file
 
     model = versions(state)[number]

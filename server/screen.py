@@ -49,11 +49,12 @@ def status_screen(status: Status) -> "Text":
 
 
 def worth(status: Status) -> str:
-    """`accuracy 0.9410, best 0.9450 (v116)`."""
+    """`accuracy 0.9410, best 0.9450 (v116), target 0.95`."""
+    target = "" if status.target is None else f", target {status.target:g}"
     if status.latest is None:
-        return f"no {status.metric} yet"
+        return f"no {status.metric} yet{target}"
     best = "" if status.best is None else f", best {status.best:.4f} (v{status.best_version})"
-    return f"{status.metric} {status.latest:.4f}{best}"
+    return f"{status.metric} {status.latest:.4f}{best}{target}"
 
 
 def group_line(group: GroupStatus, now: float) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from atoll.protocols import console
-from atoll.protocols.errors import ServerError
+from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import Manifest, TensorSpec
 from atoll.server import offline
 from atoll.server.cli import cli
@@ -98,6 +99,25 @@ def test_a_finished_run_says_why_it_ended(tmp_path: Path, capsys: Capsys) -> Non
     told = data(capsys, "status", "--state", str(made(tmp_path / "s", FINISH)))
     assert (told["state"], told["reason"]) == ("finished", "2 versions done")
     assert told["elapsed_s"] == 6.0
+
+
+def test_the_target_is_told_without_a_server_too(tmp_path: Path, capsys: Capsys) -> None:
+    """The newest `limits` row counts: the target may change from start to start."""
+    asked: dict[str, Any] = {"t": 0.0, "kind": "limits", "metric": "accuracy", "target": 0.95}
+    lower = {**asked, "t": 5.5, "target": 0.85}
+    state = made(tmp_path / "s", asked, lower)
+    told = data(capsys, "status", "--state", str(state))
+    assert (told["target"], told["metric"]) == (0.85, "accuracy")
+    assert console.run(cli, ["status", "--state", str(state)]) == 0
+    assert "best 0.9000 (v1), target 0.85" in capsys.readouterr().out
+    open_end = made(tmp_path / "t", asked, {"t": 5.5, "kind": "limits"})
+    assert data(capsys, "status", "--state", str(open_end))["target"] is None
+
+
+def test_best_is_by_the_metric_that_the_limits_look_at(tmp_path: Path, capsys: Capsys) -> None:
+    asked: dict[str, Any] = {"t": 0.0, "kind": "limits", "metric": "loss", "target": 0.1}
+    told = data(capsys, "status", "--state", str(made(tmp_path / "s", asked)))
+    assert (told["metric"], told["best"], told["target"]) == ("loss", 0.4, 0.1)
 
 
 def test_a_run_that_has_not_begun_has_a_status_too(tmp_path: Path, capsys: Capsys) -> None:
@@ -323,13 +343,29 @@ def test_a_damaged_version_is_not_exported(state: Path, tmp_path: Path, capsys: 
     assert data(capsys, "run", "export", str(state), code=78)["code"] == "FL-S206"
 
 
-def test_export_into_no_folder_is_a_failing_disk(
+def test_export_into_no_folder_is_wrong_usage_and_not_a_failing_disk(
     state: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     target = tmp_path / "no" / "m.safetensors"
-    assert data(capsys, "run", "export", str(state), "-o", str(target), code=74)["code"] == (
-        "FL-S203"
-    )
+    error = data(capsys, "run", "export", str(state), "-o", str(target), code=2)
+    assert (error["code"], error["message"]) == ("FL-S108", f"no folder {target.parent}")
+    assert f"mkdir -p {target.parent}" in error["hint"]
+
+
+def test_export_where_one_may_not_write_is_wrong_usage(state: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    if os.access(closed, os.W_OK):  # a superuser may
+        pytest.skip("nothing is closed to this user")
+    with pytest.raises(UsageError, match="may not be written"):
+        offline.export(state, 1, closed / "m.safetensors")
+
+
+def test_export_that_the_disk_does_not_take_says_so(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors.part").mkdir()
+    with pytest.raises(ServerError) as refused:
+        offline.export(state, 1, tmp_path / "m.safetensors")
+    assert refused.value.code == "FL-S203"
 
 
 # ---- run watch --------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ def test_a_run_is_watched_from_its_first_row_to_its_last(
     while server.alive and time.monotonic() < deadline and "training" not in seen:
         now = Status.of(told(capsys, "status", "--state", str(federation.state)))
         seen |= {c.doing for c in now.clients}
+        assert now.target == 0.93
+        assert None not in {c.updates for c in now.clients}
         time.sleep(0.1)
     assert "training" in seen
     summary = server.data()
@@ -74,6 +76,8 @@ def test_a_run_is_watched_from_its_first_row_to_its_last(
         end = last["data"]
         assert (end["state"], end["reason"]) == ("finished", summary["reason"])
         assert end["version"] == summary["versions"]
+        assert end["target"] == 0.93
+        assert sum(client["updates"] for client in end["clients"]) >= summary["updates"] > 0
     assert waiting.data(20)["state"] == "finished"
     assert told(capsys, "run", "ls", str(federation.folder))["runs"][0]["state"] == "finished"
 
