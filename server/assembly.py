@@ -18,6 +18,7 @@ from atoll.aggregation.strategy import Strategy
 from atoll.client.models import manifest_of
 from atoll.protocols import slots as slot
 from atoll.protocols import state
+from atoll.protocols.codecs import codec
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.events import Evaluated
 from atoll.protocols.manifest import Manifest
@@ -29,7 +30,6 @@ from atoll.server.evaluate import Evaluator, Judge
 from atoll.server.history import Row, line
 from atoll.server.host import Host
 from atoll.server.journal import Journal
-from atoll.server.links import Links
 from atoll.server.merge import Buffers, Merger
 from atoll.server.past import Past
 from atoll.server.recover import Recovered, recover
@@ -75,8 +75,7 @@ class Assembly:
         parts = {"strategy": strategy, "aggregator": merger.aggregator, "outer": merger.outer}
         for warning in mixed(spec, None, parts):
             logger.warning("run=%s %s", spec.id, warning)
-        self.links = Links.of(spec, self.store, folder / "chains")
-        self.workshop = Workshop(self.store, merger, uploads, self.links.codecs, spec.keep)
+        self.workshop = Workshop(self.store, merger, uploads, codec(spec.codec_up), spec.keep)
         self.journal = Journal(folder / "journal.sqlite", spec.id)
         self.resumed = self.journal.seq > 0 or bool(self.store.numbers())
         membership = Membership(lease=spec.lease)
@@ -103,8 +102,9 @@ class Assembly:
         self._rows: list[Row] = []  # not in the file yet
         self._flushing: asyncio.TimerHandle | None = None
         self.evaluator = self._evaluator(judge)
-        known = self.workshop, self.links, self.history, self.evaluator, self._row
-        self.host = Host(spec, found.run, membership, *known)
+        self.host = Host(
+            spec, found.run, membership, self.workshop, self.history, self.evaluator, self._row
+        )
         self.host.recorder = past.recorder
         self.clock = Clock(found.now)
         self.driver = Driver(found.run, self.journal, self.host, found.rules, self.clock)
@@ -145,6 +145,17 @@ class Assembly:
                 if getattr(rules, name) is None:
                     setattr(rules, name, getattr(former, name))
         self.journal.note("limits", state.dumps(rules))
+
+    def _say_limits(self) -> None:
+        """For whoever reads the history without us."""
+        rules = self.driver.rules
+        limits = {n: v for n in LIMITS if (v := getattr(rules, n)) is not None}
+        if len(limits) == 1:  # the metric alone is no limit
+            limits = {}
+        if limits != self.history.limits:
+            row: dict[str, object] = {"t": self.clock.now(), "kind": "limits", **limits}
+            self.history.append(row)
+            self._row(row)
 
     def _restore(self, found: Recovered, uploads: Uploads) -> None:
         """Take up kept updates, make unsaved versions again; the rest is forgotten."""
@@ -200,10 +211,10 @@ class Assembly:
 
     def _past(self, path: Path) -> Past:
         snapshot = self.journal.last_snapshot()
-        codecs, allowed = self.links.codecs, self.links.allowed  # of most clients
-        ways = (codecs[allowed.up[0]], codecs[allowed.down[0]])
+        ways = (codec(self.spec.codec_up), codec(self.spec.codec_down))
         up, down = (sum(s.length for s in sections_of(self.manifest, way)) for way in ways)
-        return Past(path, snapshot[1] if snapshot else -math.inf, (up, down))
+        replayed = snapshot[1] if snapshot else -math.inf
+        return Past(path, replayed, (up, down), self.journal.last())
 
     def _row(self, row: Row) -> None:
         self._rows.append(row)
@@ -247,6 +258,7 @@ class Assembly:
             self._row(
                 {"t": self.clock.now(), "kind": "resumed", "version": self.host.run.published}
             )
+        self._say_limits()
         if self.driver.rules.latest_version < self.host.run.published or not self.resumed:
             self.host.evaluate(self.host.run.published)  # its evaluation died with the process
         for merge in self._redo:
@@ -318,6 +330,7 @@ class Assembly:
                 "step": self.host.sessions.of[m.name].step
                 if m.name in self.host.sessions.of
                 else None,
+                "updates": totals.updates if (totals := self.history.clients.get(m.name)) else 0,
                 "bytes_up": self.host.traffic[m.name].up if m.name in self.host.traffic else 0,
                 "bytes_down": self.host.traffic[m.name].down if m.name in self.host.traffic else 0,
             }

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 import click
 
 from atoll.protocols import console, orphan
-from atoll.protocols.errors import AtollError
 from atoll.server.cli_catalogue import COMMANDS, command
 from atoll.server.cli_demo import demo
 from atoll.server.cli_run import run, status
@@ -79,8 +78,9 @@ def start(
     import logging
 
     from atoll.server.check import check
+    from atoll.server.claim import beginning
     from atoll.server.server import Server
-    from atoll.server.spec import open_spec, withdraw
+    from atoll.server.spec import open_spec
 
     logging.basicConfig(
         level=logging.INFO if console.verbosity() else logging.WARNING, stream=sys.stderr
@@ -88,11 +88,9 @@ def start(
     if stop_with_stdin:
         orphan.stop_with_stdin()
     wanted = spec_of(given, name=name, lease=lease, save_every=save_every, keep=keep)
-    fresh = not (state / "run.json").exists()
-    if fresh:
+    if not (state / "run.json").exists():
         check(wanted)
-    spec = open_spec(state, wanted, spelled_out())
-    server = Server.of(spec, state, rules_of(given), init=init, insecure_lan=insecure_lan)
+    rules = rules_of(given)
 
     def ready(address: str) -> None:
         console.say(f"{spec.name}: {spec.strategy} on {spec.model}, serving {address}")
@@ -103,12 +101,10 @@ def start(
                 "  it has no stop rule: it runs until Ctrl-C (see --versions, --seconds, ...)"
             )
 
-    try:
+    with beginning(state):
+        spec = open_spec(state, wanted, spelled_out())
+        server = Server.of(spec, state, rules, init=init, insecure_lan=insecure_lan)
         summary = server.run(listen, ready)
-    except AtollError as error:
-        if fresh and error.code != "FL-S202":  # that one is another server's
-            withdraw(state)
-        raise
     told = f"{summary.versions} versions from {summary.updates} updates in {summary.seconds:.1f} s"
     more = "".join(f", {k} {v:.4f}" for k, v in sorted(summary.metrics.items()) if k != "examples")
     ended = summary.reason or f"stopped for now; go on with: fl-server start --state {state}"

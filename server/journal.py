@@ -8,6 +8,7 @@ transaction, so receipts are released together.
 import contextlib
 import hashlib
 import json
+import math
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -238,6 +239,11 @@ class Journal:
             )
             self.base.execute("DELETE FROM snapshot WHERE seq < ?", (self.seq,))
             self.base.execute("DELETE FROM meta WHERE key LIKE ?", (ACKS + "%",))
+
+    def last(self) -> float:
+        """Run clock of the newest input; minus infinity where there is none."""
+        now = self.base.execute("SELECT max(now) FROM event").fetchone()[0]
+        return -math.inf if now is None else float(now)
 
     def last_snapshot(self) -> tuple[int, float, str] | None:
         row = self.base.execute(

@@ -8,9 +8,10 @@ journal is replayed.
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
+from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Action, Event
 from atoll.server.history import History, line
 from atoll.server.rows import Recorder
@@ -19,29 +20,39 @@ from atoll.server.run import Effect, Run
 INPUTS = frozenset(
     "join leave update aggregate train discard started merged evaluated finish".split()  # noqa: SIM905
 )
+JOURNALED = frozenset({"join", "leave", "update"})  # their inputs are on disk before their rows
 
 
 class Past:
     """Open it before the journal is replayed and give `heard` every input that is.
 
     `replayed`: the run clock of the first input that will be. `sizes`: bytes of an update and of a
-    model, for the rows that come again.
+    model, for the rows that come again. `journaled`: the run clock of the last input there is.
     """
 
-    def __init__(self, path: Path, replayed: float, sizes: tuple[int, int]) -> None:
-        """Raises DataError FL-D102 where the file is no history, OSError where the disk fails."""
+    def __init__(
+        self, path: Path, replayed: float, sizes: tuple[int, int], journaled: float = math.inf
+    ) -> None:
+        """Raises DataError FL-D102 where the file is no history, ServerError FL-S206 where it knows
+        more than the journal, OSError where the disk fails."""
         self.recorder = Recorder()
         self._sizes = sizes
         self._since = replayed
         if path.exists():
-            os.truncate(path, self._whole(path.read_bytes(), replayed))
+            os.truncate(path, self._whole(path.read_bytes(), replayed, journaled))
         self.history = History.read(path) if path.exists() else History()
         self.file = path.open("a", buffering=1 << 16)
 
-    def _whole(self, data: bytes, replayed: float) -> int:
+    def _whole(self, data: bytes, replayed: float, journaled: float) -> int:
         """How many bytes are rows of inputs of which all rows are there, or no more will come."""
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
-        times = [_time(one) for one in lines]
+        if max((_time(one, JOURNALED) for one in lines), default=-math.inf) > journaled:
+            raise ServerError(
+                "FL-S206",
+                "journal.sqlite is older than history.jsonl: its newest part is missing",
+                "copy a state directory whole, with journal.sqlite-wal, or restore a backup",
+            )
+        times = [_time(one, INPUTS) for one in lines]
         last = max(times, default=-math.inf)
         keep = len(lines)
         if last > replayed:
@@ -53,18 +64,17 @@ class Past:
         self, run: Run, now: float, event: Event, actions: Sequence[Action], effects: list[Effect]
     ) -> None:
         """An input of the journal, handled again: the rows that are missing are written."""
-        up, down = self._sizes
-        rows = list(self.recorder.rows(run, now, event, actions, effects, up, lambda order: down))
+        rows = list(self.recorder.rows(run, now, event, actions, effects, self._sizes))
         if now >= self._since:
             for row in rows:
                 self.history.append(row)
                 self.file.write(line(row))
 
 
-def _time(text: bytes) -> float:
-    """The run clock of a row that an input made; others do not count."""
+def _time(text: bytes, kinds: Container[str]) -> float:
+    """The run clock of a row of one of these kinds; others do not count."""
     try:
         row = json.loads(text)
-        return float(row["t"]) if row["kind"] in INPUTS else -math.inf
+        return float(row["t"]) if row["kind"] in kinds else -math.inf
     except (ValueError, KeyError, TypeError):
         return -math.inf  # whoever reads the history says what is wrong with it

@@ -13,6 +13,7 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,12 +334,12 @@ def _made(folder: Path) -> Path:
 
 def _bind(server: Any, address: str) -> str:
     host = address.rpartition(":")[0]
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        port, reason = 0, str(error)
-    else:
-        reason = "the system refused it"
+    port, reason = 0, _taken(address)
+    if not reason:
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            reason = str(error)
     if not port:
         raise ServerError(
             "FL-S201",
@@ -346,6 +347,27 @@ def _bind(server: Any, address: str) -> str:
             "another process has the port, or the address is not this machine's: choose another",
         )
     return f"{host}:{port}"
+
+
+def _taken(address: str) -> str:
+    """Why nothing can listen there; empty: it can. Asked before gRPC, which logs what it meets."""
+    host, _, port = address.rpartition(":")
+    reason = "no such address"
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        return str(error.strerror)
+    for family, kind, protocol, _, place in found:
+        try:
+            with socket.socket(family, kind, protocol) as door:
+                door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                door.bind(place)
+                door.listen(1)
+        except OSError as error:
+            reason = str(error.strerror)
+        else:
+            return ""
+    return reason
 
 
 def _note(folder: Path, address: str) -> None:

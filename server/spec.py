@@ -11,6 +11,7 @@ from pathlib import Path
 
 from atoll.protocols import state
 from atoll.protocols.errors import ServerError
+from atoll.server.claim import refuse_foreign
 
 STRATEGIES: Mapping[str, str] = {
     "fedavg": "atoll.aggregation.fedavg:FedAvg",
@@ -33,7 +34,8 @@ class RunSpec:
     outer: str = "sgd"
     algorithm: str = "plain"  # local algorithm
     model: str = "mlp"
-    data: str = "digits"  # the server's test set; clients bring their own
+    data: str = "digits"  # the server's test set, empty: none; clients bring their own
+    trainer: str = ""  # module:object, evaluates in place of the model; clients bring their own
     codec_up: str = "fp32"
     codec_down: str = "fp32"
     buffers: str = "weighted_mean"
@@ -84,7 +86,8 @@ class RunSpec:
 
 
 FIXED = (
-    *("strategy", "aggregator", "outer", "algorithm", "model", "data", "buffers", "seed"),
+    *("strategy", "aggregator", "outer", "algorithm", "model", "data", "trainer", "buffers"),
+    "seed",
     *("codec_up", "codec_down", "local"),
 )
 LOOSE = ("lease", "save_every", "keep", "name")  # may change from start to start
@@ -102,6 +105,7 @@ def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> Run
     """
     path = folder / "run.json"
     if not path.exists():
+        refuse_foreign(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -121,9 +125,3 @@ def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> Run
                 "leave the option out to go on with that run, or give another --state",
             )
     return replace(found, **{name: getattr(wanted, name) for name in fields.intersection(LOOSE)})
-
-
-def withdraw(folder: Path) -> None:
-    """Forget a run that could not begin, so that the same folder takes a better one."""
-    if not any((folder / "versions").glob("*")):
-        (folder / "run.json").unlink(missing_ok=True)

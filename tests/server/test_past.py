@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from atoll.aggregation.fedbuff import FedBuff
+from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Event, Merged
 from atoll.protocols.membership import Membership
 from atoll.server.history import line
@@ -50,17 +51,13 @@ class Inputs:
 def lived() -> tuple[Inputs, list[str]]:
     """What was journaled of a run, and its history as a server that never died writes it."""
     run, recorder = Run(strategy()), Recorder()
-    up, down = SIZES
     inputs: list[Row] = []
     lines: list[str] = []
 
     def listen(now: float, event: Event, _: object) -> None:
         heard, actions, effects = run.handle(event, now)
         inputs.append(Row(len(inputs) + 1, now, event, None))
-        lines.extend(
-            line(row)
-            for row in recorder.rows(run, now, heard, actions, effects, up, lambda order: down)
-        )
+        lines.extend(line(row) for row in recorder.rows(run, now, heard, actions, effects, SIZES))
         if isinstance(event, Merged):  # what only a driver writes stands in between
             lines.append(line({"t": now + 0.001, "kind": "back", "client": "a"}))
 
@@ -114,6 +111,20 @@ def test_a_fresh_run_has_no_past(tmp_path: Path) -> None:
     past = Past(tmp_path / "history.jsonl", float("-inf"), SIZES)
     assert past.history.rows == []
     past.file.close()
+
+
+def test_a_journal_that_lacks_its_newest_part_is_seen(tmp_path: Path) -> None:
+    """A copy without `journal.sqlite-wal` went on from long ago, and cut the history off there."""
+    _, lines = lived()
+    path = tmp_path / "history.jsonl"
+    path.write_text("".join(lines))
+    heard = {"join", "leave", "update"}
+    last = max(row["t"] for row in map(json.loads, lines) if row["kind"] in heard)
+    with pytest.raises(ServerError, match="its newest part is missing") as refused:
+        Past(path, 0.0, SIZES, journaled=last - 1e-9)
+    assert refused.value.code == "FL-S206"
+    assert path.read_text() == "".join(lines)
+    Past(path, 0.0, SIZES, journaled=last).file.close()  # what follows from inputs may be later
 
 
 @pytest.mark.parametrize("row", ['{"t": 1.0}', "[]", "5"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from atoll.protocols.errors import ServerError
-from atoll.server.spec import FIXED, LOOSE, OPTIONS, RunSpec, open_spec, withdraw
+from atoll.server.spec import FIXED, LOOSE, OPTIONS, RunSpec, open_spec
 
 SPEC = RunSpec("01HZX0000000000000000RVN00", strategy="fedavg:steps=5", local={"lr": 0.1})
 
@@ -55,6 +55,7 @@ CHANGES: dict[str, object] = {
     "algorithm": "fedprox:mu=1",
     "model": "cnn",
     "data": "mnist:x",
+    "trainer": "mine:Trainer",
     "buffers": "personal",
     "seed": 9,
     "codec_up": "bf16",
@@ -90,17 +91,3 @@ def test_a_client_hears_what_it_needs_and_no_more() -> None:
     assert told["id"] == SPEC.id
     assert told["local"] == {"lr": 0.1}
     assert not {"strategy", "keep", "save_every", "lease"} & set(told)
-
-
-def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path: Path) -> None:
-    SPEC.write(tmp_path / "run.json")
-    withdraw(tmp_path)
-    withdraw(tmp_path)
-    assert not (tmp_path / "run.json").exists()
-
-
-def test_a_run_with_a_version_is_never_withdrawn(tmp_path: Path) -> None:
-    SPEC.write(tmp_path / "run.json")
-    (tmp_path / "versions" / "0").mkdir(parents=True)
-    withdraw(tmp_path)
-    assert (tmp_path / "run.json").exists()

@@ -84,9 +84,16 @@ def test_a_port_in_use_and_a_state_directory_in_use_name_the_other(
     second = federation.server(wait=False)
     assert other.failure()[:2] == ("FL-S201", 73)
     assert federation.address in other.failure()[2]
+    assert other.said() == ""  # no library's log lines beside the error
+    assert not (federation.folder / "other").exists()
     code, exit_code, message = second.failure()
     assert (code, exit_code) == ("FL-S202", 73)
     assert f"pid {os.getpid()}" in message
+
+
+def test_a_demo_whose_server_is_not_there_in_time_ends(federation: "Federation") -> None:
+    demo = federation.command("demo", "fl-server", "demo", "--timeout", "0.001", "--json")
+    assert demo.failure()[:2] == ("FL-S205", 5)
 
 
 @pytest.mark.parametrize(

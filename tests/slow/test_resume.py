@@ -1,5 +1,6 @@
 """Stopped, restarted, cut off: a run goes on where it was, and nobody trains anything twice."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -89,9 +90,48 @@ def test_a_member_that_comes_back_after_the_end_hears_goodbye(federation: "Feder
     federation.until(lambda: federation.history("train"))
     gate.cut(refuse=True)
     federation.guest(client(federation, "c", Counting(0.01))).ended()
+    late = federation.guest(client(federation, "late", Counting()))
+    late.join(10)  # while the server waits for the one that is away
+    assert late.error is not None
+    assert (late.error.code, late.error.message) == ("FL-S107", "the run is over: 2 versions done")
     gate.cut(refuse=False)
     assert "2 versions done" in member.ended(10).reason
     local.ended(10)
+
+
+def test_a_client_that_finds_nobody_ends_with_a_sentence(federation: "Federation") -> None:
+    """It comes after the end, perhaps: it waited for ever. Patience is kept to the moment."""
+    address = federation.local().server.address
+    federation.locals[0].server.stop()
+    federation.locals[0].ended()
+    began = time.monotonic()
+    late = federation.guest(Client(address, Counting(), name="late", first_seconds=1.5))
+    late.join(10)
+    assert 1.5 <= time.monotonic() - began < 2.5
+    assert late.error is not None
+    assert late.error.code == "FL-C101"
+    assert "its run is over" in late.error.hint
+
+
+def test_a_state_directory_copied_without_its_newest_part_is_refused(
+    federation: "Federation",
+) -> None:
+    server = federation.server("--strategy", "fedbuff:size=1,steps=3")
+    guest = federation.guest(client(federation, "c", Counting()))
+    federation.until(lambda: federation.merged() >= 20)
+    server.kill()
+    guest.client.stop()
+    assert (federation.state / "journal.sqlite-wal").stat().st_size > 0
+    copy = federation.folder / "copy"
+    shutil.copytree(federation.state, copy)
+    for name in ("journal.sqlite-wal", "journal.sqlite-shm"):
+        (copy / name).unlink()
+    history = (copy / "history.jsonl").read_text()
+    federation.address, federation.state = "127.0.0.1:0", copy
+    code, exit_code, message = federation.server(wait=False).failure()
+    assert (code, exit_code) == ("FL-S206", 78)
+    assert "journal.sqlite is older than history.jsonl" in message
+    assert (copy / "history.jsonl").read_text() == history
 
 
 def test_a_client_cut_off_within_its_lease_keeps_its_order(federation: "Federation") -> None:
