@@ -27,10 +27,11 @@ BUILTIN = {
 }
 
 
-def build(spec: str, info: DataInfo, seed: int) -> nn.Module:
+def build(spec: str, info: DataInfo | None, seed: int) -> nn.Module:
     """The module that `spec` names, initialised by torch's defaults under `seed`.
 
-    The caller's random state is left as it was. Raises UsageError FL-S101 to FL-S103.
+    The caller's random state is left as it was. Raises UsageError FL-S101 to FL-S104: the last
+    where it wants to know the data's `info` and there is none.
     """
     found = slots.find("model", spec, BUILTIN)
     params = dict(slots.split(spec)[2])
@@ -44,7 +45,7 @@ def build(spec: str, info: DataInfo, seed: int) -> nn.Module:
         raise UsageError(
             "FL-S103", f"{spec!r} is {type(found).__name__}, not a model", "name an nn.Module"
         )
-    make = _given_info(found, info)
+    make = _given_info(spec, found, info)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = slots.call("model", spec, make, params)
@@ -95,14 +96,25 @@ def mlp(info: DataInfo, hidden: int = 64, depth: int = 1) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(width, info.classes))
 
 
-def _given_info(found: Callable[..., object], info: DataInfo) -> Callable[..., object]:
-    try:
-        wanted = "info" in inspect.signature(found).parameters
-    except ValueError:  # a callable without a signature, made in C
-        wanted = False
-    if not wanted:
+def _given_info(
+    spec: str, found: Callable[..., object], info: DataInfo | None
+) -> Callable[..., object]:
+    if not takes(found, "info"):
         return found
+    if info is None:
+        raise UsageError(
+            "FL-S104", f"model {spec!r} takes its shape from the data, and there is none",
+            "give --data, or a model without a parameter `info`",
+        )  # fmt: skip
     return lambda **params: found(info=info, **params)
+
+
+def takes(found: Callable[..., object], name: str) -> bool:
+    """Whether a callable of the user's has a parameter called so."""
+    try:
+        return name in inspect.signature(found).parameters
+    except ValueError:  # a callable without a signature, made in C
+        return False
 
 
 def _group(tensor: Tensor) -> Group:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from atoll.client.data import Data, load_data
 from atoll.client.local import LocalConfig, TorchTrainer, make_trainer
-from atoll.client.models import BUILTIN
+from atoll.client.models import BUILTIN, takes
 from atoll.client.trainer import Trainer
 from atoll.protocols import slots
 from atoll.protocols.errors import ClientError, DataError, UsageError
@@ -39,7 +39,7 @@ def maker(options: Options) -> Callable[[RunInfo], Trainer]:
 
     def make(run: RunInfo) -> Trainer:
         if options.trainer:
-            return own_trainer(options.trainer)
+            return own_trainer(options.trainer, options.name, options.shard, run.seed)
         return torch_trainer(
             options,
             model=options.model or _installed(run.model),
@@ -67,8 +67,13 @@ def torch_trainer(
     )  # fmt: skip
 
 
-def own_trainer(spec: str) -> Trainer:
-    """A user's `module:object`: a Trainer, or something that makes one."""
+def own_trainer(
+    spec: str, client: str = "client", shard: tuple[int, int] = (0, 1), seed: int = 0
+) -> Trainer:
+    """A user's `module:object`: a Trainer, or something that makes one.
+
+    What makes one is told `client`, `shard` and `seed` where it has parameters of these names.
+    """
     found = slots.find("trainer", spec, {})
     made = found
     if isinstance(found, type) or not hasattr(found, "train"):
@@ -78,7 +83,9 @@ def own_trainer(spec: str) -> Trainer:
                 f"trainer {spec!r} is no Trainer",
                 "give it load, train and evaluate: see atoll.client.Trainer",
             )
-        made = slots.call("trainer", spec, found, slots.split(spec)[2])
+        told = {"client": client, "shard": shard, "seed": seed}
+        known = {name: value for name, value in told.items() if takes(found, name)}
+        made = slots.call("trainer", spec, found, {**known, **slots.split(spec)[2]})
     missing = [name for name in ("load", "train", "evaluate") if not hasattr(made, name)]
     if missing:
         raise UsageError(

@@ -4,8 +4,8 @@ The run's model is named tensors; how they are trained is the client's affair. H
 softmax regression, is trained in numpy on this client's part of the digits.
 
     fl-server start --model linear --strategy fedcompass:min_clients=2 --target-accuracy 0.9
-    fl-client start 127.0.0.1:7447 --name a --trainer own_trainer:Softmax:part=0,parts=2
-    fl-client start 127.0.0.1:7447 --name b --trainer own_trainer:Softmax:part=1,parts=2
+    fl-client start 127.0.0.1:7447 --name a --shard 0/2 --trainer own_trainer:Softmax
+    fl-client start 127.0.0.1:7447 --name b --shard 1/2 --trainer own_trainer:Softmax
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,8 @@ BATCH = 32
 
 
 class Softmax:
-    def __init__(self, part: int = 0, parts: int = 1, lr: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, shard: tuple[int, int] = (0, 1), lr: float = 0.1, seed: int = 0) -> None:
+        part, parts = shard  # as `--shard` says
         digits = load_data("digits")  # any arrays will do
         self.x, self.y = (a[part::parts] for a in arrays(digits.train))
         self.test_x, self.test_y = arrays(digits.test)

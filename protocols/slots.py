@@ -52,7 +52,7 @@ def resolve(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
     return call(slot, spec, found, params)
 
 
-def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str, Value]) -> object:
+def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str, object]) -> object:
     """`made(**params)`, with a wrong parameter told as FL-S102."""
     try:
         return made(**params)

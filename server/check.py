@@ -17,10 +17,10 @@ from atoll.aggregation.strategy import Strategy
 from atoll.protocols import facts, slots
 from atoll.protocols.errors import UsageError
 from atoll.protocols.facts import Facts
-from atoll.protocols.links import Allowed
 from atoll.server import catalogue
 from atoll.server.spec import STRATEGIES, RunSpec
 
+PARTITIONS = ("iid", "contiguous", "classes", "dirichlet", "quantity", "column")
 FILES = ("mnist", "cifar10", "text", "csv", "npz")  # data that lies at a path
 SLOTS: Mapping[str, str] = {  # slot -> the field of the spec that names it
     "strategy": "strategy",
@@ -46,33 +46,17 @@ def check(
     strategy = strategy_of(spec) if "strategy" not in made else made["strategy"]
     if not trains:
         return []
-    for one in each_pair(spec):
-        for slot, name in [*_named(one).items(), ("model", spec.model)]:
-            if slot not in made and slot != "strategy":
-                _check_name("codec" if slot == "codec down" else slot, name)
+    for slot, name in [*_named(spec).items(), ("model", spec.model)]:
+        if slot not in made and slot != "strategy":
+            _check_name("codec" if slot == "codec down" else slot, name)
     if "data" not in made and spec.data:
         _check_data(spec.data)
+    _check_own(spec, made)
     return mixed(spec, clients, {**made, "strategy": strategy})
 
 
 def mixed(spec: RunSpec, clients: int | None, made: Mapping[str, object]) -> list[str]:
-    """Judge the mix: by the parts in `made`, by slot, and by what can be read of the others.
-
-    With every pair of codecs that a client may get.
-    """
-    found = [warning for one in each_pair(spec) for warning in _mixed(one, clients, made)]
-    return list(dict.fromkeys(found))
-
-
-def each_pair(spec: RunSpec) -> list[RunSpec]:
-    """The same run with one codec each way, for each that it allows."""
-    allowed = Allowed.of(spec.codec_up, spec.codec_down)
-    return [
-        replace(spec, codec_up=up, codec_down=down) for up in allowed.up for down in allowed.down
-    ]
-
-
-def _mixed(spec: RunSpec, clients: int | None, made: Mapping[str, object]) -> list[str]:
+    """Judge the mix: by the parts in `made`, by slot, and by what can be read of the others."""
     parts = [_of_the_run(spec)]
     for slot, name in _named(spec).items():
         part = made.get(slot)
@@ -88,13 +72,12 @@ def made_of(spec: RunSpec) -> dict[str, object]:
     from atoll.aggregation.outer import outer
     from atoll.protocols.codecs import codec
 
-    first = each_pair(spec)[0]
     return {
         "strategy": strategy_of(spec),
         "aggregator": aggregator(spec.aggregator),
         "outer": outer(spec.outer),
-        "codec": codec(first.codec_up),
-        "codec down": codec(first.codec_down),
+        "codec": codec(spec.codec_up),
+        "codec down": codec(spec.codec_down),
     }
 
 
@@ -115,6 +98,35 @@ def _of_the_run(spec: RunSpec) -> Facts:
 
 def _named(spec: RunSpec) -> dict[str, str]:
     return {slot: getattr(spec, field) for slot, field in SLOTS.items()}
+
+
+def _check_own(spec: RunSpec, made: Mapping[str, object]) -> None:
+    if spec.trainer and not _importable(slots.split(spec.trainer)[0]):
+        slots.find("trainer", spec.trainer, {})
+    shapeless = not spec.data and "data" not in made and "model" not in made
+    if shapeless and slots.split(spec.model)[0] in catalogue.builtin("model"):
+        raise UsageError(
+            "FL-S104", f"model {spec.model!r} takes its shape from the data, and there is none",
+            "give --data, or --model MODULE:OBJECT of your own",
+        )  # fmt: skip
+
+
+def check_clients(spec: RunSpec) -> None:
+    """UsageError FL-S104 where clients of ours would have nothing to train on."""
+    if not (spec.data or spec.trainer):
+        raise UsageError(
+            "FL-S104", "--data none, and clients that train on it", "give --data, or a --trainer"
+        )
+
+
+def check_partition(spec: str) -> None:
+    """DataError FL-D104 for a name that is none."""
+    if spec.partition(":")[0] not in PARTITIONS:
+        import numpy as np
+
+        from atoll.client.partition import partition
+
+        partition(spec, np.zeros(1), 1, 0)  # it knows better, and says what is wrong
 
 
 def strategy_of(spec: RunSpec) -> Strategy:

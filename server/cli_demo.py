@@ -7,9 +7,11 @@ import click
 
 from atoll.protocols import console, slots
 from atoll.protocols.errors import ServerError
+from atoll.server.options import check_numbers, codecs_of, data_of
 
 if TYPE_CHECKING:
     from atoll.server.demo import DemoSpec
+    from atoll.server.spec import RunSpec
 
 EXIT_MISSED = 5  # the target was not reached: the run itself went well
 
@@ -44,11 +46,13 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
     "--data",
     default="digits",
     show_default=True,
-    help="digits, mnist:DIR, cifar10:DIR, text:FILE, csv:FILE, npz:FILE.",
+    help="digits, mnist:DIR, cifar10:DIR, text:FILE, csv:FILE, npz:FILE, MODULE:OBJECT.",
 )
 @click.option(
-    "--model", default="", help="[default: mlp, cnn for images in colour, charlm for text]"
-)
+    "--model", default="",
+    help="Or MODULE:OBJECT.  [default: mlp, cnn for images in colour, charlm for text]",
+)  # fmt: skip
+@click.option("--trainer", default="", help="Every client's: your own Trainer as MODULE:OBJECT.")
 @click.option(
     "--partition",
     default="iid",
@@ -90,25 +94,33 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
 @click.option("--lr", type=float, default=None, help="Local learning rate.")
 @console.json_option
 def demo(
-    clients: int, speeds: tuple[float, ...], strategy: str, data: str, model: str, partition: str,
-    target_accuracy: float, timeout: float, seed: int, out: Path, aggregator: str, outer: str,
-    algorithm: str, codec: str, lr: float | None, as_json: bool,
+    clients: int, speeds: tuple[float, ...], strategy: str, data: str, model: str, trainer: str,
+    partition: str, target_accuracy: float, timeout: float, seed: int, out: Path, aggregator: str,
+    outer: str, algorithm: str, codec: str, lr: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Watch a federation train: one server and several clients, each its own process.
 
     Ends when the target is reached (exit 0) or the time is up (exit 5), with the model, the
     history and two plots in --out.
     """
+    from atoll.protocols.ids import ulid
     from atoll.server.demo import Demo, DemoSpec
     from atoll.server.live import Live
+    from atoll.server.spec import RunSpec
 
     passed = ["--aggregator", aggregator, "--outer", outer, "--local", algorithm, "--codec", codec]
     passed += ["--lr", str(lr)] if lr is not None else _good_settings(data)
     spec = DemoSpec(
         clients, speeds or tuple((1.0, 1.0, 2.0, 4.0)[i % 4] for i in range(clients)),
         wait_for_all(strategy, clients), data, model or _model_for(data), partition,
-        target_accuracy, timeout, seed, out, tuple(passed),
+        target_accuracy, timeout, seed, out, tuple(passed), trainer=trainer,
     )  # fmt: skip
+    up, down = codecs_of(codec)
+    wanted = RunSpec(
+        ulid(), strategy=spec.strategy, aggregator=aggregator, outer=outer, algorithm=algorithm,
+        model=spec.model, data=data_of(data), trainer=trainer, codec_up=up, codec_down=down,
+    )  # fmt: skip
+    _check(spec, wanted, lr)
     console.say(
         f"one server and {clients} clients start on this machine; logs in {out / 'logs'} "
         "(Ctrl-C ends)"
@@ -121,6 +133,18 @@ def demo(
         raise ServerError("FL-S208", "interrupted", "what was reached lies in " + str(out))
     if not told["reached"]:
         click.get_current_context().exit(EXIT_MISSED)
+
+
+def _check(spec: "DemoSpec", run: "RunSpec", lr: float | None) -> None:
+    """What cannot be is refused before a word is said or a process started."""
+    from atoll.server.check import check, check_clients, check_partition
+    from atoll.server.rules import Rules
+
+    check_numbers({"lr": lr})
+    Rules(target=spec.target)
+    check_partition(spec.partition)
+    check_clients(run)
+    check(run)
 
 
 def wait_for_all(strategy: str, clients: int) -> str:

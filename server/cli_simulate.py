@@ -75,12 +75,14 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
 
     The same command gives the same history, whose hash is printed.
     """
-    from atoll.server.check import check, made_of, mixed, strategy_of
+    from atoll.server.check import check, check_clients, made_of, mixed, strategy_of
     from atoll.server.simulator import simulate as run
 
     spec, rules = spec_of(given), rules_of(given)
     if given["null"] and rules.target is not None:
         raise UsageError("FL-S104", "--null evaluates nothing", "drop --target-accuracy or --null")
+    if not given["null"]:
+        check_clients(spec)
     clients = clients_of(given, spec.seed)
     check(spec, trains=not given["null"], clients=len(clients))
     if not given["null"]:
@@ -195,6 +197,12 @@ def training_of(
     from atoll.server.training import Training
 
     torch.set_num_threads(given["threads"])
+    if spec.trainer:
+        return Training.own(
+            spec.trainer, [client.name for client in clients], model=spec.model, data=spec.data,
+            seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=spec.codec_up,
+            buffers=spec.buffers,
+        )  # fmt: skip
     local: dict[str, Any] = dict(spec.local)
     return Training.of(
         [client.name for client in clients], model=spec.model, data=spec.data,

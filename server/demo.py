@@ -42,6 +42,7 @@ class DemoSpec:
     out: Path
     server: tuple[str, ...] = ()
     step_seconds: float = STEP
+    trainer: str = ""
 
     def __post_init__(self) -> None:
         if self.clients < 1:
@@ -124,7 +125,7 @@ class Demo:
             "start", "--stop-with-stdin", "--listen", "127.0.0.1:0", "--state", str(self.state),
             "--name", "demo", "--lease", "10", "--strategy", spec.strategy, "--data", spec.data,
             "--model", spec.model, "--seed", str(spec.seed),
-            "--target-accuracy", str(spec.target), *spec.server,
+            "--target-accuracy", str(spec.target), "--trainer", spec.trainer, *spec.server,
         )  # fmt: skip
 
     def _client(self, address: str, index: int, name: str) -> Child:
@@ -134,7 +135,7 @@ class Demo:
             "start", address, "--stop-with-stdin", "--name", name,
             "--dir", str(spec.out / "clients" / name), "--data", spec.data, "--model", spec.model,
             "--partition", spec.partition, "--shard", f"{index}/{spec.clients}",
-            "--sleep-per-step", f"{pause:.6g}", "--device", "cpu",
+            "--sleep-per-step", f"{pause:.6g}", "--device", "cpu", "--trainer", spec.trainer,
         )  # fmt: skip
         return Child(name, "atoll.client", arguments, self.logs)
 

@@ -8,10 +8,12 @@ from torch import nn
 from atoll.client.data import from_user, load_data
 from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import build as build_model
+from atoll.client.options import own_trainer
+from atoll.server.evaluate import Judge
 from atoll.server.spec import RunSpec
 
 
-def build(spec: RunSpec, slots: Mapping[str, object]) -> tuple[nn.Module, TorchTrainer | None]:
+def build(spec: RunSpec, slots: Mapping[str, object]) -> tuple[nn.Module, Judge | None]:
     """The model as it starts, and what evaluates it; None where the server has no test data."""
     data: Any = slots.get("data")
     if data is not None:
@@ -24,6 +26,8 @@ def build(spec: RunSpec, slots: Mapping[str, object]) -> tuple[nn.Module, TorchT
     if not isinstance(module, nn.Module):
         info: Any = getattr(data, "info", None)
         module = build_model(spec.model, info, spec.seed)
+    if spec.trainer:
+        return module, own_trainer(spec.trainer, "server", seed=spec.seed)
     test = getattr(data, "test", None)
     if test is None:
         return module, None

@@ -1,6 +1,6 @@
 """Options: what a run is, as said on a command line; the same for a real and a simulated one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -32,15 +32,15 @@ def run_options(command: F) -> F:
                      help="mlp, cnn, resnet18, charlm, linear, or MODULE:OBJECT."),
         click.option("--data", default="digits", show_default=True,
                      help="digits, mnist:DIR, cifar10:DIR, text:FILE, csv:FILE, npz:FILE, "
-                     "or MODULE:OBJECT."),
+                     "MODULE:OBJECT; none: the clients evaluate."),
+        click.option("--trainer", default="", help="Your own Trainer as MODULE:OBJECT."),
         click.option("--lr", type=float, default=None, help="Local learning rate."),
         click.option("--batch", type=int, default=None, help="Local batch size."),
         click.option("--local-optimizer", default=None, help="sgd, adam, adamw."),
         click.option("--local-momentum", type=float, default=None, help="Of local SGD."),
         click.option("--clip", type=float, default=None, help="Largest local gradient norm."),
         click.option("--codec", default="fp32", show_default=True,
-                     help="fp32, fp16, bf16; or up=bf16/fp32,down=fp16, the best first. See "
-                     "`fl-server codecs`."),
+                     help="fp32, fp16, bf16; or up=bf16,down=fp16. See `fl-server codecs`."),
         click.option("--buffers", default="weighted_mean", show_default=True,
                      type=click.Choice(["weighted_mean", "keep_server", "personal"]),
                      help="What becomes of BatchNorm statistics."),
@@ -68,10 +68,9 @@ def rules_of(given: dict[str, Any]) -> "Rules":
 
 def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
     from atoll.protocols.ids import ulid
-    from atoll.protocols.links import ways
     from atoll.server.spec import RunSpec
 
-    up, down = ways(given["codec"])
+    up, down = codecs_of(given["codec"])
     names = {
         "lr": "lr",
         "batch": "batch",
@@ -80,13 +79,14 @@ def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
         "clip": "clip",
     }
     local = {names[k]: given[k] for k in names if given[k] is not None}
-    _check_numbers(given, more)
-    kept = ("strategy", "aggregator", "outer", "algorithm", "model", "data", "buffers", "seed")
+    check_numbers({**given, **more})
+    kept = ("strategy", "aggregator", "outer", "algorithm", "model", "trainer", "buffers", "seed")
     same = {k: given[k] for k in kept}
+    same["data"] = data_of(given["data"])
     return RunSpec(ulid(), codec_up=up, codec_down=down, local=local, **same, **more)
 
 
-def _check_numbers(given: dict[str, Any], more: dict[str, Any]) -> None:
+def check_numbers(given: Mapping[str, Any]) -> None:
     """What nobody can mean is refused here, before anything starts. UsageError FL-S102."""
     limits: dict[str, tuple[Callable[[float], bool], str]] = {  # option: (holds, what to give)
         "lr": (lambda v: 0 < v < float("inf"), "a number above 0"),
@@ -98,9 +98,27 @@ def _check_numbers(given: dict[str, Any], more: dict[str, Any]) -> None:
         "keep": (lambda v: v >= 1, "at least 1"),
     }
     for name, (holds, want) in limits.items():
-        value = {**given, **more}.get(name)
+        value = given.get(name)
         if value is not None and not holds(value):
             raise UsageError("FL-S102", f"--{name.replace('_', '-')} {value}", f"give {want}")
+
+
+def data_of(text: str) -> str:
+    """`none` is no data, which a RunSpec calls ''."""
+    return "" if text == "none" else text
+
+
+def codecs_of(text: str) -> tuple[str, str]:
+    """`bf16` for both ways, or `up=...,down=...`."""
+    if "=" not in text:
+        return text, text
+    found = {"up": "fp32", "down": "fp32"}
+    for part in text.split(","):
+        way, _, name = part.partition("=")
+        if way not in found:
+            raise UsageError("FL-S108", f"codec {text!r}", "write bf16, or up=bf16,down=fp32")
+        found[way] = name
+    return found["up"], found["down"]
 
 
 def spelled_out() -> set[str]:

@@ -18,6 +18,8 @@ from atoll.aggregation.aggregator import Aggregator, aggregator
 from atoll.aggregation.outer import Outer, outer
 from atoll.client.data import Data, Indices, load_data
 from atoll.client.local import LocalConfig, trainer_on
+from atoll.client.models import build, manifest_of, named_tensors
+from atoll.client.options import own_trainer
 from atoll.client.partition import shards_of
 from atoll.client.trainer import Task, Trainer
 from atoll.protocols import tensors
@@ -102,6 +104,34 @@ class Training:
         return cls(
             make, judge.manifest, judge.export(), judge=judge if loaded.test is not None else None,
             examples={name: len(rows) for name, rows in parts.items()},
+            aggregator=aggregator(aggregation), outer=outer(step), codec=codec(up),
+            buffers=cast("Buffers", buffers),
+        )  # fmt: skip
+
+    @classmethod
+    def own(
+        cls,
+        trainer: str,  # module:object
+        clients: Sequence[str],
+        *,
+        model: str,
+        data: str,
+        seed: int,
+        aggregation: str = "mean",
+        step: str = "sgd",
+        up: str = "fp32",
+        buffers: str = "weighted_mean",
+    ) -> Self:
+        """Every client a trainer of the user's; the model says which tensors there are, the data
+        what shape it has."""
+        module = build(model, load_data(data).info if data else None, seed)
+        many = len(clients)
+        made = {n: own_trainer(trainer, n, (i, many), seed) for i, n in enumerate(clients)}
+        initial = {name: tensor.detach() for name, tensor in named_tensors(module)}
+        return cls(
+            made.__getitem__, manifest_of(module), initial,
+            judge=own_trainer(trainer, "server", seed=seed),
+            examples={name: int(getattr(t, "examples", 0)) or 1 for name, t in made.items()},
             aggregator=aggregator(aggregation), outer=outer(step), codec=codec(up),
             buffers=cast("Buffers", buffers),
         )  # fmt: skip

@@ -41,7 +41,7 @@ def test_own_strategy_holds_what_every_strategy_must() -> None:
 
 
 def test_own_trainer_keeps_the_contract_of_a_trainer_and_learns() -> None:
-    trainer = example("own_trainer").Softmax(part=1, parts=2)
+    trainer = example("own_trainer").Softmax(shard=(1, 2))
     assert check(trainer).steps == 2
     assert trainer.evaluate()["accuracy"] < 0.3
     trainer.train(Task(steps=300))

@@ -30,6 +30,22 @@ def test_pictures_go_in_and_a_score_for_each_class_comes_out(spec: str, info: Da
     assert build(spec, info, 0)(torch.randn(2, *info.shape)).shape == (2, info.classes)
 
 
+@pytest.mark.parametrize("spec", ["mlp", "cnn", "charlm", f"{__name__}:Shaped"])
+def test_a_model_that_wants_the_datas_shape_cannot_do_without(spec: str) -> None:
+    with pytest.raises(UsageError, match="takes its shape from the data") as refused:
+        build(spec, None, 0)
+    assert refused.value.code == "FL-S104"
+
+
+class Shaped(nn.Linear):
+    def __init__(self, info: DataInfo) -> None:
+        super().__init__(info.classes, 1)
+
+
+def test_a_model_of_ones_own_may_have_a_shape_of_its_own() -> None:
+    assert trainable(build("torch.nn:Linear:in_features=3,out_features=1", None, 0)) == 4
+
+
 def test_the_harness_models_have_their_known_sizes() -> None:
     assert trainable(build("mlp", MNIST, 0)) == 784 * 64 + 64 + 64 * 10 + 10 == 50_890
     assert trainable(build("cnn", MNIST, 0)) == 54_314

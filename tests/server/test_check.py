@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from atoll.aggregation import FedAvg, FedBuff, Krum, Median
-from atoll.protocols.errors import AtollError, UsageError
+from atoll.client.partition import KNOWN as KNOWN_PARTITIONS
+from atoll.protocols.errors import AtollError, DataError, UsageError
 from atoll.server import catalogue
-from atoll.server.check import FILES, check, made_of, mixed
-from atoll.server.spec import RunSpec, withdraw
+from atoll.server.check import FILES, PARTITIONS, check, check_partition, made_of, mixed
+from atoll.server.spec import RunSpec
 
 
 def spec(**given: str) -> RunSpec:
@@ -28,6 +29,9 @@ def test_every_built_in_name_passes(slot: str) -> None:
     ("given", "code"),
     [
         ({"strategy": "fedcompas"}, "FL-S101"),
+        ({"trainer": "no_such_module:Mine"}, "FL-S103"),
+        ({"trainer": "mine"}, "FL-S101"),
+        ({"data": "", "model": "mlp:hidden=9"}, "FL-S104"),
         ({"strategy": "fedavg:stepz=3"}, "FL-S102"),
         ({"strategy": "json:dumps:obj=1"}, "FL-S102"),
         ({"strategy": "no_such_module:X"}, "FL-S103"),
@@ -49,13 +53,22 @@ def test_a_wrong_slot_is_refused(given: dict[str, str], code: str) -> None:
     assert caught.value.code == code
 
 
+def test_a_partition_is_known_by_name() -> None:
+    assert [name.partition(":")[0] for name in KNOWN_PARTITIONS.split(", ")] == list(PARTITIONS)
+    check_partition("dirichlet:0.5")
+    with pytest.raises(DataError, match=r"unknown partition 'dirichlett:0\.5'") as refused:
+        check_partition("dirichlett:0.5")
+    assert refused.value.code == "FL-D104"
+
+
 def test_a_module_of_the_users_own_is_found_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "net_of_mine.py").write_text("raise SystemExit('it was run')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")
-    check(spec(model="net_of_mine:Net", data="net_of_mine:data"))
+    check(spec(model="net_of_mine:Net", data="net_of_mine:data", trainer="net_of_mine:Mine"))
+    check(spec(model="net_of_mine:Net", data=""))
 
 
 def test_only_the_strategy_matters_where_nothing_is_trained() -> None:
@@ -74,11 +87,13 @@ def test_a_wrong_name_costs_no_import_of_torch() -> None:
         "    option = f'--{slot}'\n"
         "    assert console.run(cli, ['start', '--state', 'never', option, 'nonsense']) == 78\n"
         "    assert console.run(cli, ['simulate', option, 'nonsense']) == 78\n"
+        "    assert console.run(cli, ['demo', '--out', 'never', option, 'nonsense']) == 78\n"
         "print('torch' in sys.modules)\n"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert told.stdout == "False\n", told.stderr
-    assert told.stderr.count("error FL-S101") == 12
+    assert told.stderr.count("error FL-S101") == 18
+    assert "start on this machine" not in told.stderr  # a demo says that it starts when it does
     assert not Path("never").exists()
 
 
@@ -122,17 +137,3 @@ def test_objects_are_judged_like_names() -> None:
     assert (
         check(named, made={**made, "strategy": FedAvg(min_results=3), "aggregator": Median()}) == []
     )
-
-
-def test_a_run_that_never_began_is_withdrawn(tmp_path: Path) -> None:
-    spec().write(tmp_path / "run.json")
-    withdraw(tmp_path)
-    assert not (tmp_path / "run.json").exists()
-    withdraw(tmp_path)
-
-
-def test_a_run_with_a_version_is_not_withdrawn(tmp_path: Path) -> None:
-    spec().write(tmp_path / "run.json")
-    (tmp_path / "versions" / "0").mkdir(parents=True)
-    withdraw(tmp_path)
-    assert (tmp_path / "run.json").exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,28 @@ def test_time_alone_is_what_the_strategy_makes_of_it(capsys: Capsys) -> None:
     idle = [c["idle"] for c in told["clients"]]
     assert idle == pytest.approx([0, 0, 0.5, 0.75], abs=1e-9)
     assert (told["accuracy"], told["reached"], told["files"]) == (None, None, {})
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_clients_train_with_a_trainer_of_ones_own(
+    capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Softmax regression in numpy: each client has its part of the digits."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.delitem(sys.modules, "own_trainer", raising=False)
+    own = ("--model", "linear", "--trainer", "own_trainer:Softmax", "--until", "20", "--seed", "1")
+    told = simulated(capsys, "--strategy", "fedavg:steps=20,min_clients=4", *own)
+    assert told["versions"] == 10
+    assert told["accuracy"] > 0.7
+    again = simulated(capsys, "--strategy", "fedavg:steps=20,min_clients=4", *own)
+    assert again["hash"] == told["hash"]
+
+
+def test_clients_of_ours_need_data(capsys: Capsys) -> None:
+    assert simulated(capsys, "--data", "none", code=78)["code"] == "FL-S104"
+    assert simulated(capsys, *NULL, "--data", "none")["versions"] == 50
 
 
 def test_the_same_command_gives_the_same_hash_and_another_seed_another(capsys: Capsys) -> None:

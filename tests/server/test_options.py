@@ -9,6 +9,7 @@ from atoll.client.cli import cli as client
 from atoll.protocols import console
 from atoll.protocols.errors import UsageError
 from atoll.server.cli import cli as server
+from atoll.server.options import spec_of
 from atoll.server.rules import Rules
 
 
@@ -36,6 +37,35 @@ def test_a_number_that_makes_no_sense_is_named_with_its_remedy(
     assert bad[0] in error["message"]
     assert error["hint"].startswith("give ")
     assert not state.exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"),
+    [
+        (("--lr", "nan"), "FL-S102"),
+        (("--target-accuracy", "7"), "FL-S108"),
+        (("--partition", "dirichlett:1"), "FL-D104"),
+        (("--codec", "up=fp31"), "FL-S101"),
+        (("--data", "none"), "FL-S104"),
+        (("--trainer", "no_such_module:Mine"), "FL-S103"),
+    ],
+)
+def test_a_demo_checks_before_it_speaks(
+    bad: tuple[str, str], code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said that it starts, and then that it cannot."""
+    out = tmp_path / "out"
+    assert console.run(server, ["demo", "--out", str(out), *bad, "--json"]) != 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["error"]["code"] == code
+    assert told.err == ""
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("spelled", ["none", ""])
+def test_a_server_without_test_data_can_be_asked_for(spelled: str) -> None:
+    context = server.commands["start"].make_context("start", ["--data", spelled])
+    assert spec_of(context.params).data == ""
 
 
 @pytest.mark.parametrize("target", [float("nan"), float("inf"), 0.0, -1.0, 7.0])

@@ -1,6 +1,9 @@
 """A model, data, a strategy and a trainer of one's own, in real processes."""
 
+import json
+import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -86,6 +89,34 @@ def test_a_model_and_data_of_ones_own_learn_together(own: "Federation") -> None:
     for client in clients:
         assert client.data()["used"] > 0
     own.ledger().check()
+
+
+def test_without_test_data_on_the_server_the_clients_evaluate(own: "Federation") -> None:
+    server = own.server(
+        "--model", "own:Net", "--data", "none", "--strategy", "fedavg:steps=8,min_clients=2",
+        "--target-accuracy", "0.9",
+    )  # fmt: skip
+    mine = ["--model", "own:Net", "--data", "own:load"]
+    clients = [own.client(f"c{i}", *mine, "--shard", f"{i}/2") for i in range(2)]
+    assert server.data()["metrics"]["accuracy"] >= 0.9
+    for client in clients:
+        client.data()
+
+
+def test_a_demo_of_ones_own_trainers(own: "Federation") -> None:
+    """The server's evaluates, and each client has its own part of the data."""
+    shutil.copy(Path(__file__).parents[2] / "examples" / "own_trainer.py", own.folder)
+    demo = own.command(
+        "demo", "fl-server", "demo", "--clients", "2", "--model", "linear", "--trainer",
+        "own_trainer:Softmax", "--target-accuracy", "0.8", "--timeout", "60", "--json",
+        "--strategy", "fedavg:steps=20", "--out", str(own.folder / "out"),
+    )  # fmt: skip
+    data = demo.data()
+    assert data["reached"]
+    assert data["accuracy"] >= 0.8
+    lines = (own.folder / "out" / "history.jsonl").read_text().splitlines()
+    joins = map(json.loads, lines)
+    assert [row["examples"] for row in joins if row["kind"] == "join"] == [719, 719]
 
 
 def test_a_strategy_of_ones_own_goes_on_after_a_kill(own: "Federation") -> None:

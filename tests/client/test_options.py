@@ -1,0 +1,69 @@
+"""From a command line to a trainer: what a user's own is told, and what is refused."""
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+from atoll.client.options import own_trainer
+from atoll.client.trainer import Task, Tensors, Trained
+from atoll.protocols.errors import UsageError
+
+
+class Mine:
+    """Knows whose it is."""
+
+    def __init__(self, client: str, shard: tuple[int, int], lr: float = 0.1, seed: int = 7) -> None:
+        self.told = (client, shard, lr, seed)
+
+    def load(self, tensors: Tensors) -> None: ...
+
+    def train(self, task: Task) -> Trained:
+        return Trained({}, task.steps, task.steps, {})
+
+    def evaluate(self) -> dict[str, float]:
+        return {}
+
+
+class Plain(Mine):
+    def __init__(self, lr: float = 0.1) -> None:
+        self.told = ("", (0, 0), lr, 0)
+
+
+@pytest.fixture(autouse=True)
+def mine() -> Iterator[None]:
+    module = ModuleType("mine")
+    vars(module).update(Mine=Mine, Plain=Plain, ready=Plain(0.5), number=5, nothing=object)
+    sys.modules["mine"] = module
+    yield
+    del sys.modules["mine"]
+
+
+def told(spec: str) -> object:
+    return own_trainer(spec, "a", (1, 4), 3).told  # type: ignore[attr-defined]
+
+
+def test_a_maker_is_told_whose_trainer_it_makes() -> None:
+    """So that `--shard` is worth something, and the clients of a demo are unlike."""
+    assert told("mine:Mine") == ("a", (1, 4), 0.1, 3)
+    assert told("mine:Mine:lr=0.2,seed=9") == ("a", (1, 4), 0.2, 9)
+
+
+def test_a_maker_that_does_not_ask_is_told_nothing() -> None:
+    assert told("mine:Plain:lr=0.2") == ("", (0, 0), 0.2, 0)
+    assert told("mine:ready") == ("", (0, 0), 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [
+        ("mine:number", "is no Trainer"),
+        ("mine:nothing", r"has no load\(\)"),
+        ("mine:Mine:x=1", "'x'"),
+    ],
+)
+def test_what_is_no_trainer_is_refused(spec: str, what: str) -> None:
+    with pytest.raises(UsageError, match=what) as refused:
+        own_trainer(spec)
+    assert refused.value.code == "FL-S102"
