@@ -9,7 +9,7 @@
     └── RemoteError             the other side did wrong: refused, never raised in our own loop
         └── RefusedError        what the other side answered when it refused us
 
-Codes are `FL-<area><number>`: S server, C client, P peer, W wire, D data, X security. A number is
+Codes are `FL-<area><number>`: S server, C client, P peer, W wire, D data. A number is
 never reused. `docs/errors.md` has a section for each, and a test raises each.
 """
 
@@ -52,7 +52,6 @@ CATALOGUE: dict[str, Entry] = {
     "FL-C106": Entry(2, "not built yet"),
     "FL-C107": Entry(77, "refused by this client's own policy"),
     "FL-C108": Entry(73, "client directory in use"),
-    "FL-C109": Entry(76, "model comes as a difference to another"),
     # peer
     "FL-P100": Entry(2, "not built yet"),
     # data
@@ -74,8 +73,6 @@ CATALOGUE: dict[str, Entry] = {
     "FL-W110": Entry(76, "no such session"),
     "FL-W111": Entry(76, "upload out of place"),
     "FL-W112": Entry(75, "transfer stalled"),
-    # security
-    "FL-X101": Entry(77, "denied"),
 }
 
 

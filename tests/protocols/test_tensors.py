@@ -208,8 +208,22 @@ def test_nan_and_infinity_are_refused_by_tensor_and_index(
 
 def test_finite_values_pass_even_where_their_sum_overflows() -> None:
     large = {**groups(), "trainable": torch.full((11,), 3e38)}
+    assert torch.isinf(large["trainable"].sum())
     sections, data = tensors.pack(MANIFEST, large, FP32)
-    tensors.finite(MANIFEST, tensors.parse(MANIFEST, sections, data, FP32, "model"))
+    payload = tensors.parse(MANIFEST, sections, data, FP32, "model")
+    assert refusal(payload) is None
+    large["trainable"][3] = math.inf
+    _, data = tensors.pack(MANIFEST, large, FP32)
+    assert refusal(tensors.parse(MANIFEST, sections, data, FP32, "model")) == "FL-W106"
+
+
+def refusal(payload: tensors.Payload) -> str | None:
+    """The code with which a payload is refused."""
+    try:
+        tensors.finite(MANIFEST, payload)
+    except RemoteError as error:
+        return error.code
+    return None
 
 
 def test_nan_is_found_in_a_later_tile(monkeypatch: pytest.MonkeyPatch) -> None:
