@@ -76,13 +76,17 @@ _DEVICE = click.option(
     help=f"Give up after so long without a server. Default: {FIRST:.0f} until it is in the run for "
     "the first time, then never.",
 )
+@click.option(
+    "--codec", default="", metavar="CODEC",
+    help="Ask for one that the run allows: int8, or up=int8,down=fp32.  [default: the run's]",
+)  # fmt: skip
 @click.option("--stop-with-stdin", is_flag=True, hidden=True)
 @click.option("--sleep-per-step", type=float, default=0.0, hidden=True)
 @console.json_option
 def start(
     address: str, name: str, folder: Path | None, model: str, data: str, trainer: str,
     partition: str, shard: tuple[int, int], device: str, bench: bool, patience: float | None,
-    stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
+    codec: str, stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Take part in the run at ADDRESS until it is over.
 
@@ -119,6 +123,7 @@ def start(
         seconds_per_step=(lambda made: measure(made).seconds_per_step) if bench else None,
         patience_seconds=float("inf") if patience is None else patience,
         first_seconds=FIRST if patience is None else patience,
+        codec=codec,
     )
     report = client.run()
     told = {"name": name, **vars(report)}

@@ -22,16 +22,18 @@ import grpc
 from atoll.client import session as machine
 from atoll.client import transfer
 from atoll.client.keep import Keep
+from atoll.client.links import asked_of, capabilities, own_codecs
 from atoll.client.outbox import Outbox
 from atoll.client.trainer import Trainer
 from atoll.client.work import Dropped, Workbench
-from atoll.protocols import loops, messages, wire_pb2
+from atoll.protocols import chains, loops, messages, wire_pb2
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
-from atoll.protocols.codecs import BUILTIN, codec
+from atoll.protocols.codecs import Fp32
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.ids import machine_name
+from atoll.protocols.links import Link
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.messages import ACK_FIELD, RESULT_FIELD
 from atoll.protocols.packed import MORE, Parts, nested
@@ -44,7 +46,8 @@ logger = logging.getLogger(__name__)
 PROTOCOL = 1
 BATCH = "batch"  # capability: several server messages in one
 LATER = 0.05  # seconds an acknowledgement may wait for a message to go with
-BROKEN = ("FL-C101", "FL-S208", "FL-W110", "FL-W112")  # a transfer ended with its connection
+# A transfer ended with its connection, or the server took us to hold what we do not.
+BROKEN = ("FL-C101", "FL-C109", "FL-S208", "FL-W110", "FL-W112")
 
 
 @dataclass
@@ -128,7 +131,8 @@ class Client:
     """`trainer` is a Trainer, or makes one from what the server tells of its run.
 
     `folder` keeps finished work and the data order over restarts; None keeps them in memory.
-    `examples` is how many training examples this client holds: its weight in an average.
+    `examples` is how many training examples this client holds: its weight in an average. `codec`
+    asks for what the run allows, e.g. "up=int8"; empty: as the run wants.
     It gives up after `patience_seconds` without a server, or after `first_seconds` where it has
     never been in the run.
     """
@@ -144,6 +148,7 @@ class Client:
         seconds_per_step: float | Callable[[Trainer], float] | None = None,
         patience_seconds: float = float("inf"),
         first_seconds: float = float("inf"),
+        codec: str = "",
     ) -> None:
         self.address = address
         self.name = name or machine_name()
@@ -151,6 +156,7 @@ class Client:
         self._trainer = trainer
         self._examples = examples
         self._pace = seconds_per_step
+        self._asked = asked_of(codec)
         self._outbox = Outbox(folder)
         self._keep = Keep(folder / "keep" if folder is not None else None)
         self._keep.retain([update for _, update in self._outbox.waiting()])
@@ -411,17 +417,17 @@ class Client:
         if examples is None:
             examples = int(getattr(trainer, "examples", 0)) or 1
         pace = self._pace(trainer) if callable(self._pace) else self._pace
-        self._info = ClientInfo(examples, pace, (BATCH, *sorted(BUILTIN)))
-        up, down = codec(_known(info.codec_up)), codec(_known(info.codec_down))
-        return Workbench(trainer, info.manifest, up, down, self._outbox, self._keep)
+        self._info = ClientInfo(examples, pace, (BATCH, *capabilities(self._asked)))
+        return Workbench(trainer, info.manifest, Fp32(), Fp32(), self._outbox, self._keep)
 
     def _hello(self, holding: tuple[str, ...]) -> wire_pb2.Hello:
         assert self._bench is not None
-        memory = self._outbox.memory
+        memory, held = self._outbox.memory, self._bench.holding.held
         return messages.hello_to_wire(
             messages.Hello(
                 PROTOCOL, memory.run, self.name, memory.node, self._info,
-                self._bench.manifest.schema, holding, "0.1.0", self._keep.report(),
+                self._bench.manifest.schema, holding, "0.1.0", self._keep.report(), self._asked,
+                chains.spoken(*held) if held is not None else "",
             )
         )  # fmt: skip
 
@@ -452,6 +458,9 @@ class Client:
         self._post(machine.Ordered(order.id))
 
     def _welcomed(self, line: _Line, welcome: wire_pb2.Welcome) -> None:
+        assert self._bench is not None
+        agreed = Link(welcome.up_codec, welcome.down_codec)
+        self._bench.agree(*own_codecs(agreed, self._asked))
         line.token, line.run = welcome.session, welcome.run
         line.inline_limit = welcome.inline_limit
         line.bulk = transfer.connect(self.address)
@@ -473,7 +482,7 @@ class Client:
     def _work(self, job: _Job) -> None:
         assert self._bench is not None
         self._job = job
-        if job.order.inline:
+        if job.order.sent.here:
             self._post(machine.Fetched(job.order.id))
         working = self._training.submit(self._train, self._bench, job)
         working.add_done_callback(functools.partial(self._back, job))
@@ -518,7 +527,7 @@ class Client:
 
         def report(step: int) -> None:
             job.step = step
-            if step == 0 and not job.order.inline:
+            if step == 0 and not job.order.sent.here:
                 loop.call_soon_threadsafe(self._post, machine.Fetched(job.order.id))
 
         def fetch(info: BlobInfo, dest: memoryview) -> None:
@@ -542,11 +551,13 @@ class Client:
             self._fetch(line, info, dest)
 
         try:
-            info, inline = messages.blob_from_wire(asked.model)
+            sent = messages.sent_from_wire(asked)
             loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(
-                self._training, self._bench.evaluate, info, inline, fetch
-            )
+            found = await loop.run_in_executor(self._training, self._bench.evaluate, sent, fetch)
+        except ClientError as error:
+            if error.code in BROKEN and self._line is line:
+                self._post(machine.Lost(error.message))
+            return
         except Exception:  # training goes on
             logger.exception("client=%s version=%d not evaluated", self.name, asked.version)
             return
@@ -582,14 +593,3 @@ class Client:
                 self._post(machine.Lost(error.message))
             else:
                 self._reject(error, result.order if error.code == "FL-W102" else "")
-
-
-def _known(name: str) -> str:
-    """A codec name from the server: compared with ours, never imported."""
-    if name not in BUILTIN:
-        raise ClientError(
-            "FL-W108",
-            f"the run packs with {messages.text(name, 40)!r}, which this client cannot",
-            f"known here: {', '.join(sorted(BUILTIN))}; install a newer atoll",
-        )
-    return name

@@ -3,23 +3,20 @@
 import itertools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from atoll.client.holding import Fetch, Holding
 from atoll.client.keep import Keep, nothing_sent
 from atoll.client.outbox import Outbox
-from atoll.client.room import map_new
 from atoll.client.trainer import Task, Trained, Trainer
 from atoll.protocols import tensors
-from atoll.protocols.blobs import INLINE, BlobInfo
+from atoll.protocols.blobs import BlobInfo, Section
 from atoll.protocols.codecs import Codec
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.events import Then
 from atoll.protocols.manifest import TRAVELLING, Manifest
-from atoll.protocols.messages import Order, Result
+from atoll.protocols.messages import Order, Result, Sent
 from atoll.protocols.tensors import Payload
-
-Fetch = Callable[[BlobInfo, memoryview], None]
 
 
 class Dropped(Exception):  # noqa: N818  # not an error: the order was closed
@@ -44,17 +41,19 @@ class Workbench:
         for kind, rule in getattr(trainer, "rules", {}).items():
             self.keep.register(kind, rule)
         self.manifest = manifest
-        self.up, self.down = up, down
+        self._packs: dict[str, Codec] = {}  # agreed in this life, by the name in a section
+        self.agree(up, down)
         self.outbox = outbox
-        self._sections = tensors.sections_of(manifest, up)
-        self._size = sum(s.length for s in self._sections)  # bytes of an update
-        self._model: memoryview | None = None  # the last big model's bytes, overwritten by the next
-        self._held = b""  # their SHA-256: a version is fetched once for several orders
+        self.holding = Holding(manifest, outbox.folder)
 
-    def load(self, info: BlobInfo, inline: bytes, fetch: Fetch) -> Payload:
-        """Bring the model that `info` describes into the trainer."""
-        view = memoryview(inline) if inline else self._fetched(info, fetch)
-        payload = tensors.parse(self.manifest, info.sections, view, self.down, "model")
+    def agree(self, up: Codec, down: Codec) -> None:
+        """Pack and read so from the next order on; one that is at work keeps to its own."""
+        self.up, self.down = up, down
+        self._packs[up.name] = up
+
+    def load(self, sent: Sent, fetch: Fetch) -> Payload:
+        """Bring the model that was sent into the trainer."""
+        payload = self.holding.take(sent, fetch, self.down)
         named: dict[str, Any] = {}
         for group in TRAVELLING:
             if payload.has(group):
@@ -82,13 +81,14 @@ class Workbench:
         `report(0)` says that the model is here: from then on no server is needed. `snapped` is
         called with each snapshot of the work that was asked for; it lies in the outbox too.
         """
-        base = self.load(order.model, order.inline, fetch)
+        up = self.up
+        base = self.load(order.sent, fetch)
         report(0)
         began, snapshots = time.perf_counter(), itertools.count(1)
 
         def snapshot(work: Trained) -> None:
             seconds = time.perf_counter() - began
-            snapped(self._seal(order, base, work, seconds, next(snapshots)))
+            snapped(self._seal(order, base, work, up, seconds, next(snapshots)))
 
         task = Task(
             order.steps, self.outbox.steps, order.extra, asked, report, snapshot, self.keep.now
@@ -97,10 +97,10 @@ class Workbench:
         seconds = time.perf_counter() - began
         if asked() == "drop":
             raise Dropped
-        return self._seal(order, base, trained, seconds)
+        return self._seal(order, base, trained, up, seconds)
 
-    def evaluate(self, info: BlobInfo, inline: bytes, fetch: Fetch) -> dict[str, float]:
-        self.load(info, inline, fetch)
+    def evaluate(self, sent: Sent, fetch: Fetch) -> dict[str, float]:
+        self.load(sent, fetch)
         return dict(self.trainer.evaluate())
 
     def _train(self, task: Task) -> Trained:
@@ -114,9 +114,16 @@ class Workbench:
             ) from error
 
     def _seal(
-        self, order: Order, base: Payload, trained: Trained, seconds: float, snapshot: int = 0
+        self,
+        order: Order,
+        base: Payload,
+        trained: Trained,
+        up: Codec,
+        seconds: float,
+        snapshot: int = 0,
     ) -> Result:
-        sections, size = self._sections, self._size
+        sections = tensors.sections_of(self.manifest, up)
+        size = sum(s.length for s in sections)
         result = Result(
             order.id,
             order.attempt,
@@ -129,8 +136,8 @@ class Workbench:
             snapshot=snapshot,
         )
         view = self.outbox.buffer(result.update, size)
-        self._pack(base, trained, view)
-        payload = Payload(sections, view, self.up)
+        self._pack(base, trained, up, sections, view)
+        payload = Payload(sections, view, up)
         tensors.finite(self.manifest, payload)
         self.keep.hold(result.update, trained.state)  # before the result: see `client/keep.py`
         self.outbox.put(result, view)
@@ -141,15 +148,24 @@ class Workbench:
         kept = self.outbox.get(update)
         sent = nothing_sent
         if kept is not None:
-            sent = Payload(kept[0].payload.sections, kept[1], self.up).read
+            sections = kept[0].payload.sections
+            packed = self._packs.get(sections[0].codec)
+            sent = Payload(sections, kept[1], packed).read if packed is not None else sent
         self.keep.settle(update, fate, sent)
 
-    def _pack(self, base: Payload, trained: Trained, view: memoryview) -> None:
+    def _pack(
+        self,
+        base: Payload,
+        trained: Trained,
+        up: Codec,
+        sections: tuple[Section, ...],
+        view: memoryview,
+    ) -> None:
         """delta and buffers into `view`; an fp32 delta is computed right where it will lie."""
         at = 0
-        for section in self._sections:
+        for section in sections:
             part = view[at : at + section.length]
-            codec = tensors.section_codec(section.group, self.up)
+            codec = tensors.section_codec(section.group, up)
             if section.group == "trainable":
                 start = base.read("trainable")
                 if codec.name == "fp32":
@@ -161,20 +177,3 @@ class Workbench:
                 group = tensors.group_of(section)
                 codec.encode(tensors.flatten(self.manifest, trained.tensors, group), part)
             at += section.length
-
-    def _fetched(self, info: BlobInfo, fetch: Fetch) -> memoryview:
-        if self._model is not None and len(self._model) != info.size:
-            self._model = None
-        if self._model is None:
-            self._model, self._held = self._buffer(info.size), b""
-        if self._held != info.sha256 or not info.sha256:
-            self._held = b""
-            fetch(info, self._model)
-            self._held = info.sha256
-        return self._model
-
-    def _buffer(self, size: int) -> memoryview:
-        folder: Path | None = self.outbox.folder
-        if folder is None or size <= INLINE:
-            return memoryview(bytearray(size))
-        return map_new(folder / "model.bin", size)

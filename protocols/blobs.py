@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 CHUNK = 1 << 20  # bytes a chunk carries; measured: 64-256 KiB lose clearly, 1-4 MiB are equal
 INLINE = 256 << 10  # payloads up to this size travel inside Order and Result
-BLOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-/:+=]{0,127}")
+BLOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-/:+=,]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-C106": Entry(2, "not built yet"),
     "FL-C107": Entry(77, "refused by this client's own policy"),
     "FL-C108": Entry(73, "client directory in use"),
+    "FL-C109": Entry(76, "model comes as a difference to another"),
     # peer
     "FL-P100": Entry(2, "not built yet"),
     # data

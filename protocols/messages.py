@@ -20,6 +20,7 @@ from atoll.protocols.blobs import BLOB_ID, INLINE, BlobInfo, Section
 from atoll.protocols.errors import CATALOGUE, AtollError, RefusedError, RemoteError
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.ids import CLIENT_NAME
+from atoll.protocols.links import AS_THE_RUN, Link
 from atoll.protocols.packed import Parts, nested
 
 ERROR_KEY = "atoll-error-bin"  # trailing metadata of a refused call
@@ -31,11 +32,13 @@ RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ORDER = re.compile(r"o[0-9]{1,18}")
 UPDATE = re.compile(r"o[0-9]{1,18}\.[0-9]{1,10}(\.s[0-9]{1,10})?")
 METRIC = re.compile(r"[a-zA-Z0-9_./-]{1,64}")
-CAPABILITY = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,63}")
+CAPABILITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,63}")
 SCHEMA = re.compile(r"([0-9a-f]{64})?")
 GROUP = re.compile(r"[a-z_]{1,32}(:[A-Za-z0-9_.\-/]{1,64})?")
 KIND = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
-CODEC = re.compile(r"[a-z0-9_.-]{1,32}")
+CODEC = re.compile(r"[a-z0-9_.:,=+-]{1,64}")
+LINK = re.compile(r"[A-Za-z0-9_.:=,+-]{0,128}")
+BASE = re.compile(r"([a-z0-9_.:,=+-]{1,64}/[0-9]{1,16}(@[0-9]{1,16})?)?")
 
 ORDER_FIELD, MODEL_FIELD = 3, 5  # ServerMessage.order, Order.model
 RESULT_FIELD, ACK_FIELD = 3, 4  # ClientMessage.result, .ack
@@ -45,6 +48,7 @@ MAX_COUNT = 1 << 53  # exact as a float and in JSON
 MAX_METRICS = 256
 MAX_SECTIONS = 64
 MAX_LIST = 64
+MAX_DIFFERENCES = 64  # of a model, in one order
 MAX_TEXT = 1000  # characters of a message for people
 
 Fate = Literal["used", "discarded", "superseded"]
@@ -63,6 +67,8 @@ class Hello:
     holding: tuple[str, ...] = ()
     version: str = ""
     kept: Mapping[str, int] = field(default_factory=dict)  # kind of private state -> outcomes in it
+    asked: Link = AS_THE_RUN
+    base: str = ""  # what it holds of a chain of models; empty: nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +94,38 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """A version of the model on its way to a client: all of it, or what is to be added."""
+
+    version: int
+    model: BlobInfo | None
+    inline: bytes = b""  # of the model; empty: to be fetched
+    base: str = ""  # `base_encoding` of wire.proto; empty: `model` is all of it
+    differences: tuple[tuple[BlobInfo, bytes], ...] = ()  # each with its bytes, if inline
+
+    @property
+    def here(self) -> bool:
+        """Whether nothing has to be fetched."""
+        whole = self.model is None or len(self.inline) > 0
+        return whole and all(inline for _, inline in self.differences)
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     id: str
     attempt: int
     version: int
     steps: int
-    model: BlobInfo
+    model: BlobInfo | None
     inline: bytes = b""
     extra: Mapping[str, float] = field(default_factory=dict)
     deadline_seconds: float = 0.0  # advisory; 0: none
+    base: str = ""
+    differences: tuple[tuple[BlobInfo, bytes], ...] = ()
+
+    @property
+    def sent(self) -> Sent:
+        return Sent(self.version, self.model, self.inline, self.base, self.differences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +154,9 @@ def hello_to_wire(hello: Hello) -> wire_pb2.Hello:
         holding=hello.holding,
         version=hello.version,
         kept=hello.kept,
+        up_codec=hello.asked.up,
+        down_codec=hello.asked.down,
+        base=hello.base,
     )
 
 
@@ -144,6 +176,10 @@ def hello_from_wire(wire: wire_pb2.Hello) -> Hello:
         holding=_names("holding", wire.holding, ORDER),
         version=text(wire.version, 64),
         kept=_kept(wire.kept),
+        asked=Link(
+            _name("up_codec", wire.up_codec, LINK), _name("down_codec", wire.down_codec, LINK)
+        ),
+        base=_name("base", wire.base, BASE),
     )
 
 
@@ -151,42 +187,77 @@ def hello_from_wire(wire: wire_pb2.Hello) -> Hello:
 
 
 def order_to_wire(order: Order) -> wire_pb2.Order:
+    wire = _order_alone(order)
+    wire.MergeFrom(sent_to_order(order.sent))
+    return wire
+
+
+def packed_order(order: Order, sent: bytes) -> Parts:
+    """A ServerMessage with an order, whose model is the serialized `sent_to_order` in `sent`."""
+    return nested(ORDER_FIELD, _order_alone(order).SerializeToString(), sent)
+
+
+def _order_alone(order: Order) -> wire_pb2.Order:
     return wire_pb2.Order(
         id=order.id,
         attempt=order.attempt,
         version=order.version,
         steps=order.steps,
-        model=blob_to_wire(order.model, order.inline),
         extra=order.extra,
         deadline_seconds=order.deadline_seconds,
     )
-
-
-def packed_order(order: Order, model: bytes) -> Parts:
-    """A ServerMessage with an order, whose model is the Blob serialized in `model`."""
-    alone = wire_pb2.Order(
-        id=order.id,
-        attempt=order.attempt,
-        version=order.version,
-        steps=order.steps,
-        extra=order.extra,
-        deadline_seconds=order.deadline_seconds,
-    ).SerializeToString()
-    return nested(ORDER_FIELD, alone, *nested(MODEL_FIELD, model))
 
 
 def order_from_wire(wire: wire_pb2.Order) -> Order:
-    model, inline = blob_from_wire(wire.model)
+    sent = sent_from_wire(wire)
     return Order(
         id=_name("order", wire.id, ORDER),
         attempt=wire.attempt,
-        version=_count("version", wire.version),
+        version=sent.version,
         steps=_count("steps", wire.steps),
-        model=model,
-        inline=inline,
+        model=sent.model,
+        inline=sent.inline,
         extra=metrics_from_wire(wire.extra),
         deadline_seconds=_seconds("deadline_seconds", wire.deadline_seconds),
+        base=sent.base,
+        differences=sent.differences,
     )
+
+
+def sent_to_order(sent: Sent) -> wire_pb2.Order:
+    """The fields of an order that say how its model comes; the same for all who hold the same."""
+    return wire_pb2.Order(
+        model=None if sent.model is None else blob_to_wire(sent.model, sent.inline),
+        base_encoding=sent.base,
+        differences=[blob_to_wire(info, inline) for info, inline in sent.differences],
+    )
+
+
+def sent_to_evaluate(sent: Sent) -> wire_pb2.Evaluate:
+    return wire_pb2.Evaluate(
+        version=sent.version,
+        model=None if sent.model is None else blob_to_wire(sent.model, sent.inline),
+        base_encoding=sent.base,
+        differences=[blob_to_wire(info, inline) for info, inline in sent.differences],
+    )
+
+
+def sent_from_wire(wire: wire_pb2.Order | wire_pb2.Evaluate) -> Sent:
+    """How the model of an order, or of a version to be judged, comes."""
+    base = _name("base_encoding", wire.base_encoding, BASE)
+    version = _count("version", wire.version)
+    _, at, held = base.partition("@")
+    if not at:
+        if wire.differences:
+            raise _malformed(f"{len(wire.differences)} differences to no base")
+        return Sent(version, *blob_from_wire(wire.model), base)
+    if wire.HasField("model") or int(held) + len(wire.differences) != version:
+        raise _malformed(f"version {version} as {len(wire.differences)} differences to {base}")
+    if len(wire.differences) > MAX_DIFFERENCES:
+        raise _malformed(
+            f"{len(wire.differences)} differences, at most {MAX_DIFFERENCES} are taken"
+        )
+    return Sent(version, None, b"", base, tuple(map(blob_from_wire, wire.differences)))
 
 
 def result_to_wire(result: Result) -> wire_pb2.Result:

@@ -55,7 +55,7 @@ class ServerMessage(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., order: _Optional[_Union[Order, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., relay: _Optional[_Union[Relay, _Mapping]] = ..., more: _Optional[_Iterable[_Union[ServerMessage, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "run", "client", "node", "examples", "seconds_per_step", "capabilities", "schema", "holding", "version", "kept")
+    __slots__ = ("protocol", "run", "client", "node", "examples", "seconds_per_step", "capabilities", "schema", "holding", "version", "kept", "up_codec", "down_codec", "base")
     class KeptEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,9 @@ class Hello(_message.Message):
     HOLDING_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    UP_CODEC_FIELD_NUMBER: _ClassVar[int]
+    DOWN_CODEC_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     run: str
     client: str
@@ -85,7 +88,10 @@ class Hello(_message.Message):
     holding: _containers.RepeatedScalarFieldContainer[str]
     version: str
     kept: _containers.ScalarMap[str, int]
-    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[str] = ..., node: _Optional[str] = ..., examples: _Optional[int] = ..., seconds_per_step: _Optional[float] = ..., capabilities: _Optional[_Iterable[str]] = ..., schema: _Optional[str] = ..., holding: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., kept: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    up_codec: str
+    down_codec: str
+    base: str
+    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[str] = ..., node: _Optional[str] = ..., examples: _Optional[int] = ..., seconds_per_step: _Optional[float] = ..., capabilities: _Optional[_Iterable[str]] = ..., schema: _Optional[str] = ..., holding: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., kept: _Optional[_Mapping[str, int]] = ..., up_codec: _Optional[str] = ..., down_codec: _Optional[str] = ..., base: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("run", "session", "chunk_bytes", "inline_limit", "lease_seconds", "heartbeat_seconds", "up_codec", "down_codec", "spec", "manifest")
@@ -120,7 +126,7 @@ class Heartbeat(_message.Message):
     def __init__(self, order: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("id", "attempt", "version", "steps", "model", "extra", "base_encoding", "deadline_seconds")
+    __slots__ = ("id", "attempt", "version", "steps", "model", "extra", "base_encoding", "deadline_seconds", "differences")
     class ExtraEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +142,7 @@ class Order(_message.Message):
     EXTRA_FIELD_NUMBER: _ClassVar[int]
     BASE_ENCODING_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
     id: str
     attempt: int
     version: int
@@ -144,7 +151,8 @@ class Order(_message.Message):
     extra: _containers.ScalarMap[str, float]
     base_encoding: str
     deadline_seconds: float
-    def __init__(self, id: _Optional[str] = ..., attempt: _Optional[int] = ..., version: _Optional[int] = ..., steps: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., extra: _Optional[_Mapping[str, float]] = ..., base_encoding: _Optional[str] = ..., deadline_seconds: _Optional[float] = ...) -> None: ...
+    differences: _containers.RepeatedCompositeFieldContainer[Blob]
+    def __init__(self, id: _Optional[str] = ..., attempt: _Optional[int] = ..., version: _Optional[int] = ..., steps: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., extra: _Optional[_Mapping[str, float]] = ..., base_encoding: _Optional[str] = ..., deadline_seconds: _Optional[float] = ..., differences: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
 
 class Ask(_message.Message):
     __slots__ = ("order", "then")
@@ -230,12 +238,16 @@ class Ack(_message.Message):
     def __init__(self, updates: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Evaluate(_message.Message):
-    __slots__ = ("version", "model")
+    __slots__ = ("version", "model", "base_encoding", "differences")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    BASE_ENCODING_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
     version: int
     model: Blob
-    def __init__(self, version: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+    base_encoding: str
+    differences: _containers.RepeatedCompositeFieldContainer[Blob]
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., base_encoding: _Optional[str] = ..., differences: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
 
 class Evaluation(_message.Message):
     __slots__ = ("version", "metrics", "examples")

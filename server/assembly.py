@@ -18,7 +18,6 @@ from atoll.aggregation.strategy import Strategy
 from atoll.client.models import manifest_of
 from atoll.protocols import slots as slot
 from atoll.protocols import state
-from atoll.protocols.codecs import codec
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.events import Evaluated
 from atoll.protocols.manifest import Manifest
@@ -30,6 +29,7 @@ from atoll.server.evaluate import Evaluator, Judge
 from atoll.server.history import Row, line
 from atoll.server.host import Host
 from atoll.server.journal import Journal
+from atoll.server.links import Links
 from atoll.server.merge import Buffers, Merger
 from atoll.server.past import Past
 from atoll.server.recover import Recovered, recover
@@ -75,7 +75,8 @@ class Assembly:
         parts = {"strategy": strategy, "aggregator": merger.aggregator, "outer": merger.outer}
         for warning in mixed(spec, None, parts):
             logger.warning("run=%s %s", spec.id, warning)
-        self.workshop = Workshop(self.store, merger, uploads, codec(spec.codec_up), spec.keep)
+        self.links = Links.of(spec, self.store, folder / "chains")
+        self.workshop = Workshop(self.store, merger, uploads, self.links.codecs, spec.keep)
         self.journal = Journal(folder / "journal.sqlite", spec.id)
         self.resumed = self.journal.seq > 0 or bool(self.store.numbers())
         membership = Membership(lease=spec.lease)
@@ -102,9 +103,8 @@ class Assembly:
         self._rows: list[Row] = []  # not in the file yet
         self._flushing: asyncio.TimerHandle | None = None
         self.evaluator = self._evaluator(judge)
-        self.host = Host(
-            spec, found.run, membership, self.workshop, self.history, self.evaluator, self._row
-        )
+        known = self.workshop, self.links, self.history, self.evaluator, self._row
+        self.host = Host(spec, found.run, membership, *known)
         self.host.recorder = past.recorder
         self.clock = Clock(found.now)
         self.driver = Driver(found.run, self.journal, self.host, found.rules, self.clock)
@@ -211,7 +211,8 @@ class Assembly:
 
     def _past(self, path: Path) -> Past:
         snapshot = self.journal.last_snapshot()
-        ways = (codec(self.spec.codec_up), codec(self.spec.codec_down))
+        codecs, allowed = self.links.codecs, self.links.allowed  # of most clients
+        ways = (codecs[allowed.up[0]], codecs[allowed.down[0]])
         up, down = (sum(s.length for s in sections_of(self.manifest, way)) for way in ways)
         replayed = snapshot[1] if snapshot else -math.inf
         return Past(path, replayed, (up, down), self.journal.last())

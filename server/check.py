@@ -17,6 +17,7 @@ from atoll.aggregation.strategy import Strategy
 from atoll.protocols import facts, slots
 from atoll.protocols.errors import UsageError
 from atoll.protocols.facts import Facts
+from atoll.protocols.links import Allowed
 from atoll.server import catalogue
 from atoll.server.spec import STRATEGIES, RunSpec
 
@@ -46,9 +47,10 @@ def check(
     strategy = strategy_of(spec) if "strategy" not in made else made["strategy"]
     if not trains:
         return []
-    for slot, name in [*_named(spec).items(), ("model", spec.model)]:
-        if slot not in made and slot != "strategy":
-            _check_name("codec" if slot == "codec down" else slot, name)
+    for one in each_pair(spec):
+        for slot, name in [*_named(one).items(), ("model", spec.model)]:
+            if slot not in made and slot != "strategy":
+                _check_name("codec" if slot == "codec down" else slot, name)
     if "data" not in made and spec.data:
         _check_data(spec.data)
     _check_own(spec, made)
@@ -56,7 +58,23 @@ def check(
 
 
 def mixed(spec: RunSpec, clients: int | None, made: Mapping[str, object]) -> list[str]:
-    """Judge the mix: by the parts in `made`, by slot, and by what can be read of the others."""
+    """Judge the mix: by the parts in `made`, by slot, and by what can be read of the others.
+
+    With every pair of codecs that a client may get.
+    """
+    found = [warning for one in each_pair(spec) for warning in _mixed(one, clients, made)]
+    return list(dict.fromkeys(found))
+
+
+def each_pair(spec: RunSpec) -> list[RunSpec]:
+    """The same run with one codec each way, for each that it allows."""
+    allowed = Allowed.of(spec.codec_up, spec.codec_down)
+    return [
+        replace(spec, codec_up=up, codec_down=down) for up in allowed.up for down in allowed.down
+    ]
+
+
+def _mixed(spec: RunSpec, clients: int | None, made: Mapping[str, object]) -> list[str]:
     parts = [_of_the_run(spec)]
     for slot, name in _named(spec).items():
         part = made.get(slot)
@@ -72,12 +90,13 @@ def made_of(spec: RunSpec) -> dict[str, object]:
     from atoll.aggregation.outer import outer
     from atoll.protocols.codecs import codec
 
+    first = each_pair(spec)[0]
     return {
         "strategy": strategy_of(spec),
         "aggregator": aggregator(spec.aggregator),
         "outer": outer(spec.outer),
-        "codec": codec(spec.codec_up),
-        "codec down": codec(spec.codec_down),
+        "codec": codec(first.codec_up),
+        "codec down": codec(first.codec_down),
     }
 
 

@@ -7,7 +7,7 @@ import click
 
 from atoll.protocols import console, slots
 from atoll.protocols.errors import ServerError
-from atoll.server.options import check_numbers, codecs_of, data_of
+from atoll.server.options import check_numbers, data_of
 
 if TYPE_CHECKING:
     from atoll.server.demo import DemoSpec
@@ -104,6 +104,7 @@ def demo(
     history and two plots in --out.
     """
     from atoll.protocols.ids import ulid
+    from atoll.protocols.links import ways
     from atoll.server.demo import Demo, DemoSpec
     from atoll.server.live import Live
     from atoll.server.spec import RunSpec
@@ -115,7 +116,7 @@ def demo(
         wait_for_all(strategy, clients), data, model or _model_for(data), partition,
         target_accuracy, timeout, seed, out, tuple(passed), trainer=trainer,
     )  # fmt: skip
-    up, down = codecs_of(codec)
+    up, down = ways(codec)
     wanted = RunSpec(
         ulid(), strategy=spec.strategy, aggregator=aggregator, outer=outer, algorithm=algorithm,
         model=spec.model, data=data_of(data), trainer=trainer, codec_up=up, codec_down=down,
@@ -144,7 +145,7 @@ def _check(spec: "DemoSpec", run: "RunSpec", lr: float | None) -> None:
     Rules(target=spec.target)
     check_partition(spec.partition)
     check_clients(run)
-    check(run)
+    check(run, clients=spec.clients)
 
 
 def wait_for_all(strategy: str, clients: int) -> str:

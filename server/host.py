@@ -14,7 +14,7 @@ from functools import partial
 
 from atoll.protocols import messages, state, tensors, wire_pb2
 from atoll.protocols.blobs import CHUNK, INLINE, Blob
-from atoll.protocols.codecs import codec
+from atoll.protocols.codecs import Codec
 from atoll.protocols.errors import AtollError, RemoteError, ServerError
 from atoll.protocols.events import (
     Action,
@@ -28,12 +28,15 @@ from atoll.protocols.events import (
     Update,
     UpdateReceived,
 )
+from atoll.protocols.links import Link
 from atoll.protocols.membership import Back, Joined, Left, Membership
 from atoll.protocols.messages import Result
+from atoll.server.chain import Load
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
 from atoll.server.history import History, Row
 from atoll.server.journal import ACKS, Payload
+from atoll.server.links import Links, held_by
 from atoll.server.panel import Panel
 from atoll.server.recover import snapshot
 from atoll.server.rows import Recorder
@@ -67,6 +70,7 @@ class Host:
         run: Run,
         membership: Membership,
         workshop: Workshop,
+        links: Links,
         history: History,
         evaluator: Evaluator | None,
         on_row: Callable[[Row], None],
@@ -75,6 +79,7 @@ class Host:
         self.run = run
         self.membership = membership
         self.workshop = workshop
+        self.links = links
         self.history = history
         self.evaluator = evaluator
         self.sessions = Sessions()
@@ -83,11 +88,9 @@ class Host:
         self._on_row = on_row
         self.recorder = Recorder()  # a resumed run brings its own
         self._groups: dict[str, tuple[tuple[str, ...], float, float]] = {}
-        self._down = codec(spec.codec_down)
         self._manifest = json.dumps(workshop.store.manifest.to_json())
-        sections = tensors.sections_of(workshop.store.manifest, self._down)
-        self._model_size = sum(s.length for s in sections)
-        self._packed = (-1, b"")  # the version last ordered, and its Blob as it goes over the wire
+        self._model_size = sum(s.length for s in workshop.store.shelf.sections)
+        self._packed: dict[tuple[int, str], bytes] = {}  # models as last sent, in orders
         self._spent: list[str] = []
         self._meta: list[tuple[str, str]] = []
         self._acks: list[tuple[str, str]] = []  # (client, update), not yet written down
@@ -143,12 +146,14 @@ class Host:
     def heard(
         self, now: float, event: Event, actions: list[Action], effects: list[Effect]
     ) -> Callable[[], None]:
-        sizes = (0, self._model_size)
+        size = 0
         if isinstance(event, UpdateReceived):
             info = self.workshop.infos.get(event.update.id)
-            sizes = (info.size if info else 0, self._model_size)
+            size = info.size if info else 0
             self._learn_pace(event.update)
-        rows = list(self.recorder.rows(self.run, now, event, actions, effects, sizes))
+        rows = list(
+            self.recorder.rows(self.run, now, event, actions, effects, size, self._down_size)
+        )
         rows.extend(self._new_groups(now))
         return partial(self._written, event, rows)
 
@@ -229,10 +234,12 @@ class Host:
 
     def hello(self, hello: messages.Hello) -> Session:
         """The same, at once."""
-        self._check_hello(hello)
+        link = self._check_hello(hello)
         decision = self.membership.hello(hello.client, hello.node, self.driver.clock.now())
         session = self.sessions.open(hello.client, decision.fence)
-        session.down_codec = self.spec.codec_down
+        session.link, session.held = link, held_by(hello.base)
+        session.former = frozenset(hello.holding)
+        self.links.agreed(hello.client, link)
         session.batch = BATCH in hello.info.capabilities
         session.send(wire_pb2.ServerMessage(welcome=self._welcome(session)))
         self._note_lost_state(hello)
@@ -337,7 +344,8 @@ class Host:
                     self._left(left)
                 session.close()
 
-    def _check_hello(self, hello: messages.Hello) -> None:
+    def _check_hello(self, hello: messages.Hello) -> Link:
+        """The codecs it gets."""
         if hello.protocol != PROTOCOL:
             raise RemoteError(
                 "FL-C102",
@@ -355,16 +363,9 @@ class Host:
                 f"the client's model has schema {hello.schema[:12]}, the run's {schema[:12]}",
                 "give the client the run's model: see `fl-client test`",
             )
-        for wanted in (self.spec.codec_up, self.spec.codec_down):
-            if wanted not in hello.info.capabilities:
-                raise RemoteError(
-                    "FL-W108",
-                    f"the run uses codec {wanted!r}, the client offers "
-                    f"{', '.join(hello.info.capabilities) or 'none'}",
-                    "install a newer client, or run with --codec fp32",
-                )
         if self.run.finished is not None and hello.client not in self.membership.alive():
             raise RemoteError("FL-S107", f"the run is over: {self.run.finished}", "start a new one")
+        return self.links.allowed.agree(hello.asked, hello.info.capabilities)
 
     def _welcome(self, session: Session) -> wire_pb2.Welcome:
         return wire_pb2.Welcome(
@@ -374,8 +375,8 @@ class Host:
             inline_limit=INLINE,
             lease_seconds=self.spec.lease,
             heartbeat_seconds=max(0.5, self.spec.lease / 20),  # also how fresh progress bars are
-            up_codec=self.spec.codec_up,
-            down_codec=self.spec.codec_down,
+            up_codec=session.link.up,
+            down_codec=session.link.down,
             spec=self.spec.for_clients(),
             manifest=self._manifest,
         )
@@ -383,6 +384,7 @@ class Host:
     def _left(self, left: Left) -> None:
         logger.info("client=%s left: %s", left.name, left.reason)
         self._note_membership()
+        self.links.left(left.name)
         self.driver.post(ClientLeft(left.name, left.reason))
 
     def _expel(self, client: str, reason: str, error: RemoteError) -> None:
@@ -418,25 +420,40 @@ class Host:
         self._arm_lease()
 
     def _send_order(self, session: Session, order: Order) -> None:
-        blob = self._blob(order.version)
-        if self._packed[0] != order.version:  # once for all who start from it
-            small = bytes(blob.view) if blob.info.size <= INLINE else b""
-            self._packed = (
-                order.version,
-                messages.blob_to_wire(blob.info, small).SerializeToString(),
-            )
-        told = messages.Order(order.id, 0, order.version, order.steps, blob.info, extra=order.extra)
-        self._traffic(session.client).down += blob.info.size
-        session.send_parts(messages.packed_order(told, self._packed[1]))
+        load = self._load(session, order.version)
+        if load is None:
+            return
+        key = order.version, load.sent.base
+        if key not in self._packed:  # once for all who start from it and hold the same
+            self._packed = {k: p for k, p in self._packed.items() if k[0] == order.version}
+            self._packed[key] = messages.sent_to_order(load.sent).SerializeToString()
+        told = messages.Order(order.id, 0, order.version, order.steps, None, extra=order.extra)
+        session.send_parts(messages.packed_order(told, self._packed[key]))
+
+    def _load(self, session: Session, version: int) -> Load | None:
+        """What is to be sent, and is counted as sent, for `version`. None: the run ends."""
+        try:
+            load = self.links.load(session.link, version, self.run.published, session.held)
+        except AtollError as error:
+            self.driver.fail(error)
+            return None
+        base = load.sent.base
+        session.held = (base.partition("@")[0], version) if base else None
+        self._traffic(session.client).down += load.size
+        return load
+
+    def _down_size(self, order: Order) -> int:
+        """Bytes of what an order of now brings down."""
+        session = self.sessions.of.get(order.client)
+        if session is None:
+            return self._model_size
+        return self.links.size(session.link, order.version, session.held)
 
     def _send_outcome(self, session: Session, outcome: Outcome) -> None:
         told = messages.Outcome(
             outcome.order, outcome.update, outcome.fate, outcome.version, outcome.reason
         )
         session.send_later(wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told)))
-
-    def _blob(self, version: int) -> Blob:
-        return self.workshop.store.blob(self.workshop.store.open(version), self._down)
 
     def _traffic(self, client: str) -> Traffic:
         return self.traffic.setdefault(client, Traffic())
@@ -456,10 +473,7 @@ class Host:
         return session.client
 
     def find_blob(self, blob: str) -> Blob:
-        for version in reversed(self.workshop.store.numbers()):
-            if blob == f"v{version}/{self._down.name}":
-                return self._blob(version)
-        raise RemoteError("FL-W107", f"no blob {blob!r}", "fetch the model of your newest order")
+        return self.links.find(blob)
 
     def may_upload(self, client: str, result: Result) -> str | None:
         """The id to store a result under; None where it is here already."""
@@ -475,11 +489,19 @@ class Host:
         info = result.payload
         manifest = self.workshop.store.manifest
         try:
-            tensors.check(manifest, info.sections, info.size, self.workshop.up, "update")
+            packed = self._packs(client, result)
+            tensors.check(manifest, info.sections, info.size, packed, "update")
         except RemoteError as error:
             self._refuse_update(client, error)
             raise
         return result.update
+
+    def _packs(self, client: str, result: Result) -> Codec:
+        """What a result must be packed with: as agreed now, or when it was finished."""
+        session = self.sessions.of.get(client)
+        if session is None or result.order in session.former:
+            return self.workshop.codecs.of(result.payload.sections)
+        return self.links.up(session.link)
 
     async def accepted(self, client: str, result: Result, stored: StoredUpdate) -> None:
         """All bytes of a result are here: check them, write them down, tell the strategy."""
@@ -518,7 +540,8 @@ class Host:
     def _check(self, result: Result, stored: StoredUpdate) -> None:
         manifest = self.workshop.store.manifest
         sections = result.payload.sections
-        payload = tensors.parse(manifest, sections, stored.view(), self.workshop.up, "update")
+        packed = self.workshop.codecs.of(sections)
+        payload = tensors.parse(manifest, sections, stored.view(), packed, "update")
         tensors.finite(manifest, payload)
 
     def _take(
@@ -559,7 +582,9 @@ class Host:
     def _made(self, merge: Merge) -> Merged | None:
         """In whichever thread: make the version. None: it could not be, and the run ends."""
         try:
-            return self.workshop.make(merge)
+            merged = self.workshop.make(merge)
+            self.links.follow(merge.version)
+            return merged
         except AtollError as error:
             self.driver.fail_threadsafe(error)
         except Exception as error:
@@ -569,6 +594,7 @@ class Host:
         return None
 
     def _published(self, version: int) -> None:
+        self.links.keep({order.version for order in self.run.open.values()})
         self._saver.offer(version)
         every = self.spec.evaluate_every
         if not every or version % every:
@@ -589,6 +615,7 @@ class Host:
             await asyncio.to_thread(self.evaluator.close)
         self._merging.shutdown()
         self.workshop.merger.close()
+        self.links.close()
 
     def farewell(self, reason: str, done: bool, retry_seconds: float = 1.0) -> None:
         """Say goodbye to all who are here; `done`: also to those who come from now on."""
@@ -624,12 +651,11 @@ class Host:
         version = self._panel.ask(list(self.sessions.of))
         if version is None:
             return
-        blob = self._blob(version)
-        small = blob.info.size <= INLINE
-        model = messages.blob_to_wire(blob.info, bytes(blob.view) if small else b"")
-        asked = wire_pb2.Evaluate(version=version, model=model)
         for session in self.sessions.of.values():
-            session.send(wire_pb2.ServerMessage(evaluate=asked))
+            load = self._load(session, version)
+            if load is not None:
+                asked = messages.sent_to_evaluate(load.sent)
+                session.send(wire_pb2.ServerMessage(evaluate=asked))
 
     def _panel_says(self, found: tuple[int, dict[str, float]] | None) -> None:
         if found is not None:

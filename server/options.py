@@ -40,7 +40,8 @@ def run_options(command: F) -> F:
         click.option("--local-momentum", type=float, default=None, help="Of local SGD."),
         click.option("--clip", type=float, default=None, help="Largest local gradient norm."),
         click.option("--codec", default="fp32", show_default=True,
-                     help="fp32, fp16, bf16; or up=bf16,down=fp16. See `fl-server codecs`."),
+                     help="fp32, fp16, bf16; or up=bf16/fp32,down=fp16, the best first. See "
+                     "`fl-server codecs`."),
         click.option("--buffers", default="weighted_mean", show_default=True,
                      type=click.Choice(["weighted_mean", "keep_server", "personal"]),
                      help="What becomes of BatchNorm statistics."),
@@ -68,9 +69,10 @@ def rules_of(given: dict[str, Any]) -> "Rules":
 
 def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
     from atoll.protocols.ids import ulid
+    from atoll.protocols.links import ways
     from atoll.server.spec import RunSpec
 
-    up, down = codecs_of(given["codec"])
+    up, down = ways(given["codec"])
     names = {
         "lr": "lr",
         "batch": "batch",
@@ -106,19 +108,6 @@ def check_numbers(given: Mapping[str, Any]) -> None:
 def data_of(text: str) -> str:
     """`none` is no data, which a RunSpec calls ''."""
     return "" if text == "none" else text
-
-
-def codecs_of(text: str) -> tuple[str, str]:
-    """`bf16` for both ways, or `up=...,down=...`."""
-    if "=" not in text:
-        return text, text
-    found = {"up": "fp32", "down": "fp32"}
-    for part in text.split(","):
-        way, _, name = part.partition("=")
-        if way not in found:
-            raise UsageError("FL-S108", f"codec {text!r}", "write bf16, or up=bf16,down=fp32")
-        found[way] = name
-    return found["up"], found["down"]
 
 
 def spelled_out() -> set[str]:

@@ -64,7 +64,8 @@ class Past:
         self, run: Run, now: float, event: Event, actions: Sequence[Action], effects: list[Effect]
     ) -> None:
         """An input of the journal, handled again: the rows that are missing are written."""
-        rows = list(self.recorder.rows(run, now, event, actions, effects, self._sizes))
+        up, down = self._sizes
+        rows = list(self.recorder.rows(run, now, event, actions, effects, up, lambda order: down))
         if now >= self._since:
             for row in rows:
                 self.history.append(row)

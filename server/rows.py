@@ -1,6 +1,6 @@
 """Rows: what was heard and decided, as the rows of a run's history (`server/history.py`)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from atoll.protocols.events import (
     Action,
@@ -15,7 +15,7 @@ from atoll.protocols.events import (
     UpdateReceived,
 )
 from atoll.server.history import Row
-from atoll.server.run import Deliver, Effect, Run, Stop
+from atoll.server.run import Deliver, Effect, Order, Run, Stop
 
 
 class Recorder:
@@ -31,10 +31,12 @@ class Recorder:
         event: Event,
         actions: Iterable[Action],
         effects: Iterable[Effect],
-        sizes: tuple[int, int] = (0, 0),
+        up: int = 0,
+        down: Callable[[Order], int] = lambda order: 0,
     ) -> Iterator[Row]:
-        """Rows of one call of `run.handle`; `sizes` are the bytes of an update, of a model."""
-        yield from self._heard(now, event, sizes[0])
+        """Rows of one call of `run.handle`; `up` are the bytes of its update, `down` says those of
+        an order's model."""
+        yield from self._heard(now, event, up)
         version = run.version - sum(isinstance(a, Aggregate) for a in actions)
         for action in actions:
             if isinstance(action, Aggregate):
@@ -52,7 +54,7 @@ class Recorder:
                 yield _row(now, "discard", update=action.update, reason=action.reason)
         for effect in effects:
             if isinstance(effect, Deliver):
-                yield _row(now, "started", order=effect.order.id, bytes=sizes[1])
+                yield _row(now, "started", order=effect.order.id, bytes=down(effect.order))
             elif isinstance(effect, Stop):
                 yield _row(now, "finish", reason=effect.reason)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import RemoteError
+from atoll.protocols.links import PLAIN_LINK, Link
 from atoll.protocols.packed import MORE, Parts, nested, size
 
 LATER = 0.05  # seconds a receipt or an outcome may wait for company
@@ -22,7 +23,9 @@ class Session:
     client: str
     fence: int
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
-    down_codec: str = "fp32"
+    link: Link = PLAIN_LINK  # codecs as agreed
+    former: frozenset[str] = frozenset()  # orders it had in hand: packed as agreed then
+    held: tuple[str, int] | None = None  # what it holds of a chain of models
     out: "asyncio.Queue[Parts | None]" = field(default_factory=asyncio.Queue)
     room: int = QUEUE  # messages that may wait to be written
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # it does not read: end it now

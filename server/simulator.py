@@ -25,7 +25,7 @@ from atoll.server.history import Row
 from atoll.server.learning import Learning, NoLearning
 from atoll.server.rows import Recorder
 from atoll.server.rules import Rules
-from atoll.server.run import Arm, Deliver, Disarm, Effect, Interrupt, Merge, Run, Stop, Tell
+from atoll.server.run import Arm, Deliver, Disarm, Effect, Interrupt, Merge, Order, Run, Stop, Tell
 from atoll.server.simclients import TIMER, Clients
 from atoll.server.simulation import Simulation
 from atoll.server.world import ClientModel, at_paces
@@ -131,7 +131,9 @@ class Simulator:
                 self._listen(self.now, heard, actions)
             if self._recorder is not None:
                 self.history.extend(
-                    self._recorder.rows(self.run, self.now, heard, actions, effects, self._sizes)
+                    self._recorder.rows(
+                        self.run, self.now, heard, actions, effects, self._sizes[0], self._down_size
+                    )
                 )
             if isinstance(heard, UpdateReceived):
                 self._bases[heard.update.id] = heard.update.base
@@ -139,6 +141,9 @@ class Simulator:
                 self._perform(effect, events)
             if isinstance(event, (Merged, Evaluated)):
                 events.extend(self._look(event))
+
+    def _down_size(self, order: Order) -> int:
+        return self._sizes[1]
 
     def _perform(self, effect: Effect, events: list[Event]) -> None:
         if isinstance(effect, Tell):  # the most frequent two come first

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from atoll.protocols.blobs import BlobInfo
-from atoll.protocols.codecs import Codec
+from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Merged
 from atoll.protocols.tensors import parse
@@ -45,12 +45,12 @@ class Workshop:
     """`make` and `save` block; each is called from a worker thread of its own."""
 
     def __init__(
-        self, store: VersionStore, merger: Merger, uploads: Uploads, up: Codec, keep: int
+        self, store: VersionStore, merger: Merger, uploads: Uploads, codecs: Codecs, keep: int
     ) -> None:
         self.store = store
         self.merger = merger
         self.uploads = uploads
-        self.up = up
+        self.codecs = codecs  # an update is read by the one that packed it
         self.keep = keep
         self.infos: dict[str, BlobInfo] = {}  # of every update whose bytes are kept
         self.stock = Stock()
@@ -70,7 +70,8 @@ class Workshop:
                 dropped.append((update, "its bytes are lost"))
                 continue
             sections = self.infos[update].sections
-            payload = parse(self.store.manifest, sections, stored.view(), self.up, "update")
+            packed = self.codecs.of(sections)
+            payload = parse(self.store.manifest, sections, stored.view(), packed, "update")
             items.append((UpdateBytes(update, payload), weight))
         draft = self.store.draft(merge.version, base.number, self.merger.vectors)
         try:

@@ -17,7 +17,7 @@ from atoll.protocols.codecs import codec
 from atoll.protocols.errors import AtollError, ClientError, RemoteError
 from atoll.protocols.events import Then
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.messages import Order, Result
+from atoll.protocols.messages import Order, Result, Sent
 from atoll.protocols.tensors import Payload
 
 MANIFEST = Manifest(
@@ -244,7 +244,7 @@ def test_a_trainer_that_loses_a_tensor_is_found_out() -> None:
 def test_evaluating_loads_the_version_and_trains_nothing() -> None:
     trainer = Adding()
     info, data = packed(START)
-    assert bench(trainer).evaluate(info, data, no_fetch) == {"accuracy": 10.0}
+    assert bench(trainer).evaluate(Sent(1, info, data), no_fetch) == {"accuracy": 10.0}
     assert (trainer.loads, trainer.tasks) == (1, [])
 
 

@@ -19,8 +19,9 @@ def test_a_varint_is_what_protobuf_writes(value: int) -> None:
 @pytest.mark.parametrize("length", [1, 100, 127, 128, 16383, 16384, INLINE])
 def test_an_order_put_together_is_what_protobuf_reads(length: int) -> None:
     info = BlobInfo("v3/fp32", length, b"s" * 32, (Section("trainable", "fp32", 1, length),))
-    model = messages.blob_to_wire(info, b"x" * length).SerializeToString()
-    order = messages.Order("o1", 2, 3, 4, info, extra={"mu": 0.5}, deadline_seconds=6.0)
+    sent = messages.Sent(3, info, b"x" * length)
+    model = messages.sent_to_order(sent).SerializeToString()
+    order = messages.Order("o1", 2, 3, 4, None, extra={"mu": 0.5}, deadline_seconds=6.0)
     packed = messages.packed_order(order, model)
     joined = b"".join(packed)
     assert size(packed) == len(joined)

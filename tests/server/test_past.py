@@ -51,13 +51,17 @@ class Inputs:
 def lived() -> tuple[Inputs, list[str]]:
     """What was journaled of a run, and its history as a server that never died writes it."""
     run, recorder = Run(strategy()), Recorder()
+    up, down = SIZES
     inputs: list[Row] = []
     lines: list[str] = []
 
     def listen(now: float, event: Event, _: object) -> None:
         heard, actions, effects = run.handle(event, now)
         inputs.append(Row(len(inputs) + 1, now, event, None))
-        lines.extend(line(row) for row in recorder.rows(run, now, heard, actions, effects, SIZES))
+        lines.extend(
+            line(row)
+            for row in recorder.rows(run, now, heard, actions, effects, up, lambda order: down)
+        )
         if isinstance(event, Merged):  # what only a driver writes stands in between
             lines.append(line({"t": now + 0.001, "kind": "back", "client": "a"}))
 

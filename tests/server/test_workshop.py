@@ -18,6 +18,7 @@ from atoll.aggregation.outer import outer
 from atoll.protocols import frames, tensors
 from atoll.protocols.blobs import INLINE, BlobInfo
 from atoll.protocols.codecs import Fp32
+from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import ClientInfo, ClientJoined, Evaluated, Merged
 from atoll.protocols.manifest import Manifest, TensorSpec
@@ -49,7 +50,7 @@ def shop(tmp_path: Path) -> Iterator[Workshop]:
     uploads = Uploads(tmp_path / "updates", min_free=0)
     uploads.sweep(())
     store.save(store.initial({"w": torch.zeros(4)}))
-    yield Workshop(store, merger, uploads, FP32, keep=2)
+    yield Workshop(store, merger, uploads, Codecs(), keep=2)
     merger.close()
 
 

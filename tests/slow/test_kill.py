@@ -31,6 +31,7 @@ class Witness(Client):
     seen: dict[int, set[bytes]]
 
     def _ordered(self, order: messages.Order) -> None:
+        assert order.model is not None
         self.seen.setdefault(order.version, set()).add(order.model.sha256)
         super()._ordered(order)
 

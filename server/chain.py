@@ -1,0 +1,214 @@
+"""Chain: the server's half of a chain of models (`protocols/chains.py`), one per down-link codec.
+
+It follows the versions of the run: each is encoded once as a difference, for all clients that hold
+the one before. Who lacks it gets x^ itself. What is kept is bounded: differences for as long as
+together they are smaller than a model, and x^ of the newest version and of those being trained.
+A chain is not kept over a restart: it begins anew, under another label, at the version then newest.
+"""
+
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from atoll.protocols import chains
+from atoll.protocols.blobs import INLINE, Blob, BlobInfo
+from atoll.protocols.codecs import TILE, Codec, as_tensor
+from atoll.protocols.messages import MAX_DIFFERENCES, Sent
+from atoll.protocols.tensors import Payload, group_of, section_codec, sections_of
+from atoll.server.draft import FP32, Version
+from atoll.server.regions import FileRegion, MemoryRegion, Region, Sealed, disk
+from atoll.server.versions import VersionStore
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What goes down to one client: blobs, and how they are announced."""
+
+    sent: Sent
+    size: int  # bytes of all blobs
+
+
+@dataclass(slots=True)
+class _Shadow:
+    """x^ of a version."""
+
+    view: memoryview
+    region: Region | None  # to be sealed when somebody has to fetch it
+    blob: Blob | None = None
+
+    def close(self) -> None:
+        if self.region is not None:
+            self.region.close()
+
+
+class Chain:
+    """All methods may be called from any thread."""
+
+    def __init__(self, codec: Codec, store: VersionStore, anchor: Version, folder: Path) -> None:
+        """Begin at `anchor`. `folder` is the chain's own; large versions are files in it."""
+        self.label = f"{codec.name}/{anchor.number}"
+        self.newest = anchor.number
+        self._codec = codec
+        self._store = store
+        self._folder = folder
+        self._sections = sections_of(store.manifest, codec)
+        self._size = sum(s.length for s in chains.whole(store.manifest))
+        first = _Shadow(anchor.view, None, whole(store, anchor))
+        self._shadows: dict[int, _Shadow] = {anchor.number: first}
+        self._differences: dict[int, Blob] = {}
+        self._following = threading.Lock()
+        self._lock = threading.Lock()  # of what is kept; held for moments only
+
+    def follow(self, number: int) -> None:
+        """Take in versions up to `number`. ServerError FL-S107: one is gone; FL-S203: disk full."""
+        with self._following:
+            while self.newest < number:
+                self._next(self._store.open(self.newest + 1))
+
+    def load(self, number: int, held: tuple[str, int] | None) -> Load | None:
+        """How a client that holds `held` comes to version `number`; None: it is not kept here."""
+        with self._lock:
+            blobs = self._after(number, held)
+            if blobs is not None and held is not None:
+                size = sum(b.info.size for b in blobs)
+                inline = size <= INLINE
+                parts = tuple((b.info, bytes(b.view) if inline else b"") for b in blobs)
+                return Load(Sent(number, None, b"", chains.spoken(*held), parts), size)
+            if number not in self._shadows:
+                return None
+            return announced(number, self._whole(number), self.label)
+
+    def size(self, number: int, held: tuple[str, int] | None) -> int:
+        """Bytes of what `load` gives."""
+        with self._lock:
+            blobs = self._after(number, held)
+            return self._size if blobs is None else sum(b.info.size for b in blobs)
+
+    def _after(self, number: int, held: tuple[str, int] | None) -> list[Blob] | None:
+        """The differences from what is held to `number`; None: x^ itself is shorter."""
+        if held is None or held[0] != self.label or not held[1] <= number <= self.newest:
+            return None
+        blobs = [self._differences.get(n) for n in range(held[1] + 1, number + 1)]
+        found = [b for b in blobs if b is not None]
+        short = sum(b.info.size for b in found) < self._size and len(found) <= MAX_DIFFERENCES
+        return found if short and len(found) == len(blobs) else None
+
+    def find(self, blob: str) -> Blob | None:
+        """The blob of that id, if it is one of this chain's that are kept."""
+        with self._lock:
+            for difference in self._differences.values():
+                if blob == difference.info.id:
+                    return difference
+            for number, shadow in self._shadows.items():
+                if shadow.blob is not None and blob == shadow.blob.info.id:
+                    return self._whole(number)
+        return None
+
+    def keep(self, needed: Collection[int]) -> None:
+        """Forget x^ of versions that are neither the newest nor `needed`."""
+        with self._lock:
+            for number in [n for n in self._shadows if n < self.newest and n not in needed]:
+                self._shadows.pop(number).close()
+                self._unlink(number, "whole")
+
+    def view(self, number: int) -> memoryview:
+        """The bytes of x^ of a version that is kept: never write to them."""
+        with self._lock:
+            return self._shadows[number].view
+
+    def knows(self, number: int) -> bool:
+        with self._lock:
+            return number in self._shadows
+
+    def close(self) -> None:
+        """Leave no file behind; whoever holds a blob can go on reading it."""
+        with self._lock:
+            for number, shadow in self._shadows.items():
+                shadow.close()
+                self._unlink(number, "whole")
+            for number in self._differences:
+                self._unlink(number, "difference")
+
+    # ---- the next version --------------------------------------------------------------------
+
+    def _next(self, version: Version) -> None:
+        manifest, number = self._store.manifest, version.number
+        held = self.view(number - 1)
+        shadow = self._region(number, "whole", self._size)
+        difference = self._region(number, "difference", sum(s.length for s in self._sections))
+        into, out = shadow.whole(), difference.whole()
+        at = 0
+        for section in self._sections:
+            group = group_of(section)
+            values = version.flat(group)
+            if group == "trainable":  # laid where x^ will lie: no other room is taken for it
+                room = as_tensor(into, torch.float32)[: section.count]
+                before = as_tensor(held, torch.float32)[: section.count]
+                for lo in range(0, section.count, TILE):
+                    part = slice(lo, lo + TILE)
+                    torch.sub(values[part], before[part], out=room[part])
+                values = room
+            section_codec(group, self._codec).encode(values, out[at : at + section.length])
+            at += section.length
+        with disk(self._folder):
+            sealed = difference.seal()
+        payload = Payload(self._sections, sealed.view, self._codec)
+        chains.step(manifest, held, payload, into)
+        info = BlobInfo(
+            f"v{number}/{self.label}/d", len(sealed.view), sealed.sha256, self._sections
+        )
+        with self._lock:
+            self._differences[number] = Blob(info, sealed.view, sealed.crcs)
+            self._shadows[number] = _Shadow(into.toreadonly(), shadow)
+            self.newest = number
+            self._drop_old()
+
+    def _drop_old(self) -> None:
+        """More differences than a model's bytes are worth nothing: x^ itself is shorter."""
+        total = 0
+        for number in sorted(self._differences, reverse=True):
+            total += self._differences[number].info.size
+            if total >= self._size and number != self.newest:
+                del self._differences[number]
+                self._unlink(number, "difference")
+
+    def _whole(self, number: int) -> Blob:
+        """x^ as a blob, hashed when the first client needs it."""
+        shadow = self._shadows[number]
+        if shadow.blob is None:
+            assert shadow.region is not None, "only the first is not our own"
+            with disk(self._folder):
+                sealed: Sealed = shadow.region.seal()
+            sections = chains.whole(self._store.manifest)
+            info = BlobInfo(f"v{number}/{self.label}", self._size, sealed.sha256, sections)
+            shadow.blob = Blob(info, sealed.view, sealed.crcs)
+        return shadow.blob
+
+    def _region(self, number: int, what: str, size: int) -> Region:
+        if size <= self._store.shelf.memory_limit:
+            return MemoryRegion(size, sha=True)
+        with disk(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._path(number, what)
+            path.unlink(missing_ok=True)
+            return FileRegion(path, b"", size, sha=True, behind=False)
+
+    def _path(self, number: int, what: str) -> Path:
+        return self._folder / f"{number}.{what}"
+
+    def _unlink(self, number: int, what: str) -> None:
+        self._path(number, what).unlink(missing_ok=True)
+
+
+def whole(store: VersionStore, version: Version) -> Blob:
+    """A version exactly, as it lies there."""
+    return store.blob(version, FP32)
+
+
+def announced(number: int, blob: Blob, base: str = "") -> Load:
+    """All of a model: inline where it is small."""
+    inline = bytes(blob.view) if blob.info.size <= INLINE else b""
+    return Load(Sent(number, blob.info, inline, base), blob.info.size)
