@@ -5,9 +5,10 @@ what a stranger writes is never imported.
 """
 
 from atoll.protocols import messages
-from atoll.protocols.codecs import BUILTIN, Codec, codec
-from atoll.protocols.errors import ClientError
-from atoll.protocols.links import CHAIN, FEEDBACK, Link, feedback, needs, ways
+from atoll.protocols.codecs import Codec, codec
+from atoll.protocols.codecspec import OFFERED, from_remote, parse_ways
+from atoll.protocols.errors import ClientError, RemoteError
+from atoll.protocols.links import CHAIN, Link, needs
 
 
 def asked_of(text: str) -> Link:
@@ -15,27 +16,26 @@ def asked_of(text: str) -> Link:
 
     Raises UsageError FL-S101, FL-S102 or FL-S103 for a codec that is not here.
     """
-    asked = Link(*ways(text, ""))
-    for spec in (asked.up, asked.down):
-        if spec:
-            codec(feedback(spec)[0])
-    return asked
+    ways = parse_ways(text, "")
+    for chain in (*ways.up, *ways.down):
+        codec(chain)
+    return Link(*ways.texts)
 
 
 def capabilities(asked: Link) -> tuple[str, ...]:
     """Built-in codecs, our own where the owner names one, and what else we can do with models."""
     own = {n for spec in (asked.up, asked.down) if ":" in spec for n in needs("up", spec)}
-    return tuple(sorted({*BUILTIN, *own, CHAIN, FEEDBACK}))
+    return tuple(sorted({*OFFERED, *own, CHAIN}))
 
 
 def own_codecs(agreed: Link, asked: Link) -> tuple[Codec, Codec]:
     """(up, down) of what the server welcomed us with. ClientError FL-W108: not ours."""
-    known = set(capabilities(asked))
-    for way, spec in (("up", agreed.up), ("down", agreed.down)):
-        if not spec or not needs(way, spec) <= known:
-            raise ClientError(
-                "FL-W108",
-                f"the run packs {way} as {messages.text(spec, 60)!r}, which this client cannot",
-                f"known here: {', '.join(sorted(BUILTIN))}; install a newer atoll",
-            )
-    return codec(feedback(agreed.up)[0]), codec(feedback(agreed.down)[0])
+    return _own(agreed.up, asked.up), _own(agreed.down, asked.down)
+
+
+def _own(told: str, asked: str) -> Codec:
+    """The codec we are told to use: one of ours, or what our owner asked for."""
+    try:
+        return codec(asked if asked and told == asked else from_remote(told))
+    except RemoteError as error:
+        raise ClientError("FL-W108", messages.text(error.message, 300), error.hint) from error

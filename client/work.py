@@ -48,8 +48,8 @@ class Workbench:
 
     def agree(self, up: Codec, down: Codec) -> None:
         """Pack and read so from the next order on; one that is at work keeps to its own."""
-        self.up, self.down = up, down
-        self._packs[up.name] = up
+        self.up, self.down = (tensors.fit_to(self.manifest, one) for one in (up, down))
+        self._packs[self.up.name] = self.up
 
     def load(self, sent: Sent, fetch: Fetch) -> Payload:
         """Bring the model that was sent into the trainer."""

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from atoll.protocols.lazy import exports
 
 if TYPE_CHECKING:
+    from atoll.protocols.codec_int8 import Int8 as Int8
+    from atoll.protocols.codec_topk import TopK as TopK
     from atoll.protocols.errors import AtollError as AtollError
     from atoll.protocols.events import Aggregate as Aggregate
     from atoll.protocols.events import Ask as Ask
@@ -23,4 +25,12 @@ _EVENTS = (
     "SetTimer", "Train", "Update",
 )  # fmt: skip
 
-__getattr__ = exports(__name__, {"AtollError": "errors", **dict.fromkeys(_EVENTS, "events")})
+__getattr__ = exports(
+    __name__,
+    {
+        "AtollError": "errors",
+        "Int8": "codec_int8",
+        "TopK": "codec_topk",
+        **dict.fromkeys(_EVENTS, "events"),
+    },
+)

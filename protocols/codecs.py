@@ -2,15 +2,16 @@
 
 A codec turns a flat float32 vector into little-endian bytes once, and gives a decoder that hands
 out any tile of it, so that a merge over many updates never unpacks a whole one. `fp32` is the
-mapped bytes themselves. Names are slot specs: `int8` or `topk:fraction=0.01` find their place in
-`BUILTIN` or in an entry point `atoll.codec`, and nothing else changes.
+mapped bytes themselves; each lossy codec has a file of its own, `codec_*.py`. What a user may write
+is `codecspec.py`'s affair, and what becomes of the part that a codec loses is `feedback.py`'s.
 """
 
 import ctypes
+import functools
 import math
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,30 +19,46 @@ import torch
 from torch import Tensor
 
 from atoll.protocols import slots
+from atoll.protocols.codecspec import BUILTIN, Chain, known, parse
 from atoll.protocols.errors import UsageError
 
 assert sys.byteorder == "little", "sections are little-endian and are mapped, not converted"
 
 TILE = 1 << 20  # elements; half of it costs 3 % more, tiles that fit the L2 cache 10-70 %
 
-BUILTIN: Mapping[str, str] = {
-    "fp32": "atoll.protocols.codecs:Fp32",
-    "fp16": "atoll.protocols.codecs:Fp16",
-    "bf16": "atoll.protocols.codecs:Bf16",
-}
-
 
 class Decoder(Protocol):
     """Elements [lo, hi) of one section as values; they may lie in `out` or in the bytes themselves.
 
-    `out` is scratch of at least hi - lo elements. Never write to what is returned.
+    `out` is scratch of at least hi - lo elements. Never write to what is returned. Bytes that no
+    encoder made are RemoteError FL-W105, here or when the decoder is made.
+
+    May have `accumulate(lo, hi, total, weight, spare)`, which adds weight * values to `total`
+    without laying them out first; `spare` is scratch. See `accumulate` below.
     """
 
     def __call__(self, lo: int, hi: int, out: Tensor) -> Tensor: ...
 
 
 class Codec(Protocol):
-    """How float32 values become bytes. Stateless: error feedback is the client's own."""
+    """How float32 values become bytes. What it remembers, if anything, its caller keeps for it.
+
+    May declare what a mix of parts has to know (`atoll.protocols.facts`): `gives` "lossy",
+    "sparse", "sign", "low_rank". And, False where it does not:
+
+    - `trainable_only`: it packs trainable tensors; buffers and extras beside them go as fp32, where
+      a zero for a running variance or a control variate would be a lie
+    - `variable`: `size` is the most bytes a section can have, not what it has
+    - `quantised`: what it writes has few values, so that zstd may find something
+
+    and may have
+
+    - `fit(shapes)`: the same codec, for tensors of these shapes laid end to end
+    - `start(count)`: named tensors that it remembers from one encoding to the next, and
+      `encode_from(values, state, out) -> (bytes, state)`; `encode` then starts afresh every time
+    - `contractive()`: the same codec for use with error feedback, where it is to leave out, but not
+      to make up for what it left out
+    """
 
     @property
     def name(self) -> str:
@@ -51,7 +68,11 @@ class Codec(Protocol):
         """Bytes of a section of `count` values."""
 
     def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
-        """Flat float32 `values` as bytes; into `out`, of exactly `size(count)` bytes, if given."""
+        """Flat float32 `values` as bytes; into `out`, of exactly `size(count)` bytes, if given.
+
+        The same values give the same bytes. NaN and Inf are not hidden: they come back as
+        something that is not finite.
+        """
 
     def decoder(self, payload: memoryview, count: int) -> Decoder:
         """A reader of `count` values in `payload`, whose length was checked before."""
@@ -75,6 +96,9 @@ class Fp32:
         return _Mapped(as_tensor(payload, torch.float32))
 
 
+FP32 = Fp32()
+
+
 class _Half:
     """Two bytes a value, rounded to nearest even.
 
@@ -91,9 +115,7 @@ class _Half:
         return 2 * count
 
     def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
-        if out is None:
-            out = memoryview(bytearray(self.size(values.numel())))
-        assert len(out) == self.size(values.numel()), "out must be exactly size(count) bytes"
+        out = room(self, values, out, align=1)
         halves = torch.frombuffer(out, dtype=self.dtype) if len(out) else values.to(self.dtype)
         for lo in range(0, values.numel(), TILE):
             tile = values[lo : lo + TILE]
@@ -141,20 +163,78 @@ class Int64:
         return _Mapped(as_tensor(payload, torch.int64))
 
 
-def codec(spec: str) -> Codec:
-    """The codec that `spec` names. Raises UsageError FL-S101, FL-S102 or FL-S103.
+def codec(spec: str | Chain) -> Codec:
+    """The codec that packs in the chain `spec`. Raises UsageError FL-S101, FL-S102 or FL-S103.
 
-    Only for names from our own configuration: a name from the other side is compared, never
-    resolved, since `module:object` would import what a stranger wrote.
+    Only for names from our own configuration: a text from the other side goes through
+    `codecspec.from_remote` first, since `module:object` would import what a stranger wrote.
     """
-    found = slots.resolve("codec", spec, BUILTIN)
+    chain = known(parse(spec) if isinstance(spec, str) else spec)
+    found: object = slots.find("codec", chain.name, BUILTIN)
+    if callable(found):
+        made = functools.partial(found, *chain.args) if chain.args else found
+        found = slots.call("codec", chain.text, made, dict(chain.params))
+    elif chain.args or chain.params:
+        raise UsageError(
+            "FL-S102", f"codec {chain.text!r} takes no parameters", f"write {chain.name}"
+        )
     if not all(hasattr(found, part) for part in ("name", "size", "encode", "decoder")):
         raise UsageError(
             "FL-S102",
-            f"codec {spec!r} is a {type(found).__name__}",
+            f"codec {chain.text!r} is a {type(found).__name__}",
             "a codec has name, size, encode and decoder: see atoll.protocols.codecs.Codec",
         )
-    return typing.cast("Codec", found)
+    if chain.feedback is not None and hasattr(found, "contractive"):
+        found = found.contractive()
+    made_codec = typing.cast("Codec", found)
+    if chain.zstd is None:
+        return made_codec
+    from atoll.protocols.codec_zstd import pressed  # it is built on this file
+
+    return pressed(made_codec, chain.zstd)
+
+
+def fitted(one: Codec, shapes: Sequence[tuple[int, ...]]) -> Codec:
+    """`one` for tensors of these shapes laid end to end, where it wants to know them."""
+    fit = getattr(one, "fit", None)
+    return one if fit is None else typing.cast("Codec", fit(shapes))
+
+
+def beside(one: Codec) -> Codec:
+    """What packs the buffers and extras that travel beside trainable tensors packed by `one`."""
+    return FP32 if getattr(one, "trainable_only", False) else one
+
+
+def fits(one: Codec, count: int, length: int) -> bool:
+    """Whether `length` bytes can be a section of `count` values."""
+    most = one.size(count)
+    return length == most or (0 < length < most and getattr(one, "variable", False))
+
+
+def accumulate(
+    decode: Decoder, lo: int, hi: int, total: Tensor, weight: float, spare: Tensor
+) -> None:
+    """total += weight * values of [lo, hi); `spare` is scratch of at least hi - lo elements.
+
+    Straight into the sum where the decoder can. Every element is rounded in the same way whatever
+    the tile, but perhaps not as by decoding first: see `tensors.apply` for bits that must be equal.
+    """
+    straight = getattr(decode, "accumulate", None)
+    if straight is None:
+        total.add_(decode(lo, hi, spare), alpha=weight)
+    else:
+        straight(lo, hi, total, weight, spare)
+
+
+def room(one: Codec, values: Tensor, out: memoryview | None, align: int = 4) -> memoryview:
+    """Where to encode `values`: `out`, which begins at a multiple of `align`, or new bytes."""
+    size = one.size(values.numel())
+    if out is None:
+        return memoryview(bytearray(size))
+    assert len(out) == size, "out must be exactly size(count) bytes"
+    aligned = not size or np.frombuffer(out, np.uint8).ctypes.data % align == 0
+    assert aligned, "out must be aligned: `as_tensor` would write into a copy"
+    return out
 
 
 def as_bytes(values: Tensor) -> memoryview:

@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 
 from atoll.protocols.blobs import Section
-from atoll.protocols.codecs import Codec, codec
+from atoll.protocols.codecs import Codec
 from atoll.protocols.errors import RemoteError
-from atoll.protocols.links import PLAIN, feedback
+from atoll.protocols.links import PLAIN
+from atoll.protocols.manifest import Manifest
+from atoll.protocols.tensors import codec_for
 
 
 class Codecs:
@@ -14,11 +16,11 @@ class Codecs:
     UsageError FL-S101, FL-S102 or FL-S103 for a spec that names none.
     """
 
-    def __init__(self, specs: Iterable[str] = ()) -> None:
+    def __init__(self, specs: Iterable[str], manifest: Manifest) -> None:
         self._by_spec: dict[str, Codec] = {}
         self._by_name: dict[str, Codec] = {}
         for spec in (PLAIN, *specs):
-            made = codec(feedback(spec)[0])
+            made = codec_for(manifest, spec)
             self._by_spec[spec] = self._by_name.setdefault(made.name, made)
 
     def __getitem__(self, spec: str) -> Codec:

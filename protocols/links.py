@@ -8,11 +8,11 @@ client that knows nothing else takes part. Only names are compared here, nothing
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from atoll.protocols.errors import RemoteError, UsageError
+from atoll.protocols.codecspec import parse
+from atoll.protocols.errors import RemoteError
 
 PLAIN = "fp32"
 CHAIN = "chain"  # capability: keeps a model, and adds to it what comes down (wire.proto)
-FEEDBACK = "ef"  # capability, and part of a spec: what a codec left out goes with the next update
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,50 +75,12 @@ def _agreed(way: str, allowed: tuple[str, ...], asked: str, can: Collection[str]
 
 
 def needs(way: str, spec: str) -> set[str]:
-    """Capabilities of a client whose codec `spec` is: `topk:0.01+ef` up needs topk and ef."""
-    if spec == PLAIN:
-        return {PLAIN}
-    first, *rest = spec.split("+")
-    head, colon, tail = first.partition(":")
-    own = colon and tail[:1].isalpha() and "=" not in tail.partition(":")[0]  # module:object
-    names = {f"{head}:{tail.partition(':')[0]}" if own else head}
-    return names | {part.partition(":")[0] for part in rest} | ({CHAIN} if way == "down" else set())
+    """Capabilities of a client whose codec `spec` is: `topk:0.01+ef` up needs topk and ef.
 
-
-def feedback(spec: str) -> tuple[str, float | None]:
-    """A spec without its error feedback, and the decay of that: 1 where `+ef` gives none.
-
-    UsageError FL-S102 where the decay is no number from 0 to 1.
+    Raises UsageError FL-S102 or FL-S108 where it is no spec.
     """
-    first, *rest = spec.split("+")
-    found = [part for part in rest if part.partition(":")[0] == FEEDBACK]
-    if not found:
-        return spec, None
-    _, colon, text = found[0].partition(":")
-    try:
-        beta = float(text) if colon else 1.0
-    except ValueError:
-        beta = -1.0
-    if len(found) > 1 or not 0 <= beta <= 1:
-        raise UsageError("FL-S102", f"codec {spec!r}", "write +ef once, or +ef:0.95 with its decay")
-    return "+".join((first, *(part for part in rest if part not in found))), beta
-
-
-def ways(text: str, default: str = PLAIN) -> tuple[str, str]:
-    """(up, down) of what a user writes: `bf16` for both, or `up=...,down=...`."""
-    if "up=" not in text and "down=" not in text:
-        return text, text
-    found: dict[str, str] = {"up": default, "down": default}
-    way = ""
-    for part in text.split(","):
-        name, equals, spec = part.strip().partition("=")
-        if equals and name in found:
-            way, found[name] = name, spec
-        elif way:
-            found[way] += f",{part}"  # a parameter of the codec before it
-        else:
-            raise UsageError("FL-S108", f"codec {text!r}", "write bf16, or up=bf16,down=fp32")
-    return found["up"], found["down"]
+    chain = parse(spec)
+    return set(chain.needs) | ({CHAIN} if way == "down" and not chain.exact else set())
 
 
 def _listed(can: Collection[str]) -> str:

@@ -33,7 +33,7 @@ def split(spec: str) -> tuple[str, str, dict[str, Value]]:
             raise UsageError(
                 "FL-S102", f"{spec!r}: {item!r} is not key=value", "write name:key=value,key=value"
             )
-        params[key.strip().replace("-", "_")] = _value(value.strip())
+        params[key.strip().replace("-", "_")] = to_value(value.strip())
     return name.strip(), target.strip(), params
 
 
@@ -165,7 +165,8 @@ def _load(slot: str, path: str, package: str) -> object:
     return found
 
 
-def _value(text: str) -> Value:
+def to_value(text: str) -> Value:
+    """What a parameter's text means: a truth value, a number, or the text itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

@@ -7,15 +7,27 @@ allocated for it.
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from atoll.protocols import codecs
 from atoll.protocols.blobs import Section
-from atoll.protocols.codecs import TILE, Codec, Decoder, Int64, all_finite, as_tensor
+from atoll.protocols.codecs import (
+    TILE,
+    Codec,
+    Decoder,
+    Int64,
+    all_finite,
+    as_tensor,
+    beside,
+    fits,
+    fitted,
+)
+from atoll.protocols.codecspec import Chain
 from atoll.protocols.errors import ClientError, RemoteError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest, TensorSpec
 
@@ -100,15 +112,30 @@ def group_of(section: Section) -> Group:
 # ---- packing -------------------------------------------------------------------------------
 
 
+def codec_for(manifest: Manifest, spec: str | Chain) -> Codec:
+    """The codec that `spec` names, for a model of this manifest. Raises as `codecs.codec`."""
+    return fit_to(manifest, codecs.codec(spec))
+
+
+def fit_to(manifest: Manifest, codec: Codec) -> Codec:
+    """`codec` for a model of this manifest: some want to know the shapes."""
+    return fitted(codec, [t.shape for t in manifest.tensors if t.group == "trainable"])
+
+
 def section_codec(group: str, codec: Codec) -> Codec:
     """What packs a section of `group` in a run whose codec is `codec`."""
-    return INT64 if group == "buffers_other" else codec
+    if group == "trainable":
+        return codec
+    return INT64 if group == "buffers_other" else beside(codec)
 
 
 def sections_of(
     manifest: Manifest, codec: Codec, groups: Collection[str] = TRAVELLING
 ) -> tuple[Section, ...]:
-    """The sections in which `groups` travel: in the order of TRAVELLING, empty ones left out."""
+    """The sections in which `groups` travel: in the order of TRAVELLING, empty ones left out.
+
+    Under a codec whose sections vary in length, the longest that they can be.
+    """
     if groups is TRAVELLING and codec.name in manifest.plans:
         return manifest.plans[codec.name]
     made = []
@@ -128,24 +155,27 @@ def pack(
     codec: Codec,
     out: memoryview | None = None,
 ) -> tuple[tuple[Section, ...], memoryview]:
-    """Flat vectors as the bytes of a blob, into `out` if given (exactly as long as the sections).
+    """Flat vectors as the bytes of a blob: its sections, and the bytes.
 
-    One fp32 section alone is not copied.
+    `out`, if given, is exactly as long as `sections_of`; under a codec whose sections vary in
+    length, the bytes are the part of it that was needed. One fp32 section alone is not copied.
     """
     sections = sections_of(manifest, codec, groups)
-    if out is None and len(sections) == 1:
+    if out is None and len(sections) == 1 and sections[0].codec in ("fp32", "int64"):
         group = cast("Group", sections[0].group)
         return sections, section_codec(group, codec).encode(groups[group])
-    if out is None:
-        out = memoryview(bytearray(sum(s.length for s in sections)))
-    at = 0
+    size = sum(s.length for s in sections)
+    out = memoryview(bytearray(size)) if out is None else out
+    assert len(out) == size, "out must be exactly as long as the sections"
+    at, made = 0, []
     for section in sections:
         flat = groups[cast("Group", section.group)]
         assert flat.numel() == section.count, f"{section.group}: {flat.numel()} values"
-        section_codec(section.group, codec).encode(flat, out[at : at + section.length])
-        at += section.length
-    assert at == len(out), "out must be exactly as long as the sections"
-    return sections, out
+        packs = section_codec(section.group, codec)
+        used = packs.encode(flat, out[at : at + section.length])
+        made.append(replace(section, length=len(used)))
+        at += len(used)
+    return tuple(made), out if at == size else out[:at]
 
 
 # ---- strict reading ------------------------------------------------------------------------
@@ -164,11 +194,15 @@ class Payload:
 
     def decoder(self, group: str) -> Decoder:
         """Reads the section of `group`, which must be there (see `has`)."""
+        count = next((s.count for s in self.sections if s.group == group), 0)
+        return section_codec(group, self.codec).decoder(self.section(group), count)
+
+    def section(self, group: str) -> memoryview:
+        """The bytes of the section of `group`, which must be there (see `has`)."""
         at = 0
         for section in self.sections:
             if section.group == group:
-                view = self.view[at : at + section.length]
-                return section_codec(group, self.codec).decoder(view, section.count)
+                return self.view[at : at + section.length]
             at += section.length
         raise KeyError(group)
 
@@ -255,7 +289,7 @@ def _check_section(
             f"section {name!r} has {section.count} values, expected {expected}"
             + _tensors_of(manifest, name)
         )
-    if section.length != packs.size(expected):
+    if not fits(packs, expected, section.length):
         raise _mismatch(
             f"section {name!r} of {expected} {packs.name} values has {section.length} bytes, "
             f"expected {packs.size(expected)}"

@@ -7,9 +7,9 @@ from the source (`atoll.protocols.reading`), so a listing is quick and runs nobo
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from atoll.protocols import facts, reading, slots
+from atoll.protocols import codecspec, facts, reading, slots
 from atoll.protocols.errors import UsageError
 from atoll.protocols.facts import Facts
 
@@ -18,7 +18,7 @@ TABLES: Mapping[str, str] = {  # slot -> where its built-in names stand
     "aggregator": "atoll.aggregation.aggregator:BUILTIN",
     "outer": "atoll.aggregation.outer:BUILTIN",
     "local algorithm": "atoll.client.algorithm:BUILTIN",
-    "codec": "atoll.protocols.codecs:BUILTIN",
+    "codec": "atoll.protocols.codecspec:BUILTIN",
     "model": "atoll.client.models:BUILTIN",
     "data": "atoll.client.data:BUILTIN",
 }
@@ -141,27 +141,25 @@ def _source(where: str) -> tuple[reading.Source | None, str]:
 
 
 def facts_of(slot: str, spec: str) -> Facts:
-    """What can be known of a part that a spec names, before it is imported.
+    """What can be known of a part that a spec names, before it is imported."""
+    kind, name = slot, spec
+    if slot in ("codec", "codec down"):
+        kind, name = "codec", codecspec.parse(spec).name
+    try:
+        source = reading.read(slots.locate(kind, name, builtin(kind))[0])
+    except (LookupError, UsageError):  # nothing to read, or for others to refuse
+        source = None
+    found = of_source(slot, spec, source)
+    return with_around(found) if kind == "codec" else found
 
-    A codec may be several, joined by "+": their facts together.
-    """
-    kind = "codec" if slot == "codec down" else slot
-    table = builtin(kind)
-    told = []
-    for one in spec.split("+") if kind == "codec" else [spec]:
-        name = one.partition(":")[0]
-        one = name if name in table else one  # `topk:0.01` is no module
-        try:
-            told.append(of_source(slot, spec, reading.read(slots.locate(kind, one, table)[0])))
-        except (LookupError, UsageError):  # nothing to read, or for others to refuse
-            continue
-    whole = Facts(slot, spec)
-    for one_of in told:
-        whole = Facts(
-            slot, spec, whole.needs | one_of.needs, whole.gives | one_of.gives,
-            whole.refuses | one_of.refuses, one_of.min_results,
-        )  # fmt: skip
-    return whole
+
+def with_around(codec: Facts) -> Facts:
+    """The facts of a codec, and of what stands around it in its spec."""
+    if codecspec.parse(codec.name).feedback is None:
+        return codec
+    return replace(
+        codec, needs=codec.needs | {"client_state"}, gives=codec.gives | {"error_feedback"}
+    )
 
 
 def of_source(slot: str, name: str, source: reading.Source | None) -> Facts:

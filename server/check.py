@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from atoll.aggregation import compose
 from atoll.aggregation.strategy import Strategy
-from atoll.protocols import facts, slots
+from atoll.protocols import codecspec, facts, slots
 from atoll.protocols.errors import UsageError
 from atoll.protocols.facts import Facts
 from atoll.protocols.links import Allowed
@@ -49,8 +49,10 @@ def check(
         return []
     for one in each_pair(spec):
         for slot, name in [*_named(one).items(), ("model", spec.model)]:
-            if slot not in made and slot != "strategy":
-                _check_name("codec" if slot == "codec down" else slot, name)
+            if slot.startswith("codec") and slot not in made:
+                _check_codec(name)
+            elif slot not in made and slot != "strategy":
+                _check_name(slot, name)
     if "data" not in made and spec.data:
         _check_data(spec.data)
     _check_own(spec, made)
@@ -102,6 +104,8 @@ def made_of(spec: RunSpec) -> dict[str, object]:
 
 def of_part(slot: str, name: str, part: object, clients: int | None = None) -> Facts:
     found = facts.of_object(slot, name, part)
+    if slot.startswith("codec"):
+        return catalogue.with_around(found)
     if isinstance(part, Strategy):
         return replace(found, merges=part.merge_sizes(clients))
     return found
@@ -164,6 +168,12 @@ def _check_name(slot: str, spec: str) -> None:
     where, _ = slots.locate(slot, spec, catalogue.builtin(slot))
     if target and not _importable(name):
         slots.find(slot, where, {})  # it knows better, and says what is wrong
+
+
+def _check_codec(spec: str) -> None:
+    chain = codecspec.known(codecspec.parse(spec))
+    if chain.own and not _importable(chain.name.partition(":")[0]):
+        slots.find("codec", chain.name, {})  # it knows better, and says what is wrong
 
 
 def _importable(module: str) -> bool:

@@ -21,7 +21,7 @@ from atoll.aggregation.aggregator import (
     remembers,
 )
 from atoll.aggregation.mean import Mean
-from atoll.protocols.codecs import TILE, Decoder, all_finite
+from atoll.protocols.codecs import TILE, Decoder, accumulate, all_finite
 from atoll.protocols.errors import UsageError
 from atoll.server.passes import Area, Crew, NotFiniteError, Reading, scratch, zeros
 
@@ -106,12 +106,17 @@ def _measured(
 
 
 def _summed(rule: SumAggregator, terms: Sequence[tuple[Decoder, float]]) -> Tile:
+    adds = isinstance(rule, Mean)  # what a packed update can do by itself, without being unpacked
+
     def tile(lo: int, hi: int, anchor: Tensor, out: Tensor, area: Area) -> None:
         spare = scratch(area, "decoded", hi - lo)
         if not terms:
             out.zero_()
         for i, (decode, weight) in enumerate(terms):
-            rule.add(out, decode(lo, hi, spare), weight, first=i == 0)
+            if i and adds:
+                accumulate(decode, lo, hi, out, weight, spare)
+            else:
+                rule.add(out, decode(lo, hi, spare), weight, first=i == 0)
 
     return tile
 

@@ -28,7 +28,7 @@ class Links:
     def __init__(self, allowed: Allowed, store: VersionStore, folder: Path) -> None:
         """`folder` holds the chains' large files; what is in it is of another life."""
         self.allowed = allowed
-        self.codecs = Codecs((*allowed.up, *allowed.down))
+        self.codecs = Codecs((*allowed.up, *allowed.down), store.manifest)
         self._store = store
         self._folder = folder
         self._of: dict[str, Link] = {}  # client -> as agreed

@@ -107,7 +107,7 @@ class Merger:
         while True:
             try:
                 stats = self._once(base, draft, live, use_outer)
-            except NotFiniteError:
+            except (NotFiniteError, RemoteError):  # or bytes that no codec made
                 dropped.update(_culprits(self.manifest, live))
                 live = [item for item in live if item[0].id not in dropped]
                 draft.rewind()
@@ -242,7 +242,7 @@ class _Step:
 
 
 def _culprits(manifest: Manifest, items: Sequence[Item]) -> dict[str, str]:
-    """Which updates hold NaN or Inf, and where; all of them where only their sum is too large."""
+    """Which updates hold NaN, Inf or corrupt bytes; all where only their sum is too large."""
     found: dict[str, str] = {}
     for update, _ in items:
         try:

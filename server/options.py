@@ -40,7 +40,7 @@ def run_options(command: F) -> F:
         click.option("--local-momentum", type=float, default=None, help="Of local SGD."),
         click.option("--clip", type=float, default=None, help="Largest local gradient norm."),
         click.option("--codec", default="fp32", show_default=True,
-                     help="fp32, fp16, bf16; or up=bf16/fp32,down=fp16, the best first. See "
+                     help="bf16, int8, topk:0.01+ef; or up=topk:0.01+ef/int8,down=int8. See "
                      "`fl-server codecs`."),
         click.option("--buffers", default="weighted_mean", show_default=True,
                      type=click.Choice(["weighted_mean", "keep_server", "personal"]),
@@ -68,11 +68,11 @@ def rules_of(given: dict[str, Any]) -> "Rules":
 
 
 def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
+    from atoll.protocols.codecspec import parse_ways
     from atoll.protocols.ids import ulid
-    from atoll.protocols.links import ways
     from atoll.server.spec import RunSpec
 
-    up, down = ways(given["codec"])
+    up, down = parse_ways(given["codec"]).texts
     names = {
         "lr": "lr",
         "batch": "batch",

@@ -23,6 +23,7 @@ import grpc
 
 from atoll.protocols import loops, messages
 from atoll.protocols.channel import SERVER_OPTIONS, tune_malloc
+from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import RemoteError, ServerError, UsageError
 from atoll.protocols.ids import ulid
 from atoll.server.bulk import Bulk
@@ -90,10 +91,11 @@ class Server:
             "data": data,
         }
         names = {k: v if isinstance(v, str) else own_name(v) for k, v in given.items()}
+        up, down = parse_ways(codec).texts
         wanted = RunSpec(
             ulid(), strategy=names["strategy"], aggregator=names["aggregator"],
-            outer=names["outer"], model=names["model"], data=names["data"], codec_up=codec,
-            codec_down=codec, local=dict(local or {}), seed=seed, lease=lease,
+            outer=names["outer"], model=names["model"], data=names["data"], codec_up=up,
+            codec_down=down, local=dict(local or {}), seed=seed, lease=lease,
         )  # fmt: skip
         slots = {k: v for k, v in given.items() if v is not None and not isinstance(v, str)}
         if not (Path(folder) / "run.json").exists():

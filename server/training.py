@@ -22,8 +22,10 @@ from atoll.client.models import build, manifest_of, named_tensors
 from atoll.client.options import own_trainer
 from atoll.client.partition import shards_of
 from atoll.client.trainer import Task, Trainer
+from atoll.protocols import feedback as feedbacks
 from atoll.protocols import tensors
-from atoll.protocols.codecs import Codec, Fp32, codec
+from atoll.protocols.codecs import Codec, Fp32
+from atoll.protocols.codecspec import ErrorFeedback, parse
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import Payload
@@ -56,12 +58,15 @@ class Training:
         outer: Outer = PLAIN,
         buffers: Buffers = "weighted_mean",
         codec: Codec | None = None,
+        feedback: ErrorFeedback | None = None,
     ) -> None:
         self.manifest = manifest
         self._factory, self._judge = factory, judge
         self._examples = examples or {}
         self._trainers: dict[str, Trainer] = {}
-        self._codec = codec or Fp32()
+        self._codec, self._rule = codec or Fp32(), feedback
+        self._states: dict[str, feedbacks.State] = {}  # client -> what its codec left out, and such
+        self._sent: dict[str, str] = {}  # update not known to be used -> its client
         self._merger = Merger(manifest, aggregator, outer, buffers, threads=1)
         with tempfile.TemporaryDirectory() as folder:  # never used: every version is a small one
             self._versions = VersionStore(Path(folder), manifest, memory_limit=1 << 62)
@@ -99,13 +104,15 @@ class Training:
             mine = loaded.shard(parts[name])
             return trainer_on(mine, loaded, model, seed, local, algorithm, name)
 
+        chain = parse(up)
         some = loaded.train if loaded.test is None else loaded.test  # it trains on neither
         judge = trainer_on(some, loaded, model, seed, local, client="server")
         return cls(
             make, judge.manifest, judge.export(), judge=judge if loaded.test is not None else None,
             examples={name: len(rows) for name, rows in parts.items()},
-            aggregator=aggregator(aggregation), outer=outer(step), codec=codec(up),
-            buffers=cast("Buffers", buffers),
+            aggregator=aggregator(aggregation), outer=outer(step),
+            buffers=cast("Buffers", buffers), feedback=chain.feedback,
+            codec=tensors.codec_for(judge.manifest, chain),
         )  # fmt: skip
 
     @classmethod
@@ -164,7 +171,11 @@ class Training:
         }
         start = base.flat("trainable")
         groups["trainable"] = tensors.delta(self.manifest, start, trained.tensors)
-        sections, view = tensors.pack(self.manifest, groups, self._codec)
+        state = self._states.get(client, {})
+        sender = feedbacks.Sender(self._codec, self._rule if final else None, state)
+        sections, view = tensors.pack(self.manifest, groups, sender)
+        if final:  # a snapshot's work comes again with the whole
+            self._states[client], self._sent[update] = sender.after, client
         self._held[update] = UpdateBytes(update, Payload(sections, view, self._codec))
         return Worked(trained.examples, dict(trained.metrics))
 
@@ -174,6 +185,8 @@ class Training:
         draft = self._versions.draft(merge.version, base.number, self._merger.vectors)
         made = self._merger.merge(base, draft, items, merge.outer)
         self._newest = draft.seal(merge.items)
+        for update in made.used:
+            self._sent.pop(update, None)
         wanted = {v for orders in self._orders.values() for v in orders.values()}
         self._versions.prune({merge.version, *wanted})
         return Merged(merge.version, made.used, made.dropped, made.stats)
@@ -185,7 +198,10 @@ class Training:
         return dict(self._judge.evaluate())
 
     def forget(self, update: str) -> None:
-        self._held.pop(update, None)
+        held, client = self._held.pop(update, None), self._sent.pop(update, None)
+        if held is not None and client is not None:  # it was not used
+            payload = held.payload.section("trainable")
+            self._states[client] = feedbacks.restore(self._codec, self._states[client], payload)
 
     def sizes(self) -> tuple[int, int]:
         """Bytes of an update and of a model."""

@@ -4,8 +4,10 @@ import pytest
 
 from atoll.protocols.blobs import Section
 from atoll.protocols.codecset import Codecs
+from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import RemoteError, UsageError
-from atoll.protocols.links import Allowed, Link, ways
+from atoll.protocols.links import Allowed, Link
+from atoll.protocols.manifest import Manifest
 
 RUN = Allowed.of("bf16/fp16", "fp16")
 ALL = ("fp32", "fp16", "bf16", "chain")
@@ -58,17 +60,17 @@ def test_what_cannot_be_is_refused_in_a_sentence(
 def test_one_codec_is_for_both_ways_or_each_way_has_its_own(
     text: str, pair: tuple[str, str]
 ) -> None:
-    assert ways(text) == pair
+    assert parse_ways(text).texts == pair
 
 
 def test_a_way_that_is_none_is_named() -> None:
     with pytest.raises(UsageError) as wrong:
-        ways("sideways=bf16,up=bf16")
+        parse_ways("sideways=bf16,up=bf16")
     assert wrong.value.code == "FL-S108"
 
 
 def test_a_payload_is_read_by_the_codec_that_its_sections_name() -> None:
-    codecs = Codecs(("bf16", "fp16"))
+    codecs = Codecs(("bf16", "fp16"), Manifest(()))
     for name in ("bf16", "fp16", "fp32"):
         assert codecs.of([Section("trainable", name, 4, 8)]) is codecs[name]
     with pytest.raises(RemoteError) as strange:

@@ -77,9 +77,10 @@ def test_a_codec_on_the_way_down_gives_other_words() -> None:
 
 
 def test_stages_of_a_codec_are_one_part() -> None:
-    found = catalogue.facts_of("codec", "bf16+nonsense+fp32")
-    assert found.name == "bf16+nonsense+fp32"
-    assert found.gives == {"lossy"}
+    found = catalogue.facts_of("codec", "topk:0.01+ef")
+    assert found.name == "topk:0.01+ef"
+    assert found.gives == {"lossy", "sparse", "error_feedback"}
+    assert found.needs == {"client_state"}
 
 
 def test_a_part_that_cannot_be_read_has_no_facts() -> None:

@@ -50,7 +50,7 @@ def shop(tmp_path: Path) -> Iterator[Workshop]:
     uploads = Uploads(tmp_path / "updates", min_free=0)
     uploads.sweep(())
     store.save(store.initial({"w": torch.zeros(4)}))
-    yield Workshop(store, merger, uploads, Codecs(), keep=2)
+    yield Workshop(store, merger, uploads, Codecs((), store.manifest), keep=2)
     merger.close()
 
 
