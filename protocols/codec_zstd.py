@@ -9,6 +9,7 @@ Reading fills a buffer of the size that must come out and asks for one byte more
 less, or more (a bomb), is refused, and a window above WINDOW is not even opened.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Protocol, cast
 
@@ -154,11 +155,12 @@ def _frames(count: int) -> int:
 
 def _parted(payload: memoryview, count: int) -> list[memoryview]:
     """The frames of a section. RemoteError FL-W105 where the lengths do not add up."""
-    lengths = np.frombuffer(payload[: 4 * count], "<u4").astype(np.int64) if count else []
-    if len(lengths) != count or 4 * count + int(sum(lengths)) != len(payload):
+    head = payload[: 4 * count]
+    lengths: list[int] = np.frombuffer(head, "<u4").tolist() if len(head) == 4 * count else []
+    if len(lengths) != count or 4 * count + sum(lengths) != len(payload):
         raise corrupt("the lengths of the frames do not add up to the section")
-    ends = 4 * count + np.cumsum(lengths, dtype=np.int64)
-    return [payload[e - n : e] for e, n in zip(ends.tolist(), list(lengths), strict=True)]
+    ends = itertools.accumulate(lengths, initial=4 * count)
+    return [payload[at : at + length] for at, length in zip(ends, lengths, strict=False)]
 
 
 def _expand(frame: memoryview, size: int) -> memoryview:
