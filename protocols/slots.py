@@ -11,6 +11,7 @@ A name that is offered twice is nobody's: it is refused when it is used.
 """
 
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -122,11 +123,23 @@ def group(slot: str) -> str:
 def installed(slot: str) -> dict[str, list[importlib.metadata.EntryPoint]]:
     """What installed packages offer, by name; one that is offered twice has two."""
     found: dict[str, list[importlib.metadata.EntryPoint]] = {}
-    for point in importlib.metadata.entry_points(group=group(slot)):
+    for point in _points(tuple(sys.path), group(slot)):
         same = found.setdefault(point.name, [])
         if all(point.value != other.value for other in same):
             same.append(point)
     return dict(sorted(found.items()))
+
+
+@functools.lru_cache(maxsize=32)
+def _points(path: tuple[str, ...], group: str) -> importlib.metadata.EntryPoints:
+    """Of a group, on `sys.path`, which is `path`: to look takes 10 ms, and a simulation asks for
+    each of its clients."""
+    return importlib.metadata.entry_points(group=group)
+
+
+def forget_installed() -> None:
+    """Look again, the next time: a package was installed, or removed, while this process runs."""
+    _points.cache_clear()
 
 
 def offerer(point: importlib.metadata.EntryPoint) -> str:

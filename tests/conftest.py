@@ -1,7 +1,14 @@
-"""What all tests share: the same random examples every time, and `--rewrite` for transcripts."""
+"""What all tests share: the same random examples every time, `--rewrite`, a package to install."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
 
 import pytest
 from hypothesis import settings
+
+from atoll.protocols import slots
 
 settings.register_profile("atoll", derandomize=True, database=None, deadline=None)
 settings.load_profile("atoll")
@@ -11,3 +18,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rewrite", action="store_true", help="write tests/transcripts/*.txt anew from the code"
     )
+
+
+class Package(Protocol):
+    """`points`: group (without "atoll.") to its lines of entry_points.txt."""
+
+    def __call__(self, name: str, code: str, **points: str) -> None: ...
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
+    """Puts a module where imports find it, with what an installer writes beside it."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(name: str, code: str, **points: str) -> None:
+        (tmp_path / f"{name}.py").write_text(code)
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        groups = [f"[atoll.{group}]\n{lines}\n" for group, lines in points.items()]
+        (info / "entry_points.txt").write_text("\n".join(groups))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        slots.forget_installed()
+
+    yield install
+    slots.forget_installed()

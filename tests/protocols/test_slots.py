@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from atoll.protocols import slots
 from atoll.protocols.errors import UsageError
+from tests.conftest import Package
 
 BUILTIN = {
     "fedavg": "atoll.aggregation.fedavg:FedAvg",
@@ -88,27 +88,6 @@ def test_what_cannot_be_imported_is_told_with_the_reason(spec: str) -> None:
     assert caught.value.code == "FL-S103"
 
 
-Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Puts a package where imports find it, with what an installer writes beside it."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def install(package: str, code: str, **points: str) -> None:
-        """`points`: group (without "atoll.") to a line of entry_points.txt."""
-        (tmp_path / f"{package}.py").write_text(code)
-        info = tmp_path / f"{package}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        lines = [f"[atoll.{group}]\n{line}\n" for group, line in points.items()]
-        (info / "entry_points.txt").write_text("\n".join(lines))
-        monkeypatch.delitem(sys.modules, package, raising=False)
-
-    return install
-
-
 MADE = "class Mine:\n    def __init__(self, size=3):\n        self.size = size\n"
 
 
@@ -124,9 +103,9 @@ MADE = "class Mine:\n    def __init__(self, size=3):\n        self.size = size\n
     ],
 )
 def test_an_installed_package_adds_a_name_to_a_slot(
-    install: Install, slot: str, group: str
+    package: Package, slot: str, group: str
 ) -> None:
-    install("theirs_atoll", MADE, **{group: "mine = theirs_atoll:Mine"})
+    package("theirs_atoll", MADE, **{group: "mine = theirs_atoll:Mine"})
     assert getattr(slots.resolve(slot, "mine:size=5", BUILTIN), "size", None) == 5
     with pytest.raises(UsageError, match="unknown trainer 'mine'"):
         slots.find("trainer", "mine", BUILTIN)
@@ -134,9 +113,9 @@ def test_an_installed_package_adds_a_name_to_a_slot(
         slots.find(slot, "mone", {})
 
 
-def test_a_name_that_two_packages_offer_is_refused_with_both(install: Install) -> None:
-    install("theirs_atoll", MADE, strategies="mine = theirs_atoll:Mine")
-    install("others_atoll", MADE, strategies="mine = others_atoll:Mine")
+def test_a_name_that_two_packages_offer_is_refused_with_both(package: Package) -> None:
+    package("theirs_atoll", MADE, strategies="mine = theirs_atoll:Mine")
+    package("others_atoll", MADE, strategies="mine = others_atoll:Mine")
     with pytest.raises(UsageError) as caught:
         slots.find("strategy", "mine", BUILTIN)
     assert caught.value.code == "FL-S110"
@@ -144,8 +123,8 @@ def test_a_name_that_two_packages_offer_is_refused_with_both(install: Install) -
     assert slots.find("strategy", "theirs_atoll:Mine", BUILTIN)
 
 
-def test_a_package_cannot_take_the_name_of_a_built_in_part(install: Install) -> None:
-    install("theirs_atoll", MADE, strategies="fedavg = theirs_atoll:Mine")
+def test_a_package_cannot_take_the_name_of_a_built_in_part(package: Package) -> None:
+    package("theirs_atoll", MADE, strategies="fedavg = theirs_atoll:Mine")
     with pytest.raises(UsageError) as caught:
         slots.find("strategy", "fedavg", BUILTIN)
     assert caught.value.code == "FL-S110"
@@ -164,16 +143,16 @@ def test_a_package_cannot_take_the_name_of_a_built_in_part(install: Install) -> 
         ("class Mine(\n", "SyntaxError"),
     ],
 )
-def test_a_broken_package_is_one_error_that_names_it(install: Install, code: str, why: str) -> None:
-    install("theirs_atoll", code, codecs="mine = theirs_atoll:Mine")
+def test_a_broken_package_is_one_error_that_names_it(package: Package, code: str, why: str) -> None:
+    package("theirs_atoll", code, codecs="mine = theirs_atoll:Mine")
     with pytest.raises(UsageError, match=why) as caught:
         slots.find("codec", "mine", BUILTIN)
     assert caught.value.code == "FL-S103"
     assert "of package 'theirs_atoll'" in caught.value.message
 
 
-def test_a_users_own_module_that_fails_fails_with_its_own_error(install: Install) -> None:
-    install("theirs_atoll", "1 / 0\n")
+def test_a_users_own_module_that_fails_fails_with_its_own_error(package: Package) -> None:
+    package("theirs_atoll", "1 / 0\n")
     with pytest.raises(ZeroDivisionError):
         slots.find("codec", "theirs_atoll:Mine", BUILTIN)
 

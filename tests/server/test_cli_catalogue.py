@@ -13,6 +13,7 @@ from atoll.protocols import console
 from atoll.server import catalogue
 from atoll.server.cli import cli
 from atoll.server.cli_catalogue import COMMANDS
+from tests.conftest import Package
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -71,23 +72,18 @@ def test_a_name_that_is_not_there_points_at_the_listing(
 
 
 def test_parts_of_installed_packages_are_listed_and_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: Package, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = '"""Theirs."""\nclass Mine:\n    """Adds up."""\n    needs = frozenset({"tea"})\n'
-    (tmp_path / "theirs_atoll.py").write_text(code + "raise SystemExit('it was run')\n")
-    info = tmp_path / "theirs_atoll-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs-atoll\nVersion: 1.0\n")
     points = "mine = theirs_atoll:Mine\nmean = theirs_atoll:Mine\ngone = no_such_atoll:X\n"
     points += "built = math:sqrt\n"
-    (info / "entry_points.txt").write_text(f"[atoll.aggregators]\n{points}")
-    monkeypatch.syspath_prepend(tmp_path)
+    package("theirs_atoll", code + "raise SystemExit('it was run')\n", aggregators=points)
     shown = told(capsys, "aggregators")
     assert "mine" in shown
     assert "Adds up." in shown
     assert "needs tea" in shown
-    assert "from package 'theirs-atoll'" in shown
-    assert "aggregator 'mean' is offered by Atoll itself and by package 'theirs-atoll'" in shown
+    assert "from package 'theirs_atoll'" in shown
+    assert "aggregator 'mean' is offered by Atoll itself and by package 'theirs_atoll'" in shown
     assert "no_such_atoll:X cannot be imported: no package no_such_atoll" in shown
     parts = json.loads(told(capsys, "aggregators", "--json"))["data"]["parts"]
     found = {part["name"]: part for part in parts}
