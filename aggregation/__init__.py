@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from atoll.aggregation.outer import Yogi as Yogi
     from atoll.aggregation.rfa import GeometricMedian as GeometricMedian
     from atoll.aggregation.strategy import Strategy as Strategy
+    from atoll.aggregation.testing import check_aggregator as check_aggregator
     from atoll.aggregation.testing import check_strategy as check_strategy
     from atoll.aggregation.trimmed_mean import TrimmedMean as TrimmedMean
 
@@ -34,6 +35,7 @@ __getattr__ = exports(
         "FedBuff": "fedbuff",
         "FedCompass": "fedcompass",
         "Strategy": "strategy",
+        "check_aggregator": "testing",
         "check_strategy": "testing",
         "fedasync": "fedbuff",
         "Mean": "mean",

@@ -1,16 +1,21 @@
-"""Try a strategy, yours or ours, on histories made from seeds, without a network.
+"""Try a part, yours or ours, on cases made from seeds, without a network.
 
-`check_strategy(lambda: MyStrategy(...))` runs hundreds of them - clients of different and changing
-speed, deaths, returns, ties, late results, timers that should not fire, a restart from the dumped
-state before every event - and raises AssertionError with the seed for what a strategy must not do.
+`check_strategy(lambda: MyStrategy(...))` runs hundreds of histories - clients of different and
+changing speed, deaths, returns, ties in any order, late results, results that are NaN, timers that
+should not fire, a restart from the dumped state before every event - and raises AssertionError with
+the seed for what a strategy must not do. `check_aggregator` does the same with merges.
 """
 
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from atoll.aggregation.strategy import Strategy
-from atoll.aggregation.virtual import Virtual
+from atoll.aggregation.virtual import Restart, Virtual
 from atoll.protocols import state
+
+if TYPE_CHECKING:
+    from atoll.aggregation.aggregator import Aggregator
 
 Make = Callable[[], Strategy]
 
@@ -21,22 +26,43 @@ def check_strategy(
     """Run `make()` through `seeds` histories of at most `events` events.
 
     Holds it to: orders only to clients that are present and have none open, with steps within
-    `steps`; every update used or discarded once, or still held in its state; finite weights;
-    wrong timers change nothing; the same history gives the same log; a strategy dumped and loaded
-    before every event gives that log too.
+    `steps`; every update used or discarded once, or still held in its state, also when a merge
+    drops it for a NaN and when the run is stopped; finite weights; wrong timers change nothing; the
+    same history gives the same log; a strategy dumped and loaded before every event gives that log
+    too; all of it in whatever order that comes which happens at one instant.
     """
     for seed in range(seeds):
         try:
-            plain = history(make, seed, steps).run(events=events)
-            again = history(make, seed, steps)
-            again.restart = restart
-            again.run(events=events)
+            plain = lived(make, seed, steps, events)
+            again = lived(make, seed, steps, events, restart=restart)
             assert plain.log == again.log, "a restart before every event changes its decisions"
-            held = state.dumps(plain.strategy)
-            for update in sorted(plain.updates):
-                assert f'"{update}"' in held, f"{update} is neither used, discarded nor held"
+            for run in (plain, lived(make, seed, steps, events, shuffled=seed)):
+                held = state.dumps(run.strategy)
+                for update in sorted(run.updates):
+                    assert f'"{update}"' in held, f"{update} is neither used, discarded nor held"
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def lived(
+    make: Make,
+    seed: int,
+    steps: tuple[int, int],
+    events: int,
+    restart: Restart | None = None,
+    shuffled: int | None = None,
+) -> Virtual:
+    """A history from its first event to its stop."""
+    run = history(make, seed, steps)
+    run.restart, run.shuffled = restart, shuffled
+    return run.run(events=events).stop()
+
+
+def check_aggregator(make: "Callable[[], Aggregator]", cases: int = 200) -> None:
+    """The same for a rule, on generated merges: see `atoll.aggregation.testing_rules`."""
+    from atoll.aggregation import testing_rules  # needs torch, which strategies do without
+
+    testing_rules.check_aggregator(make, cases)
 
 
 def restart(strategy: Strategy) -> Strategy:
@@ -58,6 +84,8 @@ def history(make: Make, seed: int, steps: tuple[int, int] = (1, 1 << 30)) -> Vir
         return base[client] * change * max(0.1, drawn.gauss(1.0, noise)) if noise else base[client]
 
     run = Virtual(make(), pace, merging=rng.choice([0.0, 0.0, grid * 3]), steps=steps)
+    often = random.Random(f"bad/{seed}").choice([0.0, 0.0, 0.2, 1.0])
+    run.bad = lambda update: random.Random(f"bad/{seed}/{update}").random() < often
     for client in clients:
         at = grid * rng.choice([0, 0, rng.randint(0, 400)])
         run.join(at, client, rng.randint(0, 9), rng.choice([None, None, base[client]]))

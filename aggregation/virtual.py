@@ -6,8 +6,9 @@ tables. No tensors, no threads: a scenario of minutes runs in a millisecond.
 
 import heapq
 import math
+import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols.events import (
@@ -23,6 +24,8 @@ from atoll.protocols.events import (
     Finish,
     Merged,
     SetTimer,
+    Stopping,
+    Then,
     TimerFired,
     Train,
     Update,
@@ -43,6 +46,7 @@ class Order:
     base: int
     started: float
     seconds: float  # of training
+    number: int = 0
     open: bool = True
 
 
@@ -72,6 +76,8 @@ class Virtual:
     version: int = 0
     restart: Restart | None = None  # applied to the strategy before every event
     steps: tuple[int, int] = (1, 1 << 30)  # bounds of an order
+    shuffled: int | None = None  # seed of the order within one kind at one instant; None: as posted
+    bad: Callable[[str], bool] | None = None  # of an update: it is NaN, and its merge drops it
 
     now: float = 0.0
     log: list[str] = field(default_factory=list)
@@ -85,11 +91,12 @@ class Virtual:
     finished: str | None = None
 
     def __post_init__(self) -> None:
-        self._queue: list[tuple[float, int, int, Event, str]] = []
+        self._queue: list[tuple[float, int, int, int, Event, str]] = []
         self._posted = 0
         self._open: dict[str, Order] = {}
         self._turns: dict[str, int] = {}
         self._ready = 0.0  # when the newest version exists
+        self._sent: set[str] = set()  # orders whose result was asked for before its time
 
     # ---- the scenario
 
@@ -106,10 +113,16 @@ class Virtual:
         """A timer that is not set fires: a strategy must not mind."""
         self._post(at, TIMER, TimerFired(timer), "wrong")
 
+    def stop(self, reason: str = "time is up") -> "Virtual":
+        """A stop rule ended the run: the last chance to merge what is held."""
+        if not self.finished:
+            self._handle(Stopping(reason))
+        return self
+
     def run(self, until: float = math.inf, events: int = 1 << 60) -> "Virtual":
         """Let everything up to `until` (included) happen, at most `events` events."""
         while self._queue and self._queue[0][0] <= until and events > 0 and not self.finished:
-            at, kind, _, event, tag = heapq.heappop(self._queue)
+            at, kind, _, _, event, tag = heapq.heappop(self._queue)
             self.now = at
             if self._is_due(kind, event, tag):
                 events -= 1
@@ -140,9 +153,9 @@ class Virtual:
             case UpdateReceived(update):
                 order = self._open.get(update.client)
                 current = order is not None and order.id == update.order
-                if current != update.current:
-                    return False  # its order was closed and the result is lost
-                if current:
+                if current != update.current or (update.order in self._sent and tag != "sent"):
+                    return False  # its order was closed and the result is lost, or came before
+                if current and update.final:
                     self._close(update.client)
                 self.updates[update.id] = update
         return True
@@ -163,9 +176,8 @@ class Virtual:
             case Train(client, steps):
                 self._train(client, steps)
             case Ask(client, then):
-                assert then == "drop", "no driver of snapshots"
                 assert client in self._open, "it has no open order"
-                self._close(client)
+                self._ask(client, then)
             case Aggregate(items):
                 self._aggregate(items, action.outer)
             case Discard(update, reason):
@@ -189,10 +201,26 @@ class Virtual:
         self._turns[client] = turn + 1
         pace = self.pace(client, turn) if callable(self.pace) else self.pace[client]
         started = max(self.now, self._ready)
-        order = Order(f"o{len(self.orders)}", client, steps, self.version, started, steps * pace)
+        number = len(self.orders)
+        order = Order(f"o{number}", client, steps, self.version, started, steps * pace, number)
         self.orders.append(order)
         self._open[client] = order
         self._post(started + self.overhead + order.seconds, UPDATE, _result(order, current=True))
+
+    def _ask(self, client: str, then: Then) -> None:
+        """Its work so far comes at once; with "continue" as a snapshot, and the rest later."""
+        order = self._open[client]
+        share = (self.now - order.started) / order.seconds if order.seconds else 1.0
+        done = replace(order, steps=max(1, int(order.steps * min(max(share, 0.0), 1.0))))
+        if then == "drop":
+            self._close(client)
+        elif then == "send":
+            self._sent.add(order.id)
+            self._post(self.now, UPDATE, _result(done, current=True), "sent")
+        else:
+            self._posted += 1
+            snapshot = _result(done, current=True, update=f"{order.id}.{self._posted}", final=False)
+            self._post(self.now, UPDATE, snapshot)
 
     def _aggregate(self, items: tuple[tuple[str, float], ...], outer: bool) -> None:
         assert items, "nothing to merge"
@@ -207,7 +235,13 @@ class Virtual:
         self.version += 1
         self.merges.append(Merge(self.now, self.version, weights, tuple(staleness), outer))
         self._ready = max(self.now, self._ready) + self.merging
-        self._post(self._ready, MERGED, Merged(self.version, tuple(u for u, _ in items)))
+        ids = [update for update, _ in items]
+        dropped = tuple((u, "nan in it") for u in ids if self._is_bad(u))
+        used = tuple(u for u in ids if not self._is_bad(u))
+        self._post(self._ready, MERGED, Merged(self.version, used, dropped))
+
+    def _is_bad(self, update: str) -> bool:
+        return self.bad is not None and self.bad(update)
 
     def _settle(self, update: str) -> Update:
         assert update not in self.settled, f"{update} was used or discarded before"
@@ -223,13 +257,16 @@ class Virtual:
 
     def _post(self, at: float, kind: int, event: Event, tag: str = "") -> None:
         self._posted += 1
-        heapq.heappush(self._queue, (float(at), kind, self._posted, event, tag))
+        place = self._posted
+        if self.shuffled is not None and kind != MERGED:
+            place = random.Random(f"{self.shuffled}/{place}").getrandbits(32)
+        heapq.heappush(self._queue, (float(at), kind, place, self._posted, event, tag))
 
 
-def _result(order: Order, current: bool) -> UpdateReceived:
+def _result(order: Order, current: bool, update: str = "", final: bool = True) -> UpdateReceived:
     return UpdateReceived(
         Update(
-            id=f"{order.id}.0",
+            id=update or f"{order.id}.0",
             order=order.id,
             client=order.client,
             base=order.base,
@@ -237,6 +274,8 @@ def _result(order: Order, current: bool) -> UpdateReceived:
             examples=order.steps,
             started=order.started,
             train_seconds=order.seconds,
+            metrics={"loss": math.nan} if order.number % 3 == 2 else {},
             current=current,
+            final=final,
         )
     )
