@@ -89,7 +89,7 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
 )  # fmt: skip
 @click.option(
     "--codec", default="fp32", show_default=True,
-    help="fp32, fp16, bf16: see `fl-server codecs`.",
+    help="int8, or up=topk:0.01+ef,down=int8: see `fl-server codecs`.",
 )  # fmt: skip
 @click.option("--lr", type=float, default=None, help="Local learning rate.")
 @console.json_option
@@ -103,8 +103,8 @@ def demo(
     Ends when the target is reached (exit 0) or the time is up (exit 5), with the model, the
     history and two plots in --out.
     """
+    from atoll.protocols.codecspec import parse_ways
     from atoll.protocols.ids import ulid
-    from atoll.protocols.links import ways
     from atoll.server.demo import Demo, DemoSpec
     from atoll.server.live import Live
     from atoll.server.spec import RunSpec
@@ -116,7 +116,7 @@ def demo(
         wait_for_all(strategy, clients), data, model or _model_for(data), partition,
         target_accuracy, timeout, seed, out, tuple(passed), trainer=trainer,
     )  # fmt: skip
-    up, down = ways(codec)
+    up, down = parse_ways(codec).texts
     wanted = RunSpec(
         ulid(), strategy=spec.strategy, aggregator=aggregator, outer=outer, algorithm=algorithm,
         model=spec.model, data=data_of(data), trainer=trainer, codec_up=up, codec_down=down,

@@ -104,7 +104,7 @@ class Training:
             mine = loaded.shard(parts[name])
             return trainer_on(mine, loaded, model, seed, local, algorithm, name)
 
-        chain = parse(up)
+        chain = parse(up.split("/")[0])  # the best that a run allows
         some = loaded.train if loaded.test is None else loaded.test  # it trains on neither
         judge = trainer_on(some, loaded, model, seed, local, client="server")
         return cls(
@@ -135,12 +135,14 @@ class Training:
         many = len(clients)
         made = {n: own_trainer(trainer, n, (i, many), seed) for i, n in enumerate(clients)}
         initial = {name: tensor.detach() for name, tensor in named_tensors(module)}
+        manifest, chain = manifest_of(module), parse(up.split("/")[0])
         return cls(
-            made.__getitem__, manifest_of(module), initial,
+            made.__getitem__, manifest, initial,
             judge=own_trainer(trainer, "server", seed=seed),
             examples={name: int(getattr(t, "examples", 0)) or 1 for name, t in made.items()},
-            aggregator=aggregator(aggregation), outer=outer(step), codec=codec(up),
-            buffers=cast("Buffers", buffers),
+            aggregator=aggregator(aggregation), outer=outer(step),
+            buffers=cast("Buffers", buffers), feedback=chain.feedback,
+            codec=tensors.codec_for(manifest, chain),
         )  # fmt: skip
 
     # ---- as the simulator asks -----------------------------------------------------------------
