@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -170,7 +169,7 @@ class Assembly:
                 continue
             self.workshop.infos[payload.id] = payload.info
             if payload.data is not None:
-                if hashlib.sha256(payload.data).digest() == payload.info.sha256:
+                if payload.data:
                     uploads.keep(payload.id, payload.data)
             else:
                 uploads.restore(payload.id, payload.info.size, payload.info.sha256)

@@ -6,7 +6,6 @@ transaction, so receipts are released together.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import sqlite3
@@ -28,6 +27,7 @@ from atoll.protocols.events import (
     TimerFired,
     UpdateReceived,
 )
+from atoll.protocols.frames import checksums
 from atoll.server.payloads import PayloadLog, Place
 
 ACKS = "acks/"  # meta keys: outcomes acknowledged since the last snapshot
@@ -69,7 +69,7 @@ class Payload:
     """The bytes of an update, as received: here when small, else in the update store's file."""
 
     id: str
-    info: BlobInfo  # without SHA-256: `data` is hashed when it is written
+    info: BlobInfo  # without SHA-256 where there is `data`: its CRC tells whether it is whole
     data: bytes | None
 
 
@@ -273,15 +273,18 @@ class Journal:
                 yield str(client), str(update)
 
     def payloads(self) -> Iterator[Payload]:
-        """Every payload that is not forgotten; `data` may be short where a power cut took it."""
+        """Every payload that is not forgotten; `data` is empty where a power cut took it."""
         rows = self.base.execute("SELECT id, info, segment, offset FROM payload").fetchall()
         for update, text, segment, offset in rows:
             plain = json.loads(text)
             plain["sha256"] = bytes.fromhex(plain["sha256"])
+            crcs = plain.pop("crcs")
             sections = tuple(state.load(Section, s) for s in plain.pop("sections"))
             info = BlobInfo(**plain, sections=sections)
             inside = segment is not None
             data = self._log.read(Place(segment, offset), info.size) if inside else None
+            if data is not None and checksums(memoryview(data)) != crcs:
+                data = b""
             yield Payload(str(update), info, data)
 
     def meta(self, key: str) -> str | None:
@@ -333,14 +336,14 @@ def load_event(kind: str, text: str) -> Event:
 
 
 def _info(payload: Payload) -> str:
-    """A payload's description, as JSON. What came inline is hashed here, off the event loop."""
+    """A payload's description, as JSON."""
     info = payload.info
-    sha256 = info.sha256 or hashlib.sha256(payload.data or b"").digest()
     return state.encode(
         {
             "id": info.id,
             "size": info.size,
-            "sha256": sha256.hex(),
+            "sha256": info.sha256.hex(),
+            "crcs": checksums(memoryview(payload.data or b"")),
             "sections": [state.dump(s) for s in info.sections],
         }
     )
