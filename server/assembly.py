@@ -23,7 +23,8 @@ from atoll.protocols.manifest import Manifest
 from atoll.protocols.membership import Membership
 from atoll.protocols.tensors import sections_of
 from atoll.server.check import mixed
-from atoll.server.driver import Clock, Driver
+from atoll.server.clock import Clock
+from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator, Judge
 from atoll.server.history import Row, line
 from atoll.server.host import Host

@@ -8,7 +8,6 @@ disk and network happen elsewhere (`World`) and come back as inputs: they never 
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +17,15 @@ from typing import Protocol
 from atoll.protocols.errors import AtollError, ServerError
 from atoll.protocols.events import (
     Action,
-    ClientJoined,
-    ClientLeft,
     Evaluated,
     Event,
     Merged,
     Stopping,
     Then,
     TimerFired,
-    UpdateReceived,
 )
+from atoll.server.clock import Clock
+from atoll.server.inputs import Input, in_order
 from atoll.server.journal import Journal, Payload
 from atoll.server.recover import failed
 from atoll.server.rules import Rules
@@ -49,16 +47,6 @@ logger = logging.getLogger(__name__)
 
 LAZY = 0.005  # seconds an input may wait for others when all that waits for it is a receipt
 BEHIND = 0.2  # seconds what was derived may wait for an input to be written with
-
-RANK: dict[type[Event], int] = {  # of inputs at the same instant
-    ClientLeft: 0,
-    ClientJoined: 1,
-    UpdateReceived: 2,
-    Merged: 2,
-    Evaluated: 2,
-    TimerFired: 3,
-    Stopping: 4,
-}
 
 
 class World(Protocol):
@@ -91,37 +79,11 @@ class World(Protocol):
         """Whether something will still be posted that a finished run should hear."""
 
 
-class Clock:
-    """The run's clock, seconds: stands still while the server is down or the run is paused."""
-
-    def __init__(self, start: float = 0.0) -> None:
-        self._base = start
-        self._since: float | None = None
-
-    def start(self) -> None:
-        self._since = time.monotonic()
-
-    def now(self) -> float:
-        return self._base + (time.monotonic() - self._since if self._since is not None else 0.0)
-
-    def wall(self, at: float) -> float:
-        """Seconds from now until the run clock shows `at`."""
-        return max(0.0, at - self.now())
-
-
-@dataclass(slots=True)
-class _Input:
-    now: float
-    event: Event
-    payload: Payload | None
-    then: Callable[[], None] | None
-
-
 @dataclass(slots=True)
 class _Decided:
     """An input of which nothing has been said yet."""
 
-    input: _Input
+    input: Input
     effects: list[Effect]
     heard: Callable[[], None] | None  # None: the strategy failed on it
 
@@ -146,7 +108,7 @@ class Driver:
         self._unsaid: list[_Decided] = []  # not written yet
         self._derived: deque[Event] = deque()
         # A callable is called when all before it has been said; None: look again what is to do.
-        self._queue: asyncio.Queue[_Input | Callable[[], None] | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Input | Callable[[], None] | None] = asyncio.Queue()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._limit: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None  # to write what waits for no input
@@ -172,7 +134,7 @@ class Driver:
         then: Callable[[], None] | None = None,
     ) -> None:
         self._last = max(self._last, now)  # a timer may come a hair early, time never goes back
-        self._queue.put_nowait(_Input(self._last, event, payload, then))
+        self._queue.put_nowait(Input(self._last, event, payload, then))
 
     def post_threadsafe(self, event: Event) -> None:
         """The same from any thread."""
@@ -262,20 +224,20 @@ class Driver:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
-    async def _batch(self) -> list[_Input | Callable[[], None]]:
+    async def _batch(self) -> list[Input | Callable[[], None]]:
         """What has come: inputs in order, then what is to be called after them."""
         batch = [await self._queue.get()]
         while not self._queue.empty():
             batch.append(self._queue.get_nowait())
-        inputs = [one for one in batch if isinstance(one, _Input)]
-        calls = [one for one in batch if one is not None and not isinstance(one, _Input)]
+        inputs = [one for one in batch if isinstance(one, Input)]
+        calls = [one for one in batch if one is not None and not isinstance(one, Input)]
         return [*in_order(inputs), *calls]
 
-    async def _take(self, batch: list[_Input | Callable[[], None]]) -> None:
+    async def _take(self, batch: list[Input | Callable[[], None]]) -> None:
         """Decide about a batch, and say what was decided unless that can wait."""
-        calls = [one for one in batch if not isinstance(one, _Input)]
+        calls = [one for one in batch if not isinstance(one, Input)]
         for one in batch:
-            if isinstance(one, _Input):
+            if isinstance(one, Input):
                 self._decide(one)
         urgent = any(one.heard is None or any(map(_urgent, one.effects)) for one in self._unsaid)
         if urgent or calls or self._due:
@@ -285,7 +247,7 @@ class Driver:
         for call in calls:
             call()
 
-    def _decide(self, one: _Input) -> bool:
+    def _decide(self, one: Input) -> bool:
         """Let the machines hear an input. False where the strategy failed, on it or on an earlier
         one: then it is only written down, for the next life."""
         seq = self.journal.enter(one.now, one.event)
@@ -350,7 +312,7 @@ class Driver:
                     if isinstance(effect, Merge) and self.world.quick(effect):
                         self.world.merge(effect)
                 while self._derived:
-                    more = _Input(said[-1].input.now, self._derived.popleft(), None, None)
+                    more = Input(said[-1].input.now, self._derived.popleft(), None, None)
                     going = self._decide(more)
                     todo.extend(self._unsaid)
                     followed += self._unsaid
@@ -443,20 +405,3 @@ class Driver:
 def _urgent(effect: Effect) -> bool:
     """Whether somebody waits for it to be carried out."""
     return not isinstance(effect, Tell | Arm | Disarm)
-
-
-def in_order(inputs: list[_Input]) -> list[_Input]:
-    """As a strategy hears them: by time, then leave, join, update, timer, then by arrival.
-
-    A client that joins and leaves at one instant has done so in this order.
-    """
-    joined: set[tuple[float, str]] = set()
-    keys: list[tuple[float, int]] = []
-    for one in inputs:
-        rank = RANK[type(one.event)]
-        if isinstance(one.event, ClientJoined):
-            joined.add((one.now, one.event.client))
-        elif isinstance(one.event, ClientLeft) and (one.now, one.event.client) in joined:
-            rank = RANK[ClientJoined]
-        keys.append((one.now, rank))
-    return [inputs[i] for i in sorted(range(len(inputs)), key=keys.__getitem__)]

@@ -32,8 +32,9 @@ from atoll.protocols.events import (
     Update,
     UpdateReceived,
 )
-from atoll.server.driver import Clock, Driver, in_order
-from atoll.server.driver import _Input as Input
+from atoll.server.clock import Clock
+from atoll.server.driver import Driver
+from atoll.server.inputs import Input, in_order
 from atoll.server.journal import Batch, Journal, dump_actions
 from atoll.server.replay import replay
 from atoll.server.rules import Rules

@@ -12,8 +12,9 @@ from atoll.aggregation.fedbuff import FedBuff
 from atoll.aggregation.fedcompass import FedCompass
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols.events import Action, Event, Merged, Then
+from atoll.server.clock import Clock
 from atoll.server.digest import Digest
-from atoll.server.driver import Clock, Driver
+from atoll.server.driver import Driver
 from atoll.server.journal import Journal
 from atoll.server.replay import replay
 from atoll.server.rules import Rules
