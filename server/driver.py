@@ -305,16 +305,16 @@ class Driver:
     def _follow(self, said: list[_Decided]) -> list[_Decided]:
         """What follows from these inputs alone, worked out while they are being written."""
         self._settling = True
-        todo, followed = deque(said), list[_Decided]()
+        ahead, followed = deque(said), list[_Decided]()
         try:
-            while todo:
-                for effect in todo.popleft().effects:
+            while ahead:
+                for effect in ahead.popleft().effects:
                     if isinstance(effect, Merge) and self.world.quick(effect):
                         self.world.merge(effect)
                 while self._derived:
                     more = Input(said[-1].input.now, self._derived.popleft(), None, None)
                     going = self._decide(more)
-                    todo.extend(self._unsaid)
+                    ahead.extend(self._unsaid)
                     followed += self._unsaid
                     self._unsaid = []
                     if not going:

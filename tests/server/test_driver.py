@@ -761,6 +761,7 @@ def test_a_receipt_does_not_wait_for_an_input_that_never_comes(tmp_path: Path) -
             written = asyncio.Event()
             driver.post(joined("a"), then=written.set)
             await asyncio.wait_for(written.wait(), 5)
+            assert [type(event).__name__ for _, event, _ in rows(driver)] == ["ClientJoined"]
             driver.stop("enough")
             await asyncio.wait_for(served, 5)
 
