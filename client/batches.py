@@ -43,6 +43,18 @@ class Order:
             self._shuffled, self._at = torch.randperm(self.n, generator=generator), number
         return self._shuffled[within * self.batch : (within + 1) * self.batch]
 
+    def run(self, first: int, steps: int) -> Tensor:
+        """(steps, batch) int64: the batches of that many steps from `first` on."""
+        parts, end = [], first + steps
+        while first < end:
+            self.indices(first)  # draws the pass
+            within = first % self.steps_per_pass
+            some = min(end - first, self.steps_per_pass - within)
+            rows = self._shuffled[within * self.batch : (within + some) * self.batch]
+            parts.append(rows.view(some, self.batch))
+            first += some
+        return torch.cat(parts) if parts else torch.empty(0, self.batch, dtype=torch.int64)
+
 
 class Batches(Protocol):
     order: Order
@@ -56,12 +68,12 @@ class TensorBatches:
 
     def __init__(self, examples: Split, order: Order, device: torch.device) -> None:
         self.order = order
-        self._x, self._y = examples.x.to(device), examples.y.to(device)
+        self.x, self.y = examples.x.to(device), examples.y.to(device)
 
     def stream(self, first: int, steps: int) -> Iterator[Batch]:
         for step in range(first, first + steps):
-            at = self.order.indices(step).to(self._x.device)
-            yield self._x.index_select(0, at), self._y.index_select(0, at)
+            at = self.order.indices(step).to(self.x.device)
+            yield self.x.index_select(0, at), self.y.index_select(0, at)
 
 
 class LoaderBatches:

@@ -94,11 +94,11 @@ class TorchTrainer:
         self.manifest = manifest_of(model)
         self.examples = size(examples)
         self.algorithm = algorithm or (FedProx(config.prox) if config.prox else Plain())
-        self._kind = kind
+        self.kind = kind
         self._test = test
-        self._batches = batches(examples, config.batch, seed, client, self.device, config.workers)
+        self.batches = batches(examples, config.batch, seed, client, self.device, config.workers)
         self._random = (seed, client)
-        self._slowdown, self._sleep = slowdown, sleep
+        self.slowdown, self._sleep = slowdown, sleep
         self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._optimizer = _optimizer(config, self._params)
         self._scaler = self._new_scaler()
@@ -106,7 +106,7 @@ class TorchTrainer:
     @property
     def batch(self) -> int:
         """Examples a step sees: the batch, or all of them where the client has fewer."""
-        return self._batches.order.batch
+        return self.batches.order.batch
 
     def load(self, tensors: Tensors) -> None:
         """Copy `tensors`, all that travel and nothing else; ValueError names the one at fault.
@@ -154,7 +154,7 @@ class TorchTrainer:
             return {"examples": 0.0}
         self.model.eval()
         with torch.inference_mode(), self._cast():
-            found = score(self.model, in_order(self._test, EVAL_BATCH, self.device), self._kind)
+            found = score(self.model, in_order(self._test, EVAL_BATCH, self.device), self.kind)
         self.model.train()
         return found
 
@@ -183,14 +183,14 @@ class TorchTrainer:
     def _run(self, task: Task) -> Trained:
         total, steps = torch.zeros((), device=self.device), 0
         every = 1 if self.device.type == "cpu" else LOOK_EVERY
-        for batch in self._batches.stream(task.done, task.steps):
+        for batch in self.batches.stream(task.done, task.steps):
             total += self._step(batch)
             steps += 1
             if steps % every == 0 or steps == task.steps:
                 self._still_a_number(total, steps, task)
             task.report(steps)
-            if self._slowdown:
-                self._sleep(self._slowdown)
+            if self.slowdown:
+                self._sleep(self.slowdown)
             then = task.asked()
             if then == "continue":
                 task.snapshot(self._trained(steps, total))
@@ -218,7 +218,7 @@ class TorchTrainer:
         for p in self._params.values():
             p.grad = None  # as zero_grad does, without its profiler's hooks: 8 % of a small step
         with self._cast():
-            loss = loss_of(self.model, batch, self._kind)
+            loss = loss_of(self.model, batch, self.kind)
         torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
         return loss.detach()
 

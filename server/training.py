@@ -9,6 +9,7 @@ of a real run: same trainer, same batches, same bytes, same merge.
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self, cast
 
@@ -21,7 +22,7 @@ from atoll.client.local import LocalConfig, trainer_on
 from atoll.client.models import build, manifest_of, named_tensors
 from atoll.client.options import own_trainer
 from atoll.client.partition import shards_of
-from atoll.client.trainer import Task, Trainer
+from atoll.client.trainer import Trainer
 from atoll.protocols import feedback as feedbacks
 from atoll.protocols import tensors
 from atoll.protocols.codecs import Codec, Fp32
@@ -30,6 +31,7 @@ from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import Payload
 from atoll.server.combine import MEAN
+from atoll.server.crew import Crew, Job, Together
 from atoll.server.learning import Worked
 from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
 from atoll.server.run import FORMER, Merge, Order
@@ -39,7 +41,7 @@ Factory = Callable[[str], Trainer]  # of a client's name
 
 
 class Training:
-    """A `Learning` with one trainer per client, made when it is first needed.
+    """A `Learning` with one trainer per client, made when it is first needed, by a crew.
 
     `judge` evaluates versions; None: no evaluation. An order whose client was asked for a snapshot
     is trained again from its start when it is finished, so a trainer that keeps its optimizer's
@@ -59,11 +61,11 @@ class Training:
         buffers: Buffers = "weighted_mean",
         codec: Codec | None = None,
         feedback: ErrorFeedback | None = None,
+        crew: Crew | None = None,
     ) -> None:
         self.manifest = manifest
-        self._factory, self._judge = factory, judge
+        self._crew, self._judge = crew or Together(factory), judge
         self._examples = examples or {}
-        self._trainers: dict[str, Trainer] = {}
         self._codec, self._rule = codec or Fp32(), feedback
         self._states: dict[str, feedbacks.State] = {}  # client -> what its codec left out, and such
         self._sent: dict[str, str] = {}  # update not known to be used -> its client
@@ -154,17 +156,15 @@ class Training:
         orders = self._orders.setdefault(order.client, {})
         orders[order.id] = order.version
         while len(orders) > FORMER + 1:  # the run has forgotten older ones
-            del orders[next(iter(orders))]
+            self._crew.forget(old := next(iter(orders)))
+            del orders[old]
+        self._crew.begin(self._job(order, order.steps), partial(self._start, order.version))
 
     def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:
-        if client not in self._trainers:
-            self._trainers[client] = self._factory(client)
-        trainer, done = self._trainers[client], self._done.get(client, 0)
         base = self._versions.open(order.version)
-        trainer.load(base.tensors())
-        trained = trainer.train(Task(steps, done, order.extra))
+        trained = self._crew.trained(self._job(order, steps), base.tensors)
         if final:
-            self._done[client] = done + trained.steps
+            self._done[client] = self._done.get(client, 0) + trained.steps
             del self._orders[client][order.id]
         groups: dict[Group, Tensor] = {
             group: tensors.flatten(self.manifest, trained.tensors, group)
@@ -179,7 +179,16 @@ class Training:
         if final:  # a snapshot's work comes again with the whole
             self._states[client], self._sent[update] = sender.after, client
         self._held[update] = UpdateBytes(update, Payload(sections, view, self._codec))
+        if final:
+            self._crew.forget(order.id)
         return Worked(trained.examples, dict(trained.metrics))
+
+    def _job(self, order: Order, steps: int) -> Job:
+        done = self._done.get(order.client, 0)
+        return Job(order.id, order.client, order.version, steps, done, order.extra)
+
+    def _start(self, version: int) -> dict[str, Tensor]:
+        return self._versions.open(version).tensors()
 
     def merge(self, merge: Merge) -> Merged:
         base = self._newest
