@@ -65,6 +65,10 @@ STOPS = ("target_accuracy", "versions", "updates", "steps", "seconds", "patience
 )
 @click.option("--save-every", default=1, show_default=True, help="Versions between two on disk.")
 @click.option("--keep", default=5, show_default=True, help="Newest versions kept on disk.")
+@click.option(
+    "--max-examples", default=0, metavar="N",
+    help="A client that says it holds more counts as N: its weight.  [default: no bound]",
+)  # fmt: skip
 @click.option("--stop-with-stdin", is_flag=True, hidden=True, help="When the parent is gone.")
 @click.option(
     "--insecure-lan", is_flag=True, help="Serve other machines although nothing is encrypted yet."
@@ -72,7 +76,8 @@ STOPS = ("target_accuracy", "versions", "updates", "steps", "seconds", "patience
 @console.json_option
 def start(
     listen: str, state: Path, name: str, init: Path | None, lease: float, save_every: int,
-    keep: int, stop_with_stdin: bool, insecure_lan: bool, as_json: bool, **given: Any,
+    keep: int, max_examples: int, stop_with_stdin: bool, insecure_lan: bool, as_json: bool,
+    **given: Any,
 ) -> None:  # fmt: skip
     """Serve a run until it is over. Ctrl-C stops it for now; start again and it goes on."""
     import logging
@@ -87,7 +92,9 @@ def start(
     )
     if stop_with_stdin:
         orphan.stop_with_stdin()
-    wanted = spec_of(given, name=name, lease=lease, save_every=save_every, keep=keep)
+    wanted = spec_of(
+        given, name=name, lease=lease, save_every=save_every, keep=keep, most_examples=max_examples
+    )
     if not (state / "run.json").exists():
         check(wanted)
     rules = rules_of(given)

@@ -16,6 +16,11 @@ class Clock:
     def now(self) -> float:
         return self._base + (time.monotonic() - self._since if self._since is not None else 0.0)
 
+    @property
+    def began(self) -> float:
+        """What it showed when this process came."""
+        return self._base
+
     def wall(self, at: float) -> float:
         """Seconds from now until the run clock shows `at`."""
         return max(0.0, at - self.now())

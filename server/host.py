@@ -31,6 +31,7 @@ from atoll.protocols.events import (
 from atoll.protocols.links import Link
 from atoll.protocols.membership import Back, Joined, Left, Membership
 from atoll.protocols.messages import Result
+from atoll.server import plausible
 from atoll.server.chain import Load
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
@@ -259,7 +260,8 @@ class Host:
     def _joined(self, hello: messages.Hello, joined: Joined) -> None:
         self._note_membership()
         known = hello.info.seconds_per_step or joined.seconds_per_step
-        info = ClientInfo(hello.info.examples, known, hello.info.capabilities)
+        held = plausible.examples(hello.info.examples, self.spec.most_examples)
+        info = ClientInfo(held, known, hello.info.capabilities)
         logger.info("client=%s joined%s", joined.name, " again" if joined.again else "")
         self.driver.post(ClientJoined(joined.name, info))
 
@@ -331,9 +333,10 @@ class Host:
                 )  # fmt: skip
                 self._expel(session.client, f"it could not train: {why}", error)
             case "evaluation":
-                found = messages.metrics_from_wire(message.evaluation.metrics)
                 found_by = message.evaluation
-                judged = found_by.version, found, found_by.examples
+                found = plausible.judged(messages.metrics_from_wire(found_by.metrics))
+                counted = plausible.examples(found_by.examples, self.spec.most_examples)
+                judged = found_by.version, found, counted
                 answer = self._panel.answer(session.client, *judged)
                 self._panel_says(answer)
             case "goodbye":
@@ -488,7 +491,10 @@ class Host:
             )
         info = result.payload
         manifest = self.workshop.store.manifest
+        order = self.run.order(client, result.order)
+        assert order is not None
         try:
+            plausible.check_steps(result, order)
             packed = self._packs(client, result)
             tensors.check(manifest, info.sections, info.size, packed, "update")
         except RemoteError as error:
@@ -552,9 +558,12 @@ class Host:
             return
         self.workshop.infos[result.update] = result.payload
         self._traffic(client).up += result.payload.size
+        order, clock = self.run.order(client, result.order), self.driver.clock
+        since = None if order is None else order.started
+        seconds = plausible.seconds(result.train_seconds, since, clock.now(), clock.began)
         update = Update(  # the run's book knows base and start
             result.update, result.order, client, 0, result.steps, result.examples,
-            0.0, result.train_seconds, result.metrics, final=result.final,
+            0.0, seconds, result.metrics, final=result.final,
         )  # fmt: skip
         data = stored.data if stored.path is None else None
         info = replace(result.payload, sha256=stored.sha256)

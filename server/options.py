@@ -98,6 +98,7 @@ def check_numbers(given: Mapping[str, Any]) -> None:
         "lease": (lambda v: 0 < v < float("inf"), "seconds above 0"),
         "save_every": (lambda v: v >= 1, "at least 1"),
         "keep": (lambda v: v >= 1, "at least 1"),
+        "most_examples": (lambda v: v >= 0, "at least 1, or 0 for no bound"),
     }
     for name, (holds, want) in limits.items():
         value = given.get(name)

@@ -47,6 +47,7 @@ class Order:
     steps: int
     extra: Mapping[str, float] = field(default_factory=dict)
     started: float | None = None  # run clock when the version's bytes existed; None: not yet
+    asked: bool = False  # for work before its end: fewer steps are right then
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +299,7 @@ class Run:
             raise StrategyError(f"Ask({client!r}, {then!r}): it has no open order")
         if then == "drop":
             self._close(client)
+        order.asked = True
         if order.started is not None:
             effects.append(Interrupt(order, then))
 

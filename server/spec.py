@@ -43,6 +43,7 @@ class RunSpec:
     seed: int = 0
     lease: float = 20.0  # seconds
     save_every: int = 1  # versions; those between are made again from kept updates after a crash
+    most_examples: int = 0  # that a client may claim to hold, its weight; 0: no bound
     evaluate_every: int = 1  # versions; 0: never
     keep: int = 5  # newest versions on disk, besides the first and the best
 
@@ -90,9 +91,10 @@ FIXED = (
     "seed",
     *("codec_up", "codec_down", "local"),
 )
-LOOSE = ("lease", "save_every", "keep", "name")  # may change from start to start
+LOOSE = ("lease", "save_every", "keep", "name", "most_examples")  # may change from start to start
 OPTIONS = {  # what the command line calls them, where it is not the field's name
     "codec": ("codec_up", "codec_down"),
+    "max_examples": ("most_examples",),
     **dict.fromkeys(("lr", "batch", "local_optimizer", "local_momentum", "clip"), ("local",)),
 }
 

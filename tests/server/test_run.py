@@ -164,6 +164,8 @@ def test_ask_reaches_the_client_and_only_drop_closes_its_order(book: Book) -> No
     for then in asked:
         assert book.hear(Evaluated(0, {}), 1.0, Ask("a", then)) == [Interrupt(order, then)]
         assert book.run.open == {"a": order}
+        assert order.asked  # from now on fewer steps are right
+        order.asked = False
     assert book.hear(Evaluated(0, {}), 1.0, Ask("a", "drop")) == [Interrupt(order, "drop")]
     assert book.run.open == {}
 

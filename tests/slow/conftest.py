@@ -187,12 +187,12 @@ class Raw:
         self.metadata = (("atoll-session", welcome.session),)
         return welcome
 
-    def hear(self, kind: str) -> Any:
-        """The next message of this kind; others on the way are passed over."""
+    def hear(self, *kinds: str) -> Any:
+        """The next message of one of these kinds; others on the way are passed over."""
         for message in self.stream:
-            if message.WhichOneof("kind") == kind:
+            if (kind := message.WhichOneof("kind")) in kinds:
                 return getattr(message, kind)
-        raise AssertionError(f"the stream ended before any {kind}")
+        raise AssertionError(f"the stream ended before any {' or '.join(kinds)}")
 
     def refused(self) -> str:
         """The code with which the server ends the stream."""

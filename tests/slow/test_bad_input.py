@@ -219,9 +219,9 @@ def test_a_result_of_an_unknown_order_costs_the_work_and_nothing_else(
     refusal = raw.hear("refusal")
     assert (refusal.code, refusal.order) == ("FL-W102", "o999999")
     raw.say(result=result(order, zeros(order)))  # its own order is as good as before
-    assert raw.hear("receipt").update == f"{order.id}.0"
+    assert raw.hear("receipt", "outcome").update == f"{order.id}.0"
     raw.say(result=result(order, zeros(order)))  # once more: it is here already
-    assert raw.hear("receipt").update == f"{order.id}.0"
+    assert raw.hear("receipt", "outcome").update == f"{order.id}.0"
     raw.say(ack=wire_pb2.Ack(updates=[f"{order.id}.0"]))
     raw.say(result=result(order, zeros(order)))  # the order is closed, and all is said about it
     assert raw.hear("refusal").code == "FL-W102"
@@ -233,6 +233,64 @@ def test_a_message_of_nonsense_ends_the_stream_of_its_client(running: "Federatio
     order = raw.hear("order")
     raw.say(result=result(order, zeros(order), metrics={"loss": float("nan")}))
     assert raw.refused() == "FL-W101"
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"steps": 4},  # of 3
+        {"steps": 0},
+        {"examples": 10**18},
+        {"train_seconds": -1.0},
+        {"train_seconds": float("nan")},
+        {"metrics": {f"m{i}": 0.0 for i in range(257)}},
+    ],
+    ids=str,
+)
+def test_what_cannot_have_happened_is_refused(
+    running: "Federation", lie: Mapping[str, Any]
+) -> None:
+    raw = running.raw()
+    raw.hello("bad")
+    order = raw.hear("order")
+    raw.say(result=result(order, zeros(order), **lie))
+    assert raw.refused() == "FL-W101"
+    assert not [row for row in running.history("update") if row["client"] == "bad"]
+
+
+def test_a_million_metrics_are_no_message(running: "Federation") -> None:
+    """They are cut off before anything is allocated for them."""
+    raw = running.raw()
+    raw.hello("bad")
+    order = raw.hear("order")
+    raw.say(result=result(order, zeros(order), metrics={f"m{i}": 0.0 for i in range(10**6)}))
+    with contextlib.suppress(grpc.RpcError):
+        for message in raw.stream:
+            assert message.WhichOneof("kind") not in ("receipt", "outcome")
+    assert not [row for row in running.history("update") if row["client"] == "bad"]
+
+
+def test_a_training_longer_than_its_order_is_out_counts_as_long_as_that(
+    running: "Federation",
+) -> None:
+    raw = running.raw()
+    raw.hello("bad")
+    order = raw.hear("order")
+    raw.say(result=result(order, zeros(order), train_seconds=1e18))
+    running.until(lambda: [r for r in running.history("update") if r["client"] == "bad"], 5, "it")
+    (row,) = (r for r in running.history("update") if r["client"] == "bad")
+    assert 0.0 <= row["train_seconds"] <= row["t"]
+
+
+def test_a_client_counts_for_no_more_examples_than_the_run_lets_it(
+    federation: "Federation",
+) -> None:
+    federation.local(strategy=ONE, most_examples=1000)
+    for name, examples in (("many", 1 << 53), ("few", 7)):
+        federation.raw().hello(name, examples=examples)
+    federation.until(lambda: len(federation.history("join")) == 2, 10, "both")
+    told = {row["client"]: row["examples"] for row in federation.history("join")}
+    assert told == {"many": 1000, "few": 7}
 
 
 # ---- uploads ---------------------------------------------------------------------------------
