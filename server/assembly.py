@@ -174,7 +174,10 @@ class Assembly:
                     uploads.keep(payload.id, payload.data)
             else:
                 uploads.restore(payload.id, payload.info.size, payload.info.sha256)
-        uploads.sweep(keep)
+        waited_for = {
+            o.id for o in (*run.open.values(), *(o for f in run.former.values() for o in f))
+        }
+        uploads.sweep(keep | {u for u in uploads.names() if u.partition(".")[0] in waited_for})
         self.journal.append([], forget=gone)
         self.workshop.stock = Stock([m for m in merges if m.version <= run.published])
         self._redo = [m for m in merges if m.version > run.published]

@@ -94,6 +94,11 @@ class Uploads:
                 gone.append(update)
         return gone
 
+    def names(self) -> set[str]:
+        """The updates that have a file, whole or not."""
+        found = (path.name.removesuffix(PART) for path in self.folder.glob("*"))
+        return {name for name in found if NAME.fullmatch(name)}
+
     # ---- coming in ---------------------------------------------------------------------------
 
     def open(self, update: str, size: int) -> int:

@@ -329,6 +329,7 @@ def test_spares_are_bounded_and_make_room_when_it_is_short(tmp_path: Path) -> No
 def test_sweeping_removes_spares_and_strangers_but_not_other_files(uploads: Uploads) -> None:
     for name in ("o1.0", "o2.0.part", "_spare.1", "README"):
         (uploads.folder / name).write_bytes(b"x")
+    assert uploads.names() == {"o1.0", "o2.0"}
     assert uploads.sweep({"o1.0"}) == ["o2.0"]
     assert sorted(p.name for p in uploads.folder.iterdir()) == ["README", "o1.0"]
 

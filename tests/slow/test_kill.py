@@ -154,6 +154,35 @@ def test_a_client_killed_in_mid_upload_delivers_without_training_again(
     assert not federation.history("leave")
 
 
+def test_an_upload_goes_on_where_it_was_when_the_server_was_killed(
+    federation: "Federation",
+) -> None:
+    """What had arrived was swept away at the next start, and all of it was sent once more."""
+    (federation.folder / "big.py").write_text(BIG)
+    options = [
+        "--strategy", "fedbuff:size=1,steps=5", "--versions", "1", "--model", "big:Big",
+        "--data", "digits",
+    ]  # fmt: skip
+    server = federation.server(*options)
+    gate = federation.gate(9 << 20)
+    client = federation.client("c0", "--model", "big:Big", address=gate.address)
+    until(lambda: gate.shut, 60, "half of an upload")
+    (part,) = (federation.state / "updates").glob("*.part")
+    until(lambda: part.stat().st_size > 7 << 20, 10, "the chunks that came")
+    gate.refuse = True  # until somebody is there again
+    server.kill()
+    server = federation.server(*options)
+    gate.open.set()
+    gate.refuse = False
+    assert server.data()["versions"] == 1
+    report = client.data()
+    assert (report["orders"], report["used"]) == (1, 1)
+    size = sum(row["bytes"] for row in federation.history("update"))
+    assert size > 12 << 20
+    assert gate.passed < size + (6 << 20)  # both times together; 9 would be all once more
+    federation.ledger().check()
+
+
 class Stirring:
     """A trainer of a big model that costs no time: it moves every value a little."""
 
