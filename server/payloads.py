@@ -11,7 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from atoll.server.uploads import disk_free
+
 SEGMENT = 32 << 20  # bytes after which a new segment is begun
+LEAST = 1 << 20  # of a segment where the disk is small
+SHARE = 32  # a segment is at most this part of what is free, for some live at a time
 SUFFIX = ".payloads"
 
 
@@ -24,9 +28,8 @@ class Place:
 class PayloadLog:
     """`live` are the segments of the payloads that are still known, one entry for each payload."""
 
-    def __init__(self, folder: Path, live: Iterable[int], *, segment: int = SEGMENT) -> None:
+    def __init__(self, folder: Path, live: Iterable[int], *, segment: int | None = None) -> None:
         self.folder = folder
-        self._segment = segment
         self._live = Counter(live)
         self._spare: Path | None = None
         self._fd = -1
@@ -36,14 +39,18 @@ class PayloadLog:
         for path in folder.glob(f"*{SUFFIX}"):
             if not path.stem.isdecimal() or int(path.stem) not in self._live:
                 path.unlink()
+        self._segment = segment or fitting(disk_free(folder))
 
     def put(self, data: bytes) -> Place:
         """Append; OSError where the disk does not take it, and then nothing has changed."""
         if self._fd < 0 or self._at >= self._segment:
             self._turn()
-        written = 0
-        while written < len(data):  # a nearly full disk writes short
-            written += os.pwrite(self._fd, memoryview(data)[written:], self._at + written)
+        try:
+            self._write(data)
+        except OSError:
+            if not self._give_back():
+                raise
+            self._write(data)
         place = Place(self._number, self._at)
         self._at += len(data)
         self._live[self._number] += 1
@@ -77,6 +84,19 @@ class PayloadLog:
             os.close(self._fd)
             self._fd = -1
 
+    def _write(self, data: bytes) -> None:
+        written = 0
+        while written < len(data):  # a nearly full disk writes short
+            written += os.pwrite(self._fd, memoryview(data)[written:], self._at + written)
+
+    def _give_back(self) -> bool:
+        """Let the disk have what only makes us quicker; False where there is nothing of it."""
+        if self._spare is None:
+            return False
+        self._spare.unlink(missing_ok=True)
+        self._spare = None
+        return True
+
     def _turn(self) -> None:
         former = self._number
         self.sync()
@@ -100,3 +120,8 @@ class PayloadLog:
 
     def _path(self, segment: int) -> Path:
         return self.folder / f"{segment}{SUFFIX}"
+
+
+def fitting(free: int) -> int:
+    """Bytes of a segment on a disk with so many free."""
+    return max(LEAST, min(SEGMENT, free // SHARE))
