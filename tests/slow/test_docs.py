@@ -4,6 +4,8 @@ The conventions of those pages: a block ```sh is run by bash at the root of a ch
 that fails fails the page. Where a block has lines `# terminal 1`, `# terminal 2`, ..., what follows
 each is run in a shell of its own, side by side. A block ```python whose first line is `# name.py`
 is kept under that name for later blocks; any other is run. Shown only: ```console and ```text.
+
+Pages are read side by side, one for each core: most of their time is Python's start and torch's.
 """
 
 import os
@@ -14,6 +16,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +29,7 @@ BIN = Path(sys.executable).parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 NOT_RUN = ("make setup", "make demo", "make test")  # CI does these
 PORT = "7447"  # the default; tests that run at the same time must not meet there
-SECONDS = 60.0  # a block may take
+SECONDS = 120.0  # a block may take
 
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -36,15 +40,18 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
+    return reader(tmp_path)
+
+
+def reader(folder: Path) -> Path:
     """What a reader has: the examples, and .venv/bin."""
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / "bin").symlink_to(BIN)
-    return tmp_path
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "bin").symlink_to(BIN)
+    return folder
 
 
-@pytest.fixture
-def port() -> str:
+def free_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return str(taken.getsockname()[1])
 
@@ -97,8 +104,28 @@ def run(commands: list[list[str]], folder: Path) -> None:
     assert None not in codes, f"still going on after {SECONDS} s\n{told}"
 
 
+@pytest.fixture(scope="module")
+def reading(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
+    """Every page that was asked for, being read."""
+    here = [item for item in request.session.items if item.path == request.path]
+    asked = [item.callspec.params["page"] for item in here if hasattr(item, "callspec")]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as readers:
+        yield {
+            page: readers.submit(read, page, reader(tmp_path_factory.mktemp("reader")))
+            for page in asked
+        }
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_what_a_page_shows_works(page: str, checkout: Path, port: str) -> None:
+def test_what_a_page_shows_works(page: str, reading: dict[str, Future[None]]) -> None:
+    reading[page].result()
+
+
+def read(page: str, checkout: Path) -> None:
+    """Do what the page says, from its beginning to its end."""
+    port = free_port()
     for language, block in blocks(page):
         named = re.match(r"# (\w+\.py)\n", block)
         if language == "python" and named:
