@@ -55,6 +55,14 @@ _UNITS: Mapping[str, float] = {
     "--lease", default=20.0, show_default=True, help="Seconds until who is away has left."
 )
 @click.option(
+    "--attack", default="", metavar="SPEC",
+    help="Of the hostile clients: sign-flip[:TIMES], scale[:TIMES], label-flip.",
+)  # fmt: skip
+@click.option(
+    "--attackers", type=float, default=None, metavar="SHARE",
+    help="Of all clients, drawn by --seed.  [default: 0.3 with --attack]",
+)  # fmt: skip
+@click.option(
     "--partition", default="iid", show_default=True,
     help="How the data is split: iid, dirichlet:0.5, classes:2, quantity:0.5, column:NAME.",
 )  # fmt: skip
@@ -135,7 +143,25 @@ def clients_of(given: Mapping[str, Any], seed: int) -> "list[ClientModel]":
         )
     down, up = bandwidth_of(given["bandwidth"])
     uptime, downtime = dropout_of(given["dropout"])
-    return [replace(m, down=down, up=up, uptime=uptime, downtime=downtime) for m in models]
+    models = [replace(m, down=down, up=up, uptime=uptime, downtime=downtime) for m in models]
+    return with_attackers(models, given, seed)
+
+
+def with_attackers(
+    models: "list[ClientModel]", given: Mapping[str, Any], seed: int
+) -> "list[ClientModel]":
+    """Some of them hostile, as --attack and --attackers say."""
+    from atoll.server.world import attacked
+
+    attack, share = given.get("attack", ""), given.get("attackers")
+    if not attack and share is None:
+        return models
+    if not attack or given["null"]:
+        raise UsageError(
+            "FL-S104", "--attackers without --attack" if not attack else "--null trains nothing",
+            "add e.g. --attack sign-flip" if not attack else "drop --null or --attack",
+        )  # fmt: skip
+    return attacked(models, attack, 0.3 if share is None else share, seed)
 
 
 def bandwidth_of(text: str) -> tuple[float, float]:
@@ -198,6 +224,10 @@ def training_of(
 
     torch.set_num_threads(given["threads"])
     if spec.trainer:
+        if given["attack"]:
+            raise UsageError(
+                "FL-S104", "--attack with --trainer", "attack from within it, or drop it"
+            )
         return Training.own(
             spec.trainer, [client.name for client in clients], model=spec.model, data=spec.data,
             seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=spec.codec_up,
@@ -209,6 +239,7 @@ def training_of(
         partition=given["partition"], seed=spec.seed, local=LocalConfig(**local),
         algorithm=spec.algorithm, aggregation=spec.aggregator, step=spec.outer,
         up=spec.codec_up, buffers=spec.buffers,
+        attacks={client.name: client.attack for client in clients if client.attack},
     )  # fmt: skip
 
 

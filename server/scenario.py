@@ -4,6 +4,7 @@ A reviewer reads the difference of such files instead of a mock (`tests/transcri
 
 strategy fedcompass:min_clients=5
 client   c1 0.1                      seconds per step; also: examples=3 joins=2 paces=0.1,0.4
+                                     attack=scale, where anything is trained
 away     c1 12 20 offline            from, until (or "ever"), dead | offline | goodbye
 lease    10                          seconds; 20 if not given
 until    60
@@ -82,6 +83,7 @@ class Scenario:
                 joins=float(given.get("joins", "0")),
                 trace=tuple(float(p) for p in given.get("paces", "").split(",") if p),
                 absences=tuple(self.absences.get(name, ())),
+                attack=given.get("attack", ""),
             )
             for name, given in self.clients.items()
         ]

@@ -30,6 +30,7 @@ from atoll.protocols.codecspec import ErrorFeedback, parse
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import Payload
+from atoll.server.attack import Attack
 from atoll.server.combine import MEAN
 from atoll.server.crew import Crew, Job, Together
 from atoll.server.learning import Worked
@@ -62,10 +63,11 @@ class Training:
         codec: Codec | None = None,
         feedback: ErrorFeedback | None = None,
         crew: Crew | None = None,
+        attacks: Mapping[str, Attack] | None = None,
     ) -> None:
         self.manifest = manifest
         self._crew, self._judge = crew or Together(factory), judge
-        self._examples = examples or {}
+        self._examples, self._attacks = examples or {}, attacks or {}
         self._codec, self._rule = codec or Fp32(), feedback
         self._states: dict[str, feedbacks.State] = {}  # client -> what its codec left out, and such
         self._sent: dict[str, str] = {}  # update not known to be used -> its client
@@ -92,18 +94,23 @@ class Training:
         step: str = "sgd",
         up: str = "fp32",
         buffers: str = "weighted_mean",
+        attacks: Mapping[str, str] | None = None,
     ) -> Self:
         """From the specs of a command line; each client has the shard of its place in the list.
 
-        `partition` may be the shards themselves: the rows of each client.
+        `partition` may be the shards themselves: the rows of each client. `attacks` are those of
+        hostile clients, by name (`atoll.server.attack`).
         """
         loaded = load_data(data) if isinstance(data, str) else data
         if isinstance(partition, str):
             partition = shards_of(loaded, partition, len(clients), seed)
         parts = dict(zip(clients, partition, strict=True))
 
+        hostile = {name: Attack.parse(spec) for name, spec in (attacks or {}).items()}
+        seen = {name: attack.on_data(loaded) for name, attack in hostile.items()}
+
         def make(name: str) -> Trainer:
-            mine = loaded.shard(parts[name])
+            mine = seen.get(name, loaded).shard(parts[name])
             return trainer_on(mine, loaded, model, seed, local, algorithm, name)
 
         chain = parse(up.split("/")[0])  # the best that a run allows
@@ -114,7 +121,7 @@ class Training:
             examples={name: len(rows) for name, rows in parts.items()},
             aggregator=aggregator(aggregation), outer=outer(step),
             buffers=cast("Buffers", buffers), feedback=chain.feedback,
-            codec=tensors.codec_for(judge.manifest, chain),
+            codec=tensors.codec_for(judge.manifest, chain), attacks=hostile,
         )  # fmt: skip
 
     @classmethod
@@ -173,6 +180,8 @@ class Training:
         }
         start = base.flat("trainable")
         groups["trainable"] = tensors.delta(self.manifest, start, trained.tensors)
+        if client in self._attacks:
+            groups["trainable"] = self._attacks[client].on_delta(groups["trainable"])
         state = self._states.get(client, {})
         sender = feedbacks.Sender(self._codec, self._rule if final else None, state)
         sections, view = tensors.pack(self.manifest, groups, sender)

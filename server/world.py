@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from atoll.protocols.errors import DataError, UsageError
+from atoll.server.attack import Attack
 
 Draw = Callable[[random.Random], float]  # a client's mean seconds per step
 How = Literal["dead", "offline", "goodbye"]
@@ -61,6 +62,7 @@ class ClientModel:
     downtime: float = 60.0  # mean seconds until it is back from that
     examples: int = 1
     benchmark: bool = False  # it says `seconds_per_step` when it joins
+    attack: str = ""  # what it does besides, where anything is trained: `atoll.server.attack`
 
     def __post_init__(self) -> None:
         for name in ("seconds_per_step", "down", "up", "uptime", "downtime"):
@@ -72,6 +74,8 @@ class ClientModel:
             raise _bad(f"{self.name}: change={self.change}", "give a probability")
         if any(not pace > 0 for pace in self.trace):
             raise _bad(f"{self.name}: a pace in its trace is not positive", "give seconds per step")
+        if self.attack:
+            Attack.parse(self.attack)
         for former, later in zip(self.absences, self.absences[1:], strict=False):
             if later.at < former.until:
                 raise _bad(f"{self.name}: absences at {former.at} and {later.at}", "in order")
@@ -180,6 +184,18 @@ def speed_change(clients: Iterable[ClientModel], p: float, draw: Draw) -> list[C
 def at_paces(paces: Mapping[str, float]) -> list[ClientModel]:
     """Clients with constant seconds per step, without noise."""
     return [ClientModel(name, pace) for name, pace in paces.items()]
+
+
+def attacked(
+    clients: Sequence[ClientModel], attack: str, share: float, seed: int = 0
+) -> list[ClientModel]:
+    """The same clients, a `share` of them hostile, drawn by the seed. UsageError FL-S102."""
+    if not 0 <= share <= 1:
+        raise _bad(f"attackers={share}", "give a share from 0 to 1")
+    drawn = random.Random(f"{seed}/attackers").sample(
+        range(len(clients)), round(share * len(clients))
+    )
+    return [replace(c, attack=attack) if i in drawn else c for i, c in enumerate(clients)]
 
 
 # ---- traces ---------------------------------------------------------------------------------
