@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from atoll.aggregation.rfa import GeometricMedian as GeometricMedian
     from atoll.aggregation.strategy import Strategy as Strategy
     from atoll.aggregation.testing import check_aggregator as check_aggregator
+    from atoll.aggregation.testing import check_codec as check_codec
     from atoll.aggregation.testing import check_strategy as check_strategy
     from atoll.aggregation.trimmed_mean import TrimmedMean as TrimmedMean
 
@@ -36,6 +37,7 @@ __getattr__ = exports(
         "FedCompass": "fedcompass",
         "Strategy": "strategy",
         "check_aggregator": "testing",
+        "check_codec": "testing",
         "check_strategy": "testing",
         "fedasync": "fedbuff",
         "Mean": "mean",

@@ -3,7 +3,8 @@
 `check_strategy(lambda: MyStrategy(...))` runs hundreds of histories - clients of different and
 changing speed, deaths, returns, ties in any order, late results, results that are NaN, timers that
 should not fire, a restart from the dumped state before every event - and raises AssertionError with
-the seed for what a strategy must not do. `check_aggregator` does the same with merges.
+the seed for what a strategy must not do. `check_aggregator` does the same with
+merges, `check_codec` with vectors and hostile bytes.
 """
 
 import random
@@ -16,6 +17,7 @@ from atoll.protocols import state
 
 if TYPE_CHECKING:
     from atoll.aggregation.aggregator import Aggregator
+    from atoll.protocols.codecs import Codec
 
 Make = Callable[[], Strategy]
 
@@ -63,6 +65,15 @@ def check_aggregator(make: "Callable[[], Aggregator]", cases: int = 200) -> None
     from atoll.aggregation import testing_rules  # needs torch, which strategies do without
 
     testing_rules.check_aggregator(make, cases)
+
+
+def check_codec(make: "Callable[[], Codec]", cases: int = 200, error: float = 1.01) -> None:
+    """The same for a codec, on generated values and on bytes that nobody encoded: see
+    `atoll.aggregation.testing_codecs`.
+    """
+    from atoll.aggregation import testing_codecs
+
+    testing_codecs.check_codec(make, cases, error)
 
 
 def restart(strategy: Strategy) -> Strategy:

@@ -28,7 +28,7 @@ class Sign(BlockCodec):
     def write(
         self, rows: Tensor, scales: Tensor, codes: Tensor, spare: Tensor, filled: int
     ) -> None:
-        scales.copy_(row_sums(torch.abs(rows, out=spare)) / filled)
+        scales.copy_(row_sums(torch.abs(rows, out=spare).div_(filled)))
         codes.copy_(to_planes((rows >= 0).to(torch.uint8), 1))
 
     def levels(self, codes: Tensor, out: Tensor) -> None:

@@ -36,8 +36,9 @@ class SparseDecoder:
 
     def accumulate(self, lo: int, hi: int, total: Tensor, weight: float, spare: Tensor) -> None:
         """total += weight * values of [lo, hi)."""
-        places, values = self._picks(lo, hi)
-        total.index_add_(0, places, values, alpha=weight)
+        if hi > lo:
+            places, values = self._picks(lo, hi)
+            total.index_add_(0, places, values, alpha=weight)
 
 
 def fraction_of(kind: str, fraction: float) -> float:

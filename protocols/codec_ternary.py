@@ -26,10 +26,10 @@ class Ternary(BlockCodec):
         self, rows: Tensor, scales: Tensor, codes: Tensor, spare: Tensor, filled: int
     ) -> None:
         sizes = torch.abs(rows, out=spare)
-        means = row_sums(sizes) / filled
+        means = row_sums(sizes / filled)
         large = sizes > 0.7 * means[:, None]
         some = row_sums(large.float()).clamp_(min=1)
-        scales.copy_(torch.where(means.isfinite(), row_sums(sizes * large) / some, means))
+        scales.copy_(torch.where(means.isfinite(), row_sums(sizes * large / some[:, None]), means))
         codes.copy_(
             to_planes(1 + large.to(torch.uint8) - 2 * (large & (rows < 0)).to(torch.uint8), 2)
         )

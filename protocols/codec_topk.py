@@ -197,17 +197,20 @@ def four_bins(values: Tensor) -> tuple[Tensor, Tensor]:
 
     Bins are 1.5 standard deviations wide around the mean; a value that is not finite spoils all.
     """
-    flat = values.reshape(1, -1)
-    mean = row_sums(flat) / flat.shape[1]
-    centred = values - mean
-    width = 1.5 * (row_sums((centred * centred).reshape(1, -1)) / flat.shape[1]).sqrt()
+    size = values.abs().amax()  # to work with numbers up to 1, whose squares have a sum
+    size = torch.where(size == 0, torch.ones_like(size), size)
+    flat = (values / size).reshape(1, -1)
+    mean = row_sums(flat / flat.shape[1])
+    centred = flat - mean
+    width = 1.5 * row_sums(centred * centred / flat.shape[1]).sqrt()
     codes = (centred / torch.where(width > 0, width, torch.ones_like(width)) + 2).round_()
     codes = codes.clamp_(0, 3).nan_to_num_(nan=0).to(torch.uint8)
     means = []
     for bin_ in range(4):
         here = (codes == bin_).float()
-        count = row_sums(here.reshape(1, -1)).clamp_(min=1)
-        means.append(mean + row_sums((centred * here).reshape(1, -1)) / count)
+        count = row_sums(here).clamp_(min=1)
+        means.append((mean + row_sums(centred * here) / count) * size)
+    codes = codes.view(values.shape)
     short = -values.shape[1] % 4
     return torch.cat(means), torch.nn.functional.pad(codes, (0, short))
 

@@ -120,6 +120,10 @@ class ZstdWhole(_Zstd):
     def fit(self, shapes: list[tuple[int, ...]]) -> "ZstdWhole":
         return ZstdWhole(fitted(self.inner, shapes), self.level)
 
+    def contractive(self) -> "ZstdWhole":
+        found = getattr(self.inner, "contractive", None)
+        return self if found is None else ZstdWhole(cast("Codec", found()), self.level)
+
     def start(self, count: int) -> dict[str, Tensor]:
         return cast("Remembering", self.inner).start(count)
 
