@@ -80,13 +80,17 @@ _DEVICE = click.option(
     "--codec", default="", metavar="CODEC",
     help="Ask for one that the run allows: int8, or up=int8,down=fp32.  [default: the run's]",
 )  # fmt: skip
+@click.option(
+    "--local-dp", default="", metavar="SPEC",
+    help="Noise of this client's own, whatever the server asks for: clip=0.3,noise=2.",
+)  # fmt: skip
 @click.option("--stop-with-stdin", is_flag=True, hidden=True)
 @click.option("--sleep-per-step", type=float, default=0.0, hidden=True)
 @console.json_option
 def start(
     address: str, name: str, folder: Path | None, model: str, data: str, trainer: str,
     partition: str, shard: tuple[int, int], device: str, bench: bool, patience: float | None,
-    codec: str, stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
+    codec: str, local_dp: str, stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Take part in the run at ADDRESS until it is over.
 
@@ -111,6 +115,7 @@ def start(
 
     from atoll.client.bench import bench as measure
     from atoll.client.client import Client
+    from atoll.client.localdp import local_dp as own_noise
     from atoll.client.options import Options, maker
 
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
@@ -124,6 +129,7 @@ def start(
         patience_seconds=float("inf") if patience is None else patience,
         first_seconds=FIRST if patience is None else patience,
         codec=codec,
+        private=own_noise(local_dp) if local_dp else None,
     )
     report = client.run()
     told = {"name": name, **vars(report)}

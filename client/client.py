@@ -23,6 +23,7 @@ from atoll.client import session as machine
 from atoll.client import transfer
 from atoll.client.keep import Keep
 from atoll.client.links import asked_of, capabilities, own_codecs
+from atoll.client.localdp import LocalDP, local_dp, stricter
 from atoll.client.outbox import Outbox
 from atoll.client.trainer import Trainer
 from atoll.client.work import Dropped, Workbench
@@ -149,6 +150,7 @@ class Client:
         patience_seconds: float = float("inf"),
         first_seconds: float = float("inf"),
         codec: str = "",
+        private: LocalDP | None = None,
     ) -> None:
         self.address = address
         self.name = name or machine_name()
@@ -157,6 +159,7 @@ class Client:
         self._examples = examples
         self._pace = seconds_per_step
         self._asked = asked_of(codec)
+        self._private = private
         self._outbox = Outbox(folder)
         self._keep = Keep(folder / "keep" if folder is not None else None)
         self._keep.retain([update for _, update in self._outbox.waiting()])
@@ -418,7 +421,9 @@ class Client:
             examples = int(getattr(trainer, "examples", 0)) or 1
         pace = self._pace(trainer) if callable(self._pace) else self._pace
         self._info = ClientInfo(examples, pace, (BATCH, *capabilities(self._asked)))
-        return Workbench(trainer, info.manifest, Fp32(), Fp32(), self._outbox, self._keep)
+        runs = local_dp(info.local_dp) if info.local_dp else None
+        private = stricter(self._private, runs)
+        return Workbench(trainer, info.manifest, Fp32(), Fp32(), self._outbox, self._keep, private)
 
     def _hello(self, holding: tuple[str, ...]) -> wire_pb2.Hello:
         assert self._bench is not None

@@ -33,6 +33,7 @@ class Memory:
 
     node: str = field(default_factory=ulid)
     run: str = ""
+    sent: int = 0  # updates with noise, in this run: each costs privacy
 
 
 class Outbox:
@@ -103,8 +104,13 @@ class Outbox:
             return
         for update in list(self._results):
             self.drop(update)
-        self.memory = replace(self.memory, run=run)
+        self.memory = replace(self.memory, run=run, sent=0)
         self.steps = 0
+        self.remember()
+
+    def spend(self) -> None:
+        """Another update with noise is to leave."""
+        self.memory = replace(self.memory, sent=self.memory.sent + 1)
         self.remember()
 
     def remember(self) -> None:

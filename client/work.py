@@ -1,12 +1,15 @@
 """Work: one order from its model's bytes to its update's bytes. Runs in the training thread."""
 
 import itertools
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any
 
+from atoll.aggregation.noise import KEY
 from atoll.client.holding import Fetch, Holding
 from atoll.client.keep import Keep, nothing_sent
+from atoll.client.localdp import LocalDP
 from atoll.client.outbox import Outbox
 from atoll.client.trainer import Task, Trained, Trainer
 from atoll.protocols import tensors
@@ -34,8 +37,10 @@ class Workbench:
         down: Codec,
         outbox: Outbox,
         keep: Keep | None = None,
+        private: LocalDP | None = None,
     ) -> None:
-        """`keep` None: private state is kept in memory."""
+        """`keep` None: private state is kept in memory. `private` None: updates go as they are."""
+        self.private = private
         self.trainer = trainer
         self.keep = keep if keep is not None else Keep(None)
         for kind, rule in getattr(trainer, "rules", {}).items():
@@ -81,6 +86,8 @@ class Workbench:
         `report(0)` says that the model is here: from then on no server is needed. `snapped` is
         called with each snapshot of the work that was asked for; it lies in the outbox too.
         """
+        if self.private is not None:
+            self.private.afford(self.outbox.memory.sent)
         up = self.up
         base = self.load(order.sent, fetch)
         report(0)
@@ -100,6 +107,8 @@ class Workbench:
         return self._seal(order, base, trained, up, seconds)
 
     def evaluate(self, sent: Sent, fetch: Fetch) -> dict[str, float]:
+        if self.private is not None:  # what the model is worth here would tell of this data
+            return {"examples": 0.0}
         self.load(sent, fetch)
         return dict(self.trainer.evaluate())
 
@@ -131,7 +140,7 @@ class Workbench:
             trained.examples,
             seconds,
             BlobInfo(f"u/{order.id}.{order.attempt}.{snapshot}", size, b"", sections),
-            dict(trained.metrics),
+            self._told(trained),
             final=not snapshot,
             snapshot=snapshot,
         )
@@ -142,6 +151,14 @@ class Workbench:
         self.keep.hold(result.update, trained.state)  # before the result: see `client/keep.py`
         self.outbox.put(result, view)
         return result
+
+    def _told(self, trained: Trained) -> dict[str, float]:
+        """What is said beside an update; with noise, only what the noise has cost so far."""
+        if self.private is None:
+            return dict(trained.metrics)
+        self.outbox.spend()  # before it can leave: a killed client has rather paid too much
+        cost = self.private.cost(self.outbox.memory.sent)
+        return {"epsilon": cost} if cost < float("inf") else {}
 
     def settle(self, update: str, fate: str) -> None:
         """Private state hears what became of a result that the outbox still has."""
@@ -168,11 +185,16 @@ class Workbench:
             codec = tensors.section_codec(section.group, up)
             if section.group == "trainable":
                 start = base.read("trainable")
-                if codec.name == "fp32":
-                    out = tensors.as_flat(part)
-                    tensors.delta(self.manifest, start, trained.tensors, out)
-                else:
-                    codec.encode(tensors.delta(self.manifest, start, trained.tensors), part)
+                plain = codec.name == "fp32"
+                out = tensors.as_flat(part) if plain else None
+                delta = tensors.delta(self.manifest, start, trained.tensors, out)
+                if self.private is not None:
+                    self.private.protect(delta, secrets.token_bytes(KEY))
+                if not plain:
+                    codec.encode(delta, part)
+            elif self.private is not None:  # buffers cannot be protected: the server's go back
+                group = tensors.group_of(section)
+                codec.encode(base.read(group), part)
             else:
                 group = tensors.group_of(section)
                 codec.encode(tensors.flatten(self.manifest, trained.tensors, group), part)

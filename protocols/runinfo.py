@@ -21,6 +21,7 @@ class RunInfo:
     codec_up: str
     codec_down: str
     manifest: Manifest
+    local_dp: str  # noise that each client is asked for; empty: none
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> "RunInfo":
@@ -28,6 +29,7 @@ class RunInfo:
         try:
             texts = {k: told[k] for k in ("id", "name", "model", "data", "algorithm")}
             texts |= {k: told[k] for k in ("codec_up", "codec_down")}
+            texts |= {"local_dp": told["local_dp"]}
             local, seed, manifest = told["local"], told["seed"], told["manifest"]
         except (KeyError, TypeError) as error:
             raise _malformed(f"{error} is missing") from error

@@ -32,9 +32,11 @@ from atoll.server.journal import Journal
 from atoll.server.links import Links
 from atoll.server.merge import Buffers, Merger
 from atoll.server.past import Past
+from atoll.server.privacy import Privacy
 from atoll.server.recover import Recovered, recover
 from atoll.server.rules import LIMITS, Rules
 from atoll.server.run import Run
+from atoll.server.secret import key_of, privacy_of
 from atoll.server.server import Summary
 from atoll.server.spec import STRATEGIES, RunSpec
 from atoll.server.uploads import Uploads
@@ -66,12 +68,7 @@ class Assembly:
         module, judge = self._model_and_judge()
         self.manifest: Manifest = manifest_of(module)
         self.store = VersionStore(folder / "versions", self.manifest)
-        merger = Merger(
-            self.manifest,
-            cast("Aggregator", slots.get("aggregator") or aggregator(spec.aggregator)),
-            cast("Outer", slots.get("outer") or outer(spec.outer)),
-            cast("Buffers", spec.buffers),
-        )
+        merger = self._merger(strategy)
         parts = {"strategy": strategy, "aggregator": merger.aggregator, "outer": merger.outer}
         for warning in mixed(spec, None, parts):
             logger.warning("run=%s %s", spec.id, warning)
@@ -123,6 +120,21 @@ class Assembly:
                 "derive it from atoll.aggregation.Strategy",
             )
         return made
+
+    def _merger(self, strategy: Strategy) -> Merger:
+        return Merger(
+            self.manifest,
+            cast("Aggregator", self.slots.get("aggregator") or aggregator(self.spec.aggregator)),
+            cast("Outer", self.slots.get("outer") or outer(self.spec.outer)),
+            cast("Buffers", self.spec.buffers),
+            privacy=self._privacy(strategy),
+        )
+
+    def _privacy(self, strategy: Strategy) -> Privacy | None:
+        if not self.spec.dp:
+            return None
+        begun = bool(self.store.numbers())
+        return privacy_of(self.spec, strategy, key_of(self.folder, begun))
 
     def _model_and_judge(self) -> tuple[torch.nn.Module, Judge | None]:
         from atoll.server.judge import build
@@ -356,6 +368,7 @@ class Assembly:
             "latest": rules.latest,
             "best": rules.best,
             "best_version": rules.best_version,
+            "epsilon": self.history.epsilon,
             "clients": members,
             "groups": [list(g) if isinstance(g, tuple) else asdict(g) for g in groups(now)]
             if groups

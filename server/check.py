@@ -18,7 +18,7 @@ from atoll.protocols import codecspec, facts, slots
 from atoll.protocols.errors import UsageError
 from atoll.protocols.facts import Facts
 from atoll.protocols.links import Allowed
-from atoll.server import catalogue
+from atoll.server import catalogue, dp
 from atoll.server.spec import STRATEGIES, RunSpec
 
 PARTITIONS = ("iid", "contiguous", "classes", "dirichlet", "quantity", "column")
@@ -77,7 +77,7 @@ def each_pair(spec: RunSpec) -> list[RunSpec]:
 
 
 def _mixed(spec: RunSpec, clients: int | None, made: Mapping[str, object]) -> list[str]:
-    parts = [_of_the_run(spec)]
+    parts = [_of_the_run(spec), *dp.facts_of(spec)]
     for slot, name in _named(spec).items():
         part = made.get(slot)
         parts.append(

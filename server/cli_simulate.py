@@ -220,9 +220,12 @@ def training_of(
     import torch
 
     from atoll.client.local import LocalConfig
+    from atoll.server.check import strategy_of
+    from atoll.server.secret import sampling_of
     from atoll.server.training import Training
 
     torch.set_num_threads(given["threads"])
+    sampling = sampling_of(strategy_of(spec)) if spec.dp else None
     if spec.trainer:
         if given["attack"]:
             raise UsageError(
@@ -231,14 +234,15 @@ def training_of(
         return Training.own(
             spec.trainer, [client.name for client in clients], model=spec.model, data=spec.data,
             seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=spec.codec_up,
-            buffers=spec.buffers,
+            buffers=spec.buffers, dp=spec.dp, sampling=sampling, local_dp=spec.local_dp,
         )  # fmt: skip
     local: dict[str, Any] = dict(spec.local)
     return Training.of(
         [client.name for client in clients], model=spec.model, data=spec.data,
         partition=given["partition"], seed=spec.seed, local=LocalConfig(**local),
         algorithm=spec.algorithm, aggregation=spec.aggregator, step=spec.outer,
-        up=spec.codec_up, buffers=spec.buffers,
+        up=spec.codec_up, buffers=spec.buffers, dp=spec.dp,
+        sampling=sampling, local_dp=spec.local_dp,
         attacks={client.name: client.attack for client in clients if client.attack},
     )  # fmt: skip
 
@@ -341,6 +345,7 @@ def _told(
         "target_accuracy": target,
         "reached": None if target is None else reached is not None,
         "seconds_to_target": reached,
+        "epsilon": found.epsilon,
         "hash": found.hash,
         "files": dict(files),
         "clients": [

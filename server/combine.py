@@ -65,13 +65,13 @@ def plan(
     NotFiniteError where a rule that measures first meets NaN or Inf.
     """
     if aggregator.algebra == "sum":
-        return Plan(_summed(aggregator, [(s.decoder, s.weight) for s in sources]))
+        return Plan(summed(aggregator, [(s.decoder, s.weight) for s in sources]))
     total = math.fsum(s.weight for s in sources)
     voters = [s for s in sources if s.weight > 0]
     weights = [s.weight / total for s in voters]
     damping = min(1.0, total)
     if len(voters) < max(1, aggregator.min_results):
-        mean = _summed(MEAN, [(s.decoder, w) for s, w in zip(voters, weights, strict=True)])
+        mean = summed(MEAN, [(s.decoder, w) for s, w in zip(voters, weights, strict=True)])
         return Plan(mean, damping, stats={"fallback": 1.0})
     if by_stack(aggregator):
         return _measured(aggregator, voters, weights, damping, crew, count, memory)
@@ -100,12 +100,12 @@ def _measured(
             f"{type(rule).__name__}.coefficients gave {len(found)} for {len(decoders)} rows",
             "return one number for each row of the stack, in their order",
         )
-    tile = _summed(MEAN, [(d, c) for d, c in zip(decoders, found, strict=True) if c])
+    tile = summed(MEAN, [(d, c) for d, c in zip(decoders, found, strict=True) if c])
     stats = {f"coefficient/{s.id}": c for s, c in zip(voters, found, strict=False)}
     return Plan(tile, damping, TILE, _robust(rule), remembers(rule), stats)
 
 
-def _summed(rule: SumAggregator, terms: Sequence[tuple[Decoder, float]]) -> Tile:
+def summed(rule: SumAggregator, terms: Sequence[tuple[Decoder, float]]) -> Tile:
     adds = isinstance(rule, Mean)  # what a packed update can do by itself, without being unpacked
 
     def tile(lo: int, hi: int, anchor: Tensor, out: Tensor, area: Area) -> None:

@@ -17,6 +17,7 @@ from atoll.protocols.blobs import Blob, Section
 from atoll.protocols.codecs import Fp32, as_bytes, as_tensor
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import dtype_of, unflatten
+from atoll.server.books import Books
 from atoll.server.modelfile import Layout, layout
 from atoll.server.regions import FileRegion, MemoryRegion, Region, Sealed, disk, write_file
 
@@ -35,6 +36,7 @@ class Facts:
     schema: str
     inputs: tuple[tuple[str, float], ...] = ()  # (update id, weight) it was made from
     metrics: Mapping[str, float] = field(default_factory=dict)
+    books: Books | None = None  # of central DP, as this version leaves them
 
     def write(self, folder: Path, *, durable: bool = False) -> None:
         """Replaced atomically."""
@@ -106,6 +108,8 @@ class Version:
 class Draft:
     """A version being written, in tiles, from any thread. `seal` it or `abandon` it."""
 
+    books: Books | None = None  # to be kept with it
+
     def __init__(
         self,
         shelf: Shelf,
@@ -174,7 +178,7 @@ class Draft:
             outer = self._outer.seal() if self._outer is not None else Sealed(memoryview(b""))
             facts = Facts(
                 self.number, self.parent, model.sha256.hex(), outer.check, shelf.schema,
-                tuple(inputs), dict(metrics or {}),
+                tuple(inputs), dict(metrics or {}), self.books,
             )  # fmt: skip
             named = self._outer_layout.tensors(outer.view) if outer.view else {}
             version = Version(facts, shelf, model.view, model.crcs, named, not self._small)

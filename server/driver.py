@@ -344,6 +344,8 @@ class Driver:
         event, now = one.input.event, one.input.now
         if isinstance(event, Evaluated):
             self.rules.evaluated(event.version, event.metrics, now)
+        elif isinstance(event, Merged):
+            self.rules.merged(event.stats)
         one.heard()
         for effect in one.effects:
             self._perform(effect)

@@ -113,6 +113,7 @@ class History:
     evaluations: list[tuple[float, int, Mapping[str, float]]] = field(default_factory=list)
     limits: Mapping[str, Any] = field(default_factory=dict)  # as asked for last
     finished: str | None = None
+    epsilon: float | None = None  # that noise has cost the client that paid most; None: no noise
 
     _ordered: dict[str, Span] = field(default_factory=dict, repr=False)
     _updates: dict[str, Span] = field(default_factory=dict, repr=False)
@@ -223,6 +224,7 @@ class History:
         client.steps += row["steps"]
         client.train_seconds += row["train_seconds"]
         client.bytes_up += row["bytes"]
+        self._pay(row["metrics"])
         span = self._ordered.get(row["order"])
         if span is None:  # the order was given before this history began
             span = Span(row["client"], row["order"], row["base"], row["steps"], row["started"])
@@ -257,6 +259,12 @@ class History:
 
     def _merged(self, row: Row, t: float) -> None:
         self.merges.append((t, row["version"]))
+        self._pay(row["stats"])
+
+    def _pay(self, told: Mapping[str, Any]) -> None:
+        if "epsilon" in told:
+            paid = math.inf if told["epsilon"] is None else float(told["epsilon"])
+            self.epsilon = max(paid, self.epsilon or 0.0)
 
     def _evaluated(self, row: Row, t: float) -> None:
         self.evaluations.append((t, row["version"], row["metrics"]))

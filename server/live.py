@@ -70,6 +70,7 @@ class LiveView:
     accuracies: tuple[float, ...] = ()
     target: float | None = None
     left: float | None = None  # seconds to the target, estimated
+    epsilon: float | None = None  # what noise has cost; None: no noise
     group: GroupView | None = None
     clients: tuple[ClientView, ...] = ()
     finished: str | None = None
@@ -110,6 +111,7 @@ def view(
         accuracies=tuple(p.value for p in history.series("accuracy")),
         target=target,
         left=None if target is None else history.seconds_left("accuracy", target),
+        epsilon=history.epsilon,
         group=_group(history, moment),
         clients=clients,
         finished=history.finished,
@@ -175,6 +177,8 @@ def _head(shown: LiveView, width: int) -> "Text":
         text.append(f"  {console.clean(shown.title)}")
     if shown.loss is not None:
         text.append(f"   loss {shown.loss:.4f}")
+    if shown.epsilon is not None:
+        text.append(f"   epsilon {shown.epsilon:.3g}", style="yellow")
     if shown.accuracy is not None:
         reached = shown.target is not None and shown.accuracy >= shown.target
         room = max(8, min(32, width - 70))
@@ -295,7 +299,8 @@ def event_line(row: Row) -> str | None:
         case "update":
             told = f"{row['client']} sent {row['steps']} steps on v{row['base']}"
         case "merged":
-            told = f"v{row['version']} merged"
+            paid = row["stats"].get("epsilon")
+            told = f"v{row['version']} merged" + ("" if paid is None else f", epsilon {paid:.4g}")
         case "evaluated":
             metrics = " ".join(f"{k} {_metric(v)}" for k, v in sorted(row["metrics"].items()))
             told = f"v{row['version']} {metrics}"

@@ -25,9 +25,10 @@ from atoll.protocols.codecs import TILE, all_finite
 from atoll.protocols.errors import RemoteError, UsageError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import Payload, dtype_of, finite
-from atoll.server.combine import MEAN, MEMORY, Source, plan
+from atoll.server.combine import MEAN, MEMORY, Plan, Source, plan, summed
 from atoll.server.draft import Draft, Version
 from atoll.server.passes import Area, Crew, NotFiniteError, scratch
+from atoll.server.privacy import Privacy, fits
 
 Buffers = Literal["weighted_mean", "keep_server", "personal"]
 PLAIN = Sgd()
@@ -40,6 +41,7 @@ class UpdateBytes:
 
     id: str
     payload: Payload
+    client: str = ""
 
 
 Item = tuple[UpdateBytes, float]  # an update and its raw weight
@@ -52,7 +54,8 @@ class MergeStats:
     used: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...]  # (update id, reason)
     # delta_norm: L2 of the merged delta; fallback 1: a rule had too few updates and gave way to the
-    # mean; coefficient/<update id>: how much of it a rule took (0: nothing)
+    # mean; coefficient/<update id>: how much of it a rule took (0: nothing); with central DP
+    # dp_clip, dp_noise (standard deviation), dp_below, epsilon, budget_spent (1: no more versions)
     stats: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -63,7 +66,7 @@ class Merger:
     "weighted_mean": float ones are averaged with the weights normalised to 1 and mixed into the
     server's by min(1, sum of the weights), of integer ones the largest is taken; under a robust
     aggregator the median stands for the mean, and for the largest. "keep_server" and "personal":
-    the server's stay as they are (and the clients' stay with them).
+    the server's stay as they are (and the clients' stay with them). `privacy`: central DP.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Merger:
         buffers: Buffers = "weighted_mean",
         threads: int = 2,
         tile: int = TILE,
+        privacy: Privacy | None = None,
     ) -> None:
         if buffers not in get_args(Buffers):
             raise UsageError(
@@ -83,7 +87,10 @@ class Merger:
         self.aggregator = aggregator
         self.outer = outer
         self.buffers = buffers
+        if privacy is not None:
+            fits(aggregator, manifest, buffers)
         self.tile = tile
+        self.privacy = privacy
         self.crew = Crew(threads)
 
     @property
@@ -94,6 +101,12 @@ class Merger:
     def close(self) -> None:
         self.crew.close()
 
+    def noisy(self, base: Version) -> bool:
+        """Whether even a merge of nothing moves the model: nobody may see that none was drawn."""
+        if self.privacy is None or self.privacy.sampling is None:
+            return False
+        return not self.privacy.over(base.facts.books or self.privacy.opened())
+
     def merge(
         self, base: Version, draft: Draft, items: Sequence[Item], use_outer: bool = True
     ) -> MergeStats:
@@ -103,7 +116,8 @@ class Merger:
         that cannot be used are dropped, each with its reason; where none is left the model and the
         state are the base's. ServerError FL-S203 where the disk does not take the draft.
         """
-        live, dropped = list(items), dict[str, str]()
+        dropped = self._unaffordable(base, items)
+        live = [item for item in items if item[0].id not in dropped]
         while True:
             try:
                 stats = self._once(base, draft, live, use_outer)
@@ -114,6 +128,15 @@ class Merger:
                 continue
             used = tuple(update.id for update, _ in live)
             return MergeStats(used, tuple(dropped.items()), stats)
+
+    def _unaffordable(self, base: Version, items: Sequence[Item]) -> dict[str, str]:
+        """What may not be merged, as its client has no budget left for it."""
+        if self.privacy is None:
+            return {}
+        books = base.facts.books or self.privacy.opened()
+        refused = self.privacy.refused(books, [update.client for update, _ in items])
+        why = "its client's privacy budget is spent"
+        return {u.id: why for (u, _), no in zip(items, refused, strict=True) if no}
 
     def _once(
         self, base: Version, draft: Draft, items: Sequence[Item], use_outer: bool
@@ -133,7 +156,7 @@ class Merger:
         for group in TRAVELLING[1:]:
             self._merge_buffers(group, base, draft, items, step.plan.robust)
         stats = {"delta_norm": math.sqrt(math.fsum(squares.values()))}
-        return {**stats, **step.plan.stats} if items else {}
+        return {**stats, **step.plan.stats} if step.moved else {}
 
     def _merge_buffers(
         self, group: Group, base: Version, draft: Draft, items: Sequence[Item], robust: bool
@@ -172,7 +195,8 @@ class _Step:
     ) -> None:
         self.merger, self.draft, self.items = merger, draft, items
         self.outer = merger.outer if use_outer else PLAIN
-        self.moves = use_outer and bool(items)
+        self.moved = bool(items) or merger.noisy(base)
+        self.moves = use_outer and self.moved
         self.anchor = base.flat("trainable")
         self.state = dict(base.outer)
         self.new_state: dict[str, Tensor] = {}
@@ -181,16 +205,30 @@ class _Step:
             self.steps += 1
         if merger.vectors:
             self.new_state[STEPS] = torch.tensor([self.steps])
+        self.memory = self.state.get(MEMORY)
+        self.plan = self._plan(base)
+        self.memorises = self.moves and self.plan.remembers
+
+    def _plan(self, base: Version) -> Plan:
+        merger, items = self.merger, self.items
         sources = [Source(u.id, u.payload.decoder("trainable"), w) for u, w in items]
         count = merger.manifest.counts["trainable"]
-        self.memory = self.state.get(MEMORY)
-        self.plan = plan(merger.aggregator, sources, merger.crew, count, self.memory)
-        self.memorises = self.moves and self.plan.remembers
+        if merger.privacy is None:
+            return plan(merger.aggregator, sources, merger.crew, count, self.memory)
+        books = base.facts.books or merger.privacy.opened()
+        if not self.moved:
+            self.draft.books = books
+            return Plan(summed(MEAN, []))
+        clients = [u.client for u, _ in items]
+        made, self.draft.books = merger.privacy.plan(
+            self.draft.number, sources, clients, merger.crew, count, books
+        )
+        return made
 
     def tile(self, lo: int, hi: int, area: Area) -> float:
         """Elements [lo, hi) from decoding to writing; returns the squared norm of their delta."""
         anchor = self.anchor[lo:hi]
-        if not self.items:
+        if not self.moved:
             self.draft.write("trainable", lo, anchor)
             self._keep_state(lo, hi, area)
             return 0.0

@@ -80,6 +80,7 @@ def end_of(status: Status, told: History) -> Status:
         best=rules.best,
         best_version=rules.best_version,
         clients=tuple(_counted(client, told) for client in status.clients),
+        epsilon=told.epsilon,
         groups=(),
     )
 

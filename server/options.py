@@ -45,6 +45,13 @@ def run_options(command: F) -> F:
         click.option("--buffers", default="weighted_mean", show_default=True,
                      type=click.Choice(["weighted_mean", "keep_server", "personal"]),
                      help="What becomes of BatchNorm statistics."),
+        click.option("--dp", default="", metavar="SPEC",
+                     help="Differential privacy by the server: clip=0.3,noise=1; "
+                     "see docs/privacy.md."),
+        click.option("--local-dp", default="", metavar="SPEC",
+                     help="Noise on every client, for a server nobody trusts: clip=0.3,noise=2."),
+        click.option("--max-epsilon", type=float, default=None,
+                     help="End before --dp or --local-dp has cost any client more."),
         click.option("--seed", default=0, show_default=True,
                      help="Of the model's start, the split of the data and the batches."),
         click.option("--target-accuracy", type=float, default=None, help="Stop when reached."),
@@ -82,10 +89,26 @@ def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
     }
     local = {names[k]: given[k] for k in names if given[k] is not None}
     check_numbers({**given, **more})
+    dp, local_dp = _private(given)
     kept = ("strategy", "aggregator", "outer", "algorithm", "model", "trainer", "buffers", "seed")
     same = {k: given[k] for k in kept}
     same["data"] = data_of(given["data"])
-    return RunSpec(ulid(), codec_up=up, codec_down=down, local=local, **same, **more)
+    return RunSpec(
+        ulid(), codec_up=up, codec_down=down, local=local, dp=dp, local_dp=local_dp, **same, **more
+    )
+
+
+def _private(given: dict[str, Any]) -> tuple[str, str]:
+    """`--max-epsilon` is a limit of whichever kind of noise there is. UsageError FL-S108."""
+    dp, local_dp, most = given["dp"], given["local_dp"], given["max_epsilon"]
+    if most is None:
+        return dp, local_dp
+    if not dp and not local_dp:
+        raise UsageError(
+            "FL-S108", f"--max-epsilon {most:g} without noise", "add --dp clip=0.3,noise=1"
+        )
+    limit = f",epsilon={most!r}"
+    return dp + limit * bool(dp), local_dp + limit * bool(local_dp)
 
 
 def check_numbers(given: Mapping[str, Any]) -> None:

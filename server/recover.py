@@ -107,6 +107,7 @@ def _again(found: Recovered, row: Row, told: Heard | None) -> None:
     if isinstance(row.event, Evaluated):
         found.rules.evaluated(row.event.version, row.event.metrics, row.now)
     if isinstance(row.event, Merged):
+        found.rules.merged(row.event.stats)
         found.stock.published(row.event)
     found.stock.merges.extend(e for e in effects if isinstance(e, Merge))
     found.now = row.now

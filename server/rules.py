@@ -31,6 +31,7 @@ class Rules:
     latest_version: int = -1  # evaluated
     latest: float | None = None
     reached_at: float | None = None  # run clock when the target was first reached
+    spent: str = ""  # why no more noise may be drawn; empty: it may
 
     def __post_init__(self) -> None:
         for name in ("versions", "updates", "steps", "seconds", "patience"):
@@ -56,6 +57,11 @@ class Rules:
             self.since_best += 1
         self._look(now)
 
+    def merged(self, stats: Mapping[str, float]) -> None:
+        """Hear of a version: with differential privacy it says when the budget is spent."""
+        if stats.get("budget_spent"):
+            self.spent = f"privacy budget spent: epsilon {stats['epsilon']:.4g}"
+
     def take_limits(self, limits: "Rules", now: float) -> None:
         """Ask for what `limits` asks for from now on; another target may be reached, or not yet."""
         if (limits.target, limits.metric) != (self.target, self.metric):
@@ -75,6 +81,8 @@ class Rules:
         """Why the run ends now; None: it goes on."""
         if self.reached_at is not None:
             return f"target reached: {self.metric} {self.best:.4f}, wanted {self.target}"
+        if self.spent:
+            return self.spent
         counts = (("versions", versions), ("updates", updates), ("steps", steps), ("seconds", now))
         for name, count in counts:
             limit = getattr(self, name)

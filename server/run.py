@@ -87,6 +87,7 @@ class Merge:
     items: tuple[tuple[str, float], ...]
     model: str
     outer: bool
+    clients: Mapping[str, str] = field(default_factory=dict)  # update id -> whose it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +292,8 @@ class Run:
         self.merging[self.version] = {update: self._take(update) for update, _ in items}
         if len(self.merging[self.version]) != len(items):
             raise StrategyError(f"Aggregate: an update stands twice in {items}")
-        out.append(Merge(self.version, items, model, outer))
+        clients = {update: held.client for update, held in self.merging[self.version].items()}
+        out.append(Merge(self.version, items, model, outer, clients))
 
     def _ask(self, client: str, then: Then, effects: list[Effect]) -> None:
         order = self.open.get(client)

@@ -35,7 +35,8 @@ def status_screen(status: Status) -> "Text":
     text.append(status.state, _STATES.get(status.state, ""))
     text.append(f" {console.duration(status.elapsed_s)}   v{status.version}")
     text.append(f"   {worth(status)}   {console.number(status.updates)} updates")
-    text.append(f", {console.number(status.steps)} local steps\n")
+    text.append(f", {console.number(status.steps)} local steps")
+    text.append("\n" if status.epsilon is None else f"   epsilon {status.epsilon:.4g}\n")
     text.append(f"run {status.run}", "dim")
     text.append(f"   {status.address or status.state_dir or ''}\n", "dim")
     if status.reason:

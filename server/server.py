@@ -75,6 +75,8 @@ class Server:
         outer: object = "sgd",
         data: object = None,
         codec: str = "fp32",
+        dp: str = "",
+        local_dp: str = "",
         rules: Rules | None = None,
         folder: Path | str = "atoll-state",
         init: Path | None = None,
@@ -95,7 +97,8 @@ class Server:
         wanted = RunSpec(
             ulid(), strategy=names["strategy"], aggregator=names["aggregator"],
             outer=names["outer"], model=names["model"], data=names["data"], codec_up=up,
-            codec_down=down, local=dict(local or {}), seed=seed, lease=lease,
+            codec_down=down, local=dict(local or {}), dp=dp, local_dp=local_dp, seed=seed,
+            lease=lease,
         )  # fmt: skip
         slots = {k: v for k, v in given.items() if v is not None and not isinstance(v, str)}
         if not (Path(folder) / "run.json").exists():

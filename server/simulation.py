@@ -37,6 +37,7 @@ class Simulation:
     hash: str  # SHA-256 over all that was heard and decided
     rules: Rules = field(repr=False)
     accuracy: list[tuple[float, float]] = field(default_factory=list)  # (virtual seconds, value)
+    epsilon: float | None = None  # that central DP has cost the client that paid most; None: none
 
     @property
     def idle(self) -> float:
@@ -60,6 +61,8 @@ class Simulation:
         if self.accuracy:
             best = max(value for _, value in self.accuracy)
             lines.append(f"  accuracy {self.accuracy[-1][1]:.4f}, best {best:.4f}")
+        if self.epsilon is not None:
+            lines.append(f"  epsilon {self.epsilon:.4g}")
         if len(self.clients) <= 12:
             width = max(map(len, self.clients), default=0)
             lines += [

@@ -91,6 +91,7 @@ class Simulator:
         self.events = 0
         self.digest = Digest()
         self.history: list[Row] = []
+        self.epsilon: float | None = None  # what privacy has cost, where there is any
         self.staleness = 0  # versions, summed over the updates used
         self.accuracy: list[tuple[float, float]] = []
         self._listen = listen
@@ -179,9 +180,11 @@ class Simulator:
             self.rules.evaluated(event.version, event.metrics, self.now)
             if "accuracy" in event.metrics:
                 self.accuracy.append((self.now, event.metrics["accuracy"]))
-        elif self._evaluate_every and event.version % self._evaluate_every == 0:
-            metrics = self.learning.evaluate(event.version)
-            if metrics:
+        else:
+            self.rules.merged(event.stats)
+            self.epsilon = event.stats.get("epsilon", self.epsilon)
+            due = self._evaluate_every and event.version % self._evaluate_every == 0
+            if due and (metrics := self.learning.evaluate(event.version)):
                 return [Evaluated(event.version, metrics)]
         reason = self.rules.reason(run.published, run.updates_used, run.steps_used, self.now)
         return [] if reason is None or run.finished is not None else [Stopping(reason)]
@@ -214,4 +217,5 @@ class Simulator:
             hash=self.digest.hex(),
             rules=self.rules,
             accuracy=self.accuracy,
+            epsilon=self.epsilon,
         )

@@ -18,6 +18,7 @@ STRATEGIES: Mapping[str, str] = {
     "fedbuff": "atoll.aggregation.fedbuff:FedBuff",
     "fedasync": "atoll.aggregation.fedbuff:fedasync",
     "fedcompass": "atoll.aggregation.fedcompass:FedCompass",
+    "dp-fedavg": "atoll.aggregation.dp_fedavg:DpFedAvg",
 }
 
 Params = dict[str, bool | int | float | str]
@@ -39,6 +40,8 @@ class RunSpec:
     codec_up: str = "fp32"
     codec_down: str = "fp32"
     buffers: str = "weighted_mean"
+    dp: str = ""  # central differential privacy, e.g. "clip=0.3,noise=1"; empty: none
+    local_dp: str = ""  # of the clients' own noise
     local: Params = field(default_factory=dict)  # of LocalConfig
     seed: int = 0
     lease: float = 20.0  # seconds
@@ -59,6 +62,7 @@ class RunSpec:
             "seed",
             "codec_up",
             "codec_down",
+            "local_dp",
         )
         whole = asdict(self)
         return json.dumps({key: whole[key] for key in told})
@@ -89,12 +93,13 @@ class RunSpec:
 FIXED = (
     *("strategy", "aggregator", "outer", "algorithm", "model", "data", "trainer", "buffers"),
     "seed",
-    *("codec_up", "codec_down", "local"),
+    *("codec_up", "codec_down", "local", "dp", "local_dp"),
 )
 LOOSE = ("lease", "save_every", "keep", "name", "most_examples")  # may change from start to start
 OPTIONS = {  # what the command line calls them, where it is not the field's name
     "codec": ("codec_up", "codec_down"),
     "max_examples": ("most_examples",),
+    "max_epsilon": ("dp", "local_dp"),
     **dict.fromkeys(("lr", "batch", "local_optimizer", "local_momentum", "clip"), ("local",)),
 }
 

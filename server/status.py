@@ -66,6 +66,7 @@ class Status:
     latest: float | None = None
     best: float | None = None
     best_version: int | None = None
+    epsilon: float | None = None  # that noise has cost the client that paid most; None: no noise
     clients: tuple[ClientStatus, ...] = ()
     groups: tuple[GroupStatus, ...] = ()
     address: str | None = None

@@ -16,9 +16,12 @@ from typing import Self, cast
 from torch import Tensor
 
 from atoll.aggregation.aggregator import Aggregator, aggregator
+from atoll.aggregation.noise import KEY, derived
 from atoll.aggregation.outer import Outer, outer
 from atoll.client.data import Data, Indices, load_data
 from atoll.client.local import LocalConfig, trainer_on
+from atoll.client.localdp import LocalDP
+from atoll.client.localdp import local_dp as own_noise
 from atoll.client.models import build, manifest_of, named_tensors
 from atoll.client.options import own_trainer
 from atoll.client.partition import shards_of
@@ -30,11 +33,14 @@ from atoll.protocols.codecspec import ErrorFeedback, parse
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import Payload
+from atoll.server.accountant import Sampling
 from atoll.server.attack import Attack
 from atoll.server.combine import MEAN
 from atoll.server.crew import Crew, Job, Together
+from atoll.server.dp import central_dp
 from atoll.server.learning import Worked
 from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
+from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Merge, Order
 from atoll.server.versions import VersionStore
 
@@ -64,6 +70,9 @@ class Training:
         feedback: ErrorFeedback | None = None,
         crew: Crew | None = None,
         attacks: Mapping[str, Attack] | None = None,
+        privacy: Privacy | None = None,
+        local_dp: LocalDP | None = None,
+        seed: int = 0,
     ) -> None:
         self.manifest = manifest
         self._crew, self._judge = crew or Together(factory), judge
@@ -71,7 +80,9 @@ class Training:
         self._codec, self._rule = codec or Fp32(), feedback
         self._states: dict[str, feedbacks.State] = {}  # client -> what its codec left out, and such
         self._sent: dict[str, str] = {}  # update not known to be used -> its client
-        self._merger = Merger(manifest, aggregator, outer, buffers, threads=1)
+        self._private, self._key = local_dp, simulated_key(seed)
+        self._noisy: dict[str, int] = {}  # client -> updates with noise of its own
+        self._merger = Merger(manifest, aggregator, outer, buffers, 1, privacy=privacy)
         with tempfile.TemporaryDirectory() as folder:  # never used: every version is a small one
             self._versions = VersionStore(Path(folder), manifest, memory_limit=1 << 62)
         self._newest = self._versions.initial(initial)
@@ -95,6 +106,9 @@ class Training:
         up: str = "fp32",
         buffers: str = "weighted_mean",
         attacks: Mapping[str, str] | None = None,
+        dp: str = "",
+        sampling: Sampling | None = None,
+        local_dp: str = "",
     ) -> Self:
         """From the specs of a command line; each client has the shard of its place in the list.
 
@@ -122,6 +136,8 @@ class Training:
             aggregator=aggregator(aggregation), outer=outer(step),
             buffers=cast("Buffers", buffers), feedback=chain.feedback,
             codec=tensors.codec_for(judge.manifest, chain), attacks=hostile,
+            privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
+            local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
         )  # fmt: skip
 
     @classmethod
@@ -137,6 +153,9 @@ class Training:
         step: str = "sgd",
         up: str = "fp32",
         buffers: str = "weighted_mean",
+        dp: str = "",
+        sampling: Sampling | None = None,
+        local_dp: str = "",
     ) -> Self:
         """Every client a trainer of the user's; the model says which tensors there are, the data
         what shape it has."""
@@ -152,6 +171,8 @@ class Training:
             aggregator=aggregator(aggregation), outer=outer(step),
             buffers=cast("Buffers", buffers), feedback=chain.feedback,
             codec=tensors.codec_for(manifest, chain),
+            privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
+            local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
         )  # fmt: skip
 
     # ---- as the simulator asks -----------------------------------------------------------------
@@ -173,13 +194,20 @@ class Training:
         if final:
             self._done[client] = self._done.get(client, 0) + trained.steps
             del self._orders[client][order.id]
+        private, metrics = self._private, dict(trained.metrics)
         groups: dict[Group, Tensor] = {
             group: tensors.flatten(self.manifest, trained.tensors, group)
+            if private is None
+            else base.flat(group)
             for group in TRAVELLING[1:]
             if self.manifest.counts[group]
         }
         start = base.flat("trainable")
         groups["trainable"] = tensors.delta(self.manifest, start, trained.tensors)
+        if private is not None:
+            private.protect(groups["trainable"], derived(self._key, "local", update))
+            self._noisy[client] = self._noisy.get(client, 0) + 1
+            metrics = {"epsilon": private.cost(self._noisy[client])}
         if client in self._attacks:
             groups["trainable"] = self._attacks[client].on_delta(groups["trainable"])
         state = self._states.get(client, {})
@@ -187,10 +215,10 @@ class Training:
         sections, view = tensors.pack(self.manifest, groups, sender)
         if final:  # a snapshot's work comes again with the whole
             self._states[client], self._sent[update] = sender.after, client
-        self._held[update] = UpdateBytes(update, Payload(sections, view, self._codec))
+        self._held[update] = UpdateBytes(update, Payload(sections, view, self._codec), client)
         if final:
             self._crew.forget(order.id)
-        return Worked(trained.examples, dict(trained.metrics))
+        return Worked(trained.examples, metrics)
 
     def _job(self, order: Order, steps: int) -> Job:
         done = self._done.get(order.client, 0)
@@ -209,7 +237,15 @@ class Training:
             self._sent.pop(update, None)
         wanted = {v for orders in self._orders.values() for v in orders.values()}
         self._versions.prune({merge.version, *wanted})
-        return Merged(merge.version, made.used, made.dropped, made.stats)
+        return Merged(merge.version, made.used, made.dropped, {**made.stats, **self._paid()})
+
+    def _paid(self) -> dict[str, float]:
+        """What the clients' own noise has cost; whether one of them could not go on."""
+        if self._private is None:
+            return {}
+        most, limit = max(self._noisy.values(), default=0), self._private.epsilon
+        over = limit is not None and self._private.cost(most + 1) > limit
+        return {"epsilon": self._private.cost(most), "budget_spent": float(over)}
 
     def evaluate(self, version: int) -> Mapping[str, float]:
         if self._judge is None:
@@ -236,3 +272,8 @@ class Training:
     def model(self) -> dict[str, Tensor]:
         """The newest version's tensors, by name; they alias it."""
         return self._newest.tensors()
+
+
+def simulated_key(seed: int) -> bytes:
+    """Noise that comes again with the seed: right for a simulation, and protects nobody."""
+    return derived(bytes(KEY), "simulated", seed)

@@ -72,7 +72,8 @@ class Workshop:
             sections = self.infos[update].sections
             packed = self.codecs.of(sections)
             payload = parse(self.store.manifest, sections, stored.view(), packed, "update")
-            items.append((UpdateBytes(update, payload), weight))
+            client = merge.clients.get(update, "")
+            items.append((UpdateBytes(update, payload, client), weight))
         draft = self.store.draft(merge.version, base.number, self.merger.vectors)
         try:
             stats = self.merger.merge(base, draft, items, merge.outer)

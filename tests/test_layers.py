@@ -27,6 +27,7 @@ CONNECTING = {"cli", "client", "outbox", "session", "transfer", "work"}  # half 
 
 MACHINES = [
     "aggregation/compass_groups.py",
+    "aggregation/dp_fedavg.py",
     "aggregation/fedavg.py",
     "aggregation/fedbuff.py",
     "aggregation/fedcompass.py",

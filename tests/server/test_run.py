@@ -119,7 +119,7 @@ def test_orders_are_numbered_in_the_order_in_which_they_are_said(book: Book) -> 
 
 def test_an_order_said_behind_a_merge_waits_until_its_version_exists(book: Book) -> None:
     effects = book.bring("o0", "a", 3.0, Aggregate((("o0.0", 1.0),)), Train("a", 5))
-    assert effects == [Merge(1, (("o0.0", 1.0),), "main", True)]
+    assert effects == [Merge(1, (("o0.0", 1.0),), "main", True, {"o0.0": "a"})]
     assert book.run.open["a"].started is None
     effects = book.hear(Merged(1, ("o0.0",)), 4.5)
     assert effects == [
@@ -137,7 +137,7 @@ def test_an_order_that_was_dropped_before_its_version_existed_is_never_delivered
     effects = book.bring(
         "o0", "a", 3.0, Aggregate((("o0.0", 1.0),)), Train("a", 5), Ask("a", "drop")
     )
-    assert effects == [Merge(1, (("o0.0", 1.0),), "main", True)]  # nobody to interrupt
+    assert effects == [Merge(1, (("o0.0", 1.0),), "main", True, {"o0.0": "a"})]  # nobody to ask
     assert book.hear(Merged(1, ("o0.0",)), 4.0) == [told("a", "o0.0", "used", 1, "")]
     assert book.run.order("a", "o1") is None  # and nothing of it can arrive
 
@@ -245,7 +245,7 @@ def test_a_merge_tells_which_were_used_and_why_others_were_not(book: Book) -> No
     book.bring("o0", "a", 3.0)
     items = (("o0.0", 0.5), ("o1.0", 0.5))
     assert book.bring("o1", "b", 3.0, Aggregate(items, "main", outer=False)) == [
-        Merge(1, items, "main", False)
+        Merge(1, items, "main", False, {"o0.0": "a", "o1.0": "b"})
     ]
     effects = book.hear(Merged(1, ("o1.0",), (("o0.0", "NaN"),)), 4.0)
     assert effects == [
@@ -318,7 +318,7 @@ def test_finish_discards_what_is_held_drops_orders_and_disarms_timers(book: Book
 
 def test_finish_interrupts_nobody_whose_order_could_not_be_fetched_yet(book: Book) -> None:
     effects = book.bring("o0", "a", 3.0, Aggregate((("o0.0", 1.0),)), Train("a", 5), Finish("done"))
-    assert effects == [Merge(1, (("o0.0", 1.0),), "main", True), Stop("done")]
+    assert effects == [Merge(1, (("o0.0", 1.0),), "main", True, {"o0.0": "a"}), Stop("done")]
     assert book.hear(Merged(1, ("o0.0",)), 4.0) == [told("a", "o0.0", "used", 1, "")]
     assert book.run.published == 1
 
@@ -336,7 +336,7 @@ def test_a_stop_lets_the_strategy_merge_what_it_has_and_then_ends(book: Book) ->
     book.bring("o0", "a", 3.0)
     effects = book.hear(Stopping("3 versions done"), 4.0, Aggregate((("o0.0", 1.0),)))
     assert effects == [
-        Merge(1, (("o0.0", 1.0),), "main", True),
+        Merge(1, (("o0.0", 1.0),), "main", True, {"o0.0": "a"}),
         Stop("3 versions done"),
     ]
     assert book.run.finished == "3 versions done"

@@ -49,6 +49,8 @@ def test_an_existing_run_goes_on_whatever_the_defaults_are(tmp_path: Path) -> No
 
 
 CHANGES: dict[str, object] = {
+    "dp": "clip=1",
+    "local_dp": "noise=1",
     "strategy": "fedbuff",
     "aggregator": "median",
     "outer": "adam",
