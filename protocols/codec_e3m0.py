@@ -26,11 +26,14 @@ class E3M0(BlockCodec):
     ) -> None:
         found, factors = scales_of(rows, spare, 1)
         scales.copy_(found)
-        midpoints = rows.new_tensor([1 / 128, *(3 / 2**n for n in range(7, 1, -1))])
         sizes = torch.mul(rows, factors[:, None], out=spare).abs_()
-        found_codes = torch.bucketize(sizes, midpoints, right=True, out_int32=True)
-        found_codes += 8 * ((rows < 0) & (found_codes > 0))
-        codes.copy_(to_planes(found_codes.to(torch.uint8), 4))
+        none = sizes < 1 / 128
+        # Half of the significand's range added to a float32's bits carries into its exponent where
+        # it is 1.5 times a power of two or more: the exponent is that of the nearest power.
+        bits = sizes.view(torch.int32).add_(1 << 22).bitwise_right_shift_(23).sub_(120)
+        bits.clamp_(1, 7).masked_fill_(none, 0)
+        bits.add_((rows < 0).logical_and_(bits > 0), alpha=8)
+        codes.copy_(to_planes(bits.to(torch.uint8), 4))
 
     def levels(self, codes: Tensor, out: Tensor) -> None:
         """By the bits of a float32: 1 to 7 are the exponents 121 to 127."""

@@ -36,9 +36,9 @@ CAPABILITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,63}")
 SCHEMA = re.compile(r"([0-9a-f]{64})?")
 GROUP = re.compile(r"[a-z_]{1,32}(:[A-Za-z0-9_.\-/]{1,64})?")
 KIND = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
-CODEC = re.compile(r"[a-z0-9_.:,=+-]{1,64}")
+CODEC = re.compile(r"[A-Za-z0-9_.:,=+-]{1,64}")
 LINK = re.compile(r"[A-Za-z0-9_.:=,+-]{0,128}")
-BASE = re.compile(r"([a-z0-9_.:,=+-]{1,64}/[0-9]{1,16}(@[0-9]{1,16})?)?")
+BASE = re.compile(r"([A-Za-z0-9_.:,=+-]{1,64}/[0-9]{1,16}(@[0-9]{1,16})?)?")
 
 ORDER_FIELD, MODEL_FIELD = 3, 5  # ServerMessage.order, Order.model
 RESULT_FIELD, ACK_FIELD = 3, 4  # ClientMessage.result, .ack

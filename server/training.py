@@ -259,6 +259,10 @@ class Training:
             payload = held.payload.section("trainable")
             self._states[client] = feedbacks.restore(self._codec, self._states[client], payload)
 
+    def kept(self, client: str) -> Tensor | None:
+        """What the codec of `client` has left out so far; None: nothing, or it is not kept."""
+        return self._states.get(client, {}).get(feedbacks.RESIDUAL)
+
     def sizes(self) -> tuple[int, int]:
         """Bytes of an update and of a model."""
         up, down = (tensors.sections_of(self.manifest, way) for way in (self._codec, Fp32()))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,17 @@ from atoll.aggregation.strategy import Actions, Strategy
 from atoll.client.data import Data, load_data
 from atoll.client.local import LocalConfig, TorchTrainer, make_trainer
 from atoll.client.trainer import Task
-from atoll.protocols.events import Aggregate, Ask, ClientInfo, ClientJoined, SetTimer, Train, Update
+from atoll.protocols import tensors
+from atoll.protocols.events import (
+    Aggregate,
+    Ask,
+    ClientInfo,
+    ClientJoined,
+    Discard,
+    SetTimer,
+    Train,
+    Update,
+)
 from atoll.server.rules import Rules
 from atoll.server.run import FORMER, Order
 from atoll.server.simulator import simulate
@@ -185,3 +196,57 @@ def test_updates_may_travel_packed(codec: str) -> None:
     assert not same(exact, packed.model())
     for name, value in packed.model().items():
         torch.testing.assert_close(value, exact[name], rtol=0.02, atol=0.01)
+
+
+def far(packed: str, count: int = 40) -> float:
+    """How far from the model that exact updates make."""
+    exact = rounds(count).model()
+    made = Training.of(
+        list(PACES), model="linear", data=data(), partition="iid", local=LOCAL, up=packed
+    )
+    simulate(FedAvg(steps=5, rounds=count, min_clients=2), PACES, learning=made)
+    model = made.model()
+    return float(sum((model[n] - exact[n]).norm() ** 2 for n in exact)) ** 0.5
+
+
+def test_what_a_codec_left_out_is_sent_later() -> None:
+    """21 values, of which two travel: with feedback the model comes out as without a codec."""
+    assert far("topk:0.1+ef") < 0.25 * far("topk:0.1")
+    assert far("powersgd:1+ef") < far("powersgd:1")
+
+
+class Wasteful(Strategy):
+    """Merges every second update, discards the others."""
+
+    def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+        yield Train(client, 5)
+
+    def on_update(self, update: Update, now: float) -> Actions:
+        self.count = getattr(self, "count", 0) + 1
+        if self.count % 2:
+            yield Discard(update.id, "every second one")
+        else:
+            yield Aggregate(((update.id, 1.0),))
+        yield Train(update.client, 5)
+
+
+def test_what_was_not_used_is_given_back() -> None:
+    """One client, decay 1: all it has learned was merged, or is kept."""
+    made = Training.of(
+        ["a"], model="linear", data=data(), partition="iid", local=LOCAL, up="topk:0.1,bits=32+ef"
+    )
+    start = made.model()
+    gone: list[Tensor] = []
+    pack = tensors.delta
+
+    def spied(*given: Any) -> Tensor:
+        gone.append(pack(*given).clone())
+        return gone[-1].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "delta", spied)
+        simulate(Wasteful(), {"a": 0.1}, 5.0, learning=made)
+    learned = torch.stack(gone).sum(0)
+    moved = torch.cat([(start[n] - made.model()[n]).reshape(-1) for n in start])
+    assert len(gone) >= 8
+    assert torch.allclose(moved + made.kept("a"), learned, atol=1e-5)
