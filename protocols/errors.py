@@ -55,6 +55,9 @@ CATALOGUE: dict[str, Entry] = {
     "FL-C109": Entry(76, "model comes as a difference to another"),
     # peer
     "FL-P100": Entry(2, "not built yet"),
+    "FL-P201": Entry(69, "peer daemon does not start"),
+    "FL-P202": Entry(69, "swarm not reachable"),
+    "FL-P203": Entry(69, "peer does not answer"),
     # data
     "FL-D101": Entry(3, "data path not found"),
     "FL-D102": Entry(78, "data file malformed"),

@@ -1,0 +1,119 @@
+"""Bulk: large blobs between peers, whole or not at all, resumed where a stream broke.
+
+Measured: a libp2p stream whose sender closes first loses its tail in silence. So the last chunk
+says that it is the last and carries the SHA-256 of the whole, the receiver closes, and what the
+sender must know (that it arrived) is a call of its own. Frames are those of `frames.py`.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+
+from atoll.p2p.node import CALL_SECONDS, Node
+from atoll.protocols import frames
+from atoll.protocols.blobs import CHUNK, Blob
+from atoll.protocols.errors import RemoteError
+
+NAME = "atoll.bulk"
+PATIENCE = 30.0  # seconds without any progress after which a transfer is given up
+PAUSE = 0.3  # seconds between a stream that broke and the next
+
+
+class Shelf:
+    """What this node gives to others: `find(peer, blob id)` is the blob, RemoteError where none."""
+
+    def __init__(self, node: Node, find: Callable[[str, str], Blob]) -> None:
+        self._node = node
+        self._find = find
+
+    async def open(self) -> None:
+        await self._node.serve_stream(NAME, self._give)
+
+    async def _give(self, peer: str, said: bytes) -> AsyncIterator[bytes]:
+        blob, offset = _asked(said)
+        found = self._find(peer, blob)
+        if offset % CHUNK or offset > len(found.view):
+            raise RemoteError("FL-W111", f"offset {offset} of {blob}", "resume at a whole chunk")
+        for frame in frames.chunks(
+            found.view, blob, offset, crcs=found.crcs or None, digest=found.info.sha256 or None
+        ):
+            yield frame
+
+
+async def fetch(
+    node: Node,
+    peer: str,
+    blob: str,
+    dest: memoryview,
+    *,
+    sha256: bytes = b"",
+    seconds: float = CALL_SECONDS,
+    patience: float = PATIENCE,
+) -> bytes:
+    """Fill `dest` with a peer's blob; its SHA-256. Goes on where a stream broke.
+
+    `seconds` may pass between two messages, `patience` without progress over several streams.
+    RemoteError FL-P203 where the peer stops answering, FL-W105 where the bytes are others than
+    `sha256` says, FL-W103 where there are more than `dest` holds.
+    """
+    coming, clock = _Coming(dest), asyncio.get_running_loop().time
+    until = clock() + patience
+    while not coming.sha256:
+        before = coming.held
+        try:
+            await coming.go_on(node, peer, blob, seconds)
+        except RemoteError as error:
+            if coming.held > before:
+                until = clock() + patience
+            if error.code not in ("FL-P203", "FL-W105") or clock() >= until:
+                raise
+            await asyncio.sleep(PAUSE)
+    found = await asyncio.to_thread(lambda: hashlib.sha256(dest).digest())
+    if found != coming.sha256 or (sha256 and found != sha256):
+        raise RemoteError("FL-W105", f"{blob} has SHA-256 {found.hex()}", "ask another peer for it")
+    return found
+
+
+class _Coming:
+    """A blob on its way: what has arrived whole, and at the end what it should hash to."""
+
+    def __init__(self, dest: memoryview) -> None:
+        self._dest = dest
+        self.held = 0
+        self.sha256 = b""
+
+    async def go_on(self, node: Node, peer: str, blob: str, seconds: float) -> None:
+        """One stream, from where the last one broke."""
+        asked = json.dumps({"blob": blob, "offset": self.held}).encode()
+        messages = node.stream(peer, NAME, asked, seconds)
+        try:
+            async for message in messages:
+                self._take(blob, frames.parse(message))
+                if self.sha256:
+                    return
+        finally:
+            await messages.aclose()
+        raise RemoteError("FL-P203", f"{blob}: the stream ended at {self.held}", "tried again")
+
+    def _take(self, blob: str, chunk: frames.Chunk) -> None:
+        chunk.verify()
+        end = self.held + len(chunk.data)
+        whole = end == len(self._dest) and len(chunk.sha256) == 32
+        if chunk.offset != self.held or end > len(self._dest) or (chunk.last and not whole):
+            where = f"{blob}: bytes {chunk.offset} to {end}, expected {self.held} on"
+            raise RemoteError("FL-W103", f"{where}, {len(self._dest)} in all", "ask another peer")
+        self._dest[self.held : end] = chunk.data
+        self.held = end
+        self.sha256 = chunk.sha256 if chunk.last else b""
+
+
+def _asked(said: bytes) -> tuple[str, int]:
+    try:
+        plain = json.loads(said)
+        blob, offset = plain["blob"], plain["offset"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RemoteError("FL-W101", "a malformed request", "send blob and offset") from error
+    if not isinstance(blob, str) or not isinstance(offset, int) or offset < 0 or len(blob) > 128:
+        raise RemoteError("FL-W101", "a malformed request", "send blob and offset")
+    return blob, offset

@@ -1,0 +1,170 @@
+"""Daemon: hivemind's libp2p process, `p2pd`, as a child that dies with us and is never mistaken
+for alive.
+
+We start it ourselves: hivemind's own way leaves it running when its program is killed, and does
+not notice when it is gone or frozen.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import importlib.resources
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+from atoll.protocols.errors import PeerError
+
+START_SECONDS = 15.0
+STOP_SECONDS = 2.0
+LONGEST_SOCKET = 100  # bytes: a Unix socket's path ends at 107, hivemind adds a name to it
+PR_SET_PDEATHSIG = 1
+
+
+class Daemon:
+    """One `p2pd`. `gone` is set when it has ended, for whatever reason."""
+
+    def __init__(self, folder: Path, listen: Sequence[str], bootstrap: Sequence[str] = ()) -> None:
+        """`folder` holds its identity and is private to it. `listen`, `bootstrap`: multiaddrs."""
+        self.folder = folder
+        self.listen = tuple(listen)
+        self.bootstrap = tuple(bootstrap)
+        self.gone = asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._short: tempfile.TemporaryDirectory[str] | None = None
+        self._said: list[str] = []
+
+    @property
+    def sockets(self) -> Path:
+        """Where Unix sockets lie: `folder`, or a private one where its path is too long."""
+        if len(os.fsencode(self.folder)) + 48 <= LONGEST_SOCKET:
+            return self.folder
+        if self._short is None:
+            self._short = tempfile.TemporaryDirectory(prefix="atoll-")  # made with mode 0700
+        return Path(self._short.name)
+
+    @property
+    def control(self) -> str:
+        """Multiaddr of the socket that commands it."""
+        return f"/unix{self.sockets / 'p2pd.sock'}"
+
+    @property
+    def identity(self) -> Path:
+        return self.folder / "identity.key"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "start it first"
+        return self._process.pid
+
+    async def start(self) -> None:
+        """Start it and wait until it answers. PeerError FL-P201 where it does not."""
+        binary = importlib.resources.files("hivemind.hivemind_cli") / "p2pd"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.sockets / "p2pd.sock")
+        arguments = [
+            f"-listen={self.control}", f"-id={self.identity}",
+            f"-hostAddrs={','.join(self.listen)}", "-dhtServer=1", "-connManager=1", "-tls=1",
+            "-natPortMap=0", "-autonat=0", "-relay=0",
+        ]  # fmt: skip
+        if self.bootstrap:
+            arguments += ["-b=1", f"-bootstrapPeers={','.join(self.bootstrap)}"]
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                str(binary), *arguments, stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+                preexec_fn=_dying_with(os.getpid()),
+            )  # fmt: skip
+        except OSError as error:
+            raise _did_not_start(f"{binary}: {error.strerror}") from error
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                ready = await self._ready()
+        except TimeoutError:
+            ready = False
+        if not ready:
+            await self.stop()
+            said = "; ".join(self._said[-3:]) or "it said nothing"
+            raise unreachable(self.bootstrap, said) if "bootstrap" in said else _did_not_start(said)
+        self._reading = asyncio.create_task(self._drain())
+
+    async def stop(self) -> None:
+        """End it, gently where it listens; no-op where it is gone."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)  # a stopped one would not hear the next
+                process.terminate()
+            try:
+                async with asyncio.timeout(STOP_SECONDS):
+                    await process.wait()
+            except TimeoutError:
+                self.kill()
+                await process.wait()
+        if self._reading is not None:
+            await self._reading
+        self.gone.set()
+        if self._short is not None:
+            self._short.cleanup()
+            self._short = None
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def _ready(self) -> bool:
+        async for line in self._lines():
+            if line.startswith("Peer ID:"):
+                return True
+        return False
+
+    async def _drain(self) -> None:
+        """Read on: a full pipe would block it, and the pipe's end says that it is gone."""
+        async for _ in self._lines():
+            pass
+        self.gone.set()
+
+    async def _lines(self) -> AsyncIterator[str]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            text = line.decode(errors="replace").strip()
+            self._said = [*self._said[-9:], text]
+            yield text
+
+
+def _dying_with(parent: int) -> Callable[[], None] | None:
+    """For the child, before it becomes p2pd: have the kernel kill it when its parent's thread ends.
+    None where the kernel cannot; there it dies when its socket's other end is silent for long."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def die() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed between the fork and the line above
+            os._exit(1)
+
+    return die
+
+
+def unreachable(bootstrap: Sequence[str], why: str) -> PeerError:
+    return PeerError(
+        "FL-P202",
+        f"none of {', '.join(bootstrap)} answers: {why}",
+        "does a peer of the swarm run there, and may this machine reach its port? "
+        "are both clocks right within 3 seconds?",
+    )
+
+
+def _did_not_start(why: str) -> PeerError:
+    return PeerError(
+        "FL-P201",
+        f"the peer daemon p2pd does not start: {why}",
+        "is the port taken, or the address not this machine's? see `fl-peer doctor`",
+    )

@@ -1,0 +1,337 @@
+"""Node: one peer on the network, in our own event loop: identity, calls, and the shared directory.
+
+hivemind's `P2P` and `DHTNode`, and none of its forked classes. Every call has a timeout: hivemind
+puts none on its own, and waits for ever for a daemon that is gone. What is said is bytes; what they
+mean, and who may say it, is the caller's affair (`roster.py`).
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError
+from google.protobuf.wrappers_pb2 import BytesValue
+
+from atoll.p2p.daemon import Daemon, unreachable
+from atoll.protocols.errors import PeerError, RemoteError
+
+T = TypeVar("T")
+Answer = Callable[[str, bytes], Awaitable[bytes]]  # (peer, what it says) -> what it hears
+Stream = Callable[[str, bytes], AsyncIterator[bytes]]
+
+MOST = 1 << 20  # bytes said in one call: an answer over 4 MiB would make its caller wait for ever
+RECORD = 4 << 10  # bytes of a record in the directory
+CALL_SECONDS = 20.0
+PING_SECONDS = 3.0  # between two looks at the daemon, and for its answer
+REFUSED = b"\x01"  # begins a message that says why there is no answer
+FROZEN = 2  # looks without an answer after which it is taken for frozen
+
+logger = logging.getLogger(__name__)
+
+
+class Node:
+    """`start` it in a running loop; `stop` it there. It is itself again after each restart of its
+    daemon: same id, same handlers, the same directory."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        listen: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
+        bootstrap: Sequence[str] = (),
+    ) -> None:
+        """`folder` keeps the identity; nobody else may read it. Multiaddrs in the rest."""
+        self.folder = folder
+        self.listen = tuple(listen)
+        self.bootstrap = tuple(bootstrap)
+        self.id = ""
+        self.restarts = 0
+        self.lost = asyncio.Event()  # it could not be brought back
+        self._daemon: Daemon | None = None
+        self._p2p: Any = None
+        self._dht: Any = None
+        self._answers: dict[str, Answer] = {}
+        self._streams: dict[str, Stream] = {}
+        self._watch: asyncio.Task[None] | None = None
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """PeerError FL-P201 (no daemon) or FL-P202 (none of `bootstrap` answers)."""
+        from hivemind.p2p import P2P
+
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder.chmod(0o700)
+        identity = self.folder / "identity.key"
+        if not identity.exists():
+            P2P.generate_identity(str(identity))
+        await self._up()
+        self._watch = asyncio.create_task(self._watching())
+
+    async def stop(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self._down()
+
+    async def addresses(self) -> list[str]:
+        """Multiaddrs under which others may reach this node, its id in each."""
+        p2p = self._up_p2p()
+        found = await _within(CALL_SECONDS, p2p.get_visible_maddrs(latest=True), "the daemon")
+        return [str(address) for address in found]
+
+    @property
+    def daemon(self) -> Daemon:
+        assert self._daemon is not None, "start it first"
+        return self._daemon
+
+    async def _up(self) -> None:
+        from hivemind.dht.node import DHTNode
+        from hivemind.p2p import P2P
+        from hivemind.utils.multiaddr import Multiaddr
+
+        self._daemon = Daemon(self.folder, self.listen, self.bootstrap)
+        await self._daemon.start()
+        try:
+            # Its sockets lie beside the daemon's, not in /tmp where all may see them.
+            prefix = {"_UNIX_SOCKET_PREFIX": f"/unix{self._daemon.sockets}/"}
+            mine: Any = type("P2PInFolder", (P2P,), prefix)
+            control = Multiaddr(self._daemon.control)
+            self._p2p = await _within(CALL_SECONDS, mine.replicate(control), "the daemon")
+            self.id = self._p2p.peer_id.to_base58()
+            for name, answer in self._answers.items():
+                await self._register(name, answer)
+            for name, stream in self._streams.items():
+                await self._register_stream(name, stream)
+            self._dht = await self._directory(DHTNode, Multiaddr)
+            self.listen = await self._ports()  # where others know it, after a restart too
+        except BaseException:
+            await self._down()
+            raise
+
+    async def _ports(self) -> tuple[str, ...]:
+        """`listen`, with the port that was found in place of 0."""
+        seen = {}
+        for address in await self.addresses():
+            parts = address.split("/")
+            if len(parts) > 4:
+                seen[parts[3]] = parts[4]  # "tcp" -> its port
+        return tuple(
+            one
+            if len(p := one.split("/")) < 5 or p[4] != "0"
+            else "/".join([*p[:4], seen.get(p[3], "0"), *p[5:]])
+            for one in self.listen
+        )
+
+    async def _directory(self, kind: Any, address: Any) -> Any:
+        known = [address(b) for b in self.bootstrap] or None
+        try:
+            made = kind.create(p2p=self._p2p, initial_peers=known)
+            return await _within(CALL_SECONDS, made, "the swarm")
+        except Exception as error:  # hivemind raises what it finds
+            if isinstance(error, asyncio.CancelledError | AssertionError):
+                raise
+            raise unreachable(self.bootstrap, str(error)) from error
+
+    async def _down(self) -> None:
+        dht, p2p, daemon = self._dht, self._p2p, self._daemon
+        self._dht = self._p2p = None
+        with contextlib.suppress(Exception):
+            if dht is not None:
+                await asyncio.wait_for(dht.shutdown(), 2.0)
+        with contextlib.suppress(Exception):
+            if p2p is not None:
+                await asyncio.wait_for(p2p.shutdown(), 2.0)
+        await asyncio.sleep(0)  # the tasks that were cancelled close their sockets
+        if daemon is not None:
+            await daemon.stop()
+
+    async def _watching(self) -> None:
+        """A daemon that has died or does not answer is replaced."""
+        silent = 0
+        while True:
+            try:
+                await asyncio.wait_for(self.daemon.gone.wait(), PING_SECONDS)
+            except TimeoutError:
+                silent = 0 if await self._answers_ping() else silent + 1
+                if silent < FROZEN:
+                    continue
+                logger.warning("peer=%s the daemon does not answer, it is replaced", self.id)
+                self.daemon.kill()
+            silent = 0
+            await self._down()
+            try:
+                await self._up()
+            except PeerError as error:
+                logger.error("peer=%s the daemon cannot be brought back: %s", self.id, error)
+                self.lost.set()
+                return
+            self.restarts += 1
+            logger.info("peer=%s the daemon was restarted", self.id)
+
+    async def _answers_ping(self) -> bool:
+        try:
+            await asyncio.wait_for(self._up_p2p().list_peers(), PING_SECONDS)
+        except Exception:  # noqa: BLE001  # whatever it is, it is no answer
+            return False
+        return True
+
+    # ---- calls ---------------------------------------------------------------------------------
+
+    async def serve(self, name: str, answer: Answer) -> None:
+        """Answer calls of `name`. A RemoteError that it raises reaches the caller."""
+        self._answers[name] = answer
+        await self._register(name, answer)
+
+    async def serve_stream(self, name: str, stream: Stream) -> None:
+        """Answer with many messages, none of which begins with REFUSED; the caller ends the stream
+        (`bulk.py` says why)."""
+        self._streams[name] = stream
+        await self._register_stream(name, stream)
+
+    async def call(self, peer: str, name: str, said: bytes, seconds: float = CALL_SECONDS) -> bytes:
+        """What `peer` answers. RemoteError FL-P203 where it does not, or what it refused with."""
+        if len(said) > MOST:
+            raise ValueError(f"{len(said)} bytes in one call, at most {MOST}: send them in bulk")
+        from hivemind.p2p import PeerID
+
+        p2p = self._up_p2p()
+        asked = p2p.call_protobuf_handler(
+            PeerID.from_base58(peer), name, BytesValue(value=said), BytesValue
+        )
+        answer = await _within(seconds, asked, f"peer {peer}")
+        return _unwrap(bytes(answer.value))
+
+    async def stream(
+        self, peer: str, name: str, said: bytes, seconds: float = CALL_SECONDS
+    ) -> AsyncGenerator[bytes, None]:
+        """Its messages, each within `seconds` of the one before. Close it when you have all.
+        RemoteError FL-P203, or what the peer refused with."""
+        from hivemind.p2p import PeerID
+
+        p2p = self._up_p2p()
+        asked = p2p.iterate_protobuf_handler(
+            PeerID.from_base58(peer), name, BytesValue(value=said), BytesValue
+        )
+        messages = await _within(seconds, asked, f"peer {peer}")
+        try:
+            while True:
+                try:
+                    found = await _within(seconds, anext(messages), f"peer {peer}")
+                except StopAsyncIteration:
+                    return
+                if found.value[:1] == REFUSED:
+                    _unwrap(found.value)
+                yield found.value
+        finally:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(messages.aclose(), 2.0)
+
+    def _up_p2p(self) -> Any:
+        if self._p2p is None:
+            raise _no_answer("this peer's daemon", "it is being restarted")
+        return self._p2p
+
+    async def _register(self, name: str, answer: Answer) -> None:
+        async def handle(request: BytesValue, context: Any) -> BytesValue:
+            peer = context.remote_id.to_base58()
+            try:
+                said = _wrap(await answer(peer, request.value))
+            except RemoteError as error:
+                said = _refusal(error)
+            except Exception:
+                logger.exception("peer=%s call=%s failed", peer, name)
+                said = _refusal(RemoteError("FL-P203", "the peer failed", "see its log"))
+            return BytesValue(value=said)
+
+        added = self._up_p2p().add_protobuf_handler(name, handle, BytesValue)
+        await _within(CALL_SECONDS, added, "the daemon")
+
+    async def _register_stream(self, name: str, stream: Stream) -> None:
+        async def handle(requests: Any, context: Any) -> AsyncIterator[BytesValue]:
+            peer = context.remote_id.to_base58()
+            async for request in requests:
+                try:
+                    async for message in stream(peer, request.value):
+                        yield BytesValue(value=message)
+                except RemoteError as error:
+                    yield BytesValue(value=_refusal(error))
+                # Who closes first may cut off what the other has not read: the reader closes.
+                await asyncio.sleep(CALL_SECONDS)
+                return
+
+        added = self._up_p2p().add_protobuf_handler(
+            name, handle, BytesValue, stream_input=True, stream_output=True
+        )
+        await _within(CALL_SECONDS, added, "the daemon")
+
+    # ---- the directory -------------------------------------------------------------------------
+
+    async def note(self, key: str, subkey: str, record: bytes, seconds: float) -> bool:
+        """Write a record that all may read for `seconds`; False where the swarm did not take it."""
+        if len(record) > RECORD:
+            raise ValueError(f"a record of {len(record)} bytes, at most {RECORD}")
+        until = time.time() + seconds  # hivemind's records end by the clock on the wall
+        stored = self._up_dht().store(key, record, until, subkey=subkey)
+        return bool(await _within(CALL_SECONDS, stored, "the swarm"))
+
+    async def look(self, key: str) -> Mapping[str, bytes]:
+        """The records under `key`, by subkey. Garbage is left out; {} where there is none."""
+        asked = self._up_dht().get(key, latest=True)
+        found = await _within(CALL_SECONDS, asked, "the swarm")
+        if found is None or not hasattr(found.value, "items"):
+            return {}
+        return {
+            str(subkey): bytes(entry.value)
+            for subkey, entry in found.value.items()
+            if isinstance(subkey, str)
+            and isinstance(entry.value, bytes)
+            and len(entry.value) <= RECORD
+        }
+
+    def _up_dht(self) -> Any:
+        if self._dht is None:
+            raise _no_answer("this peer's daemon", "it is being restarted")
+        return self._dht
+
+
+async def _within(seconds: float, work: Awaitable[T], who: str) -> T:
+    """RemoteError FL-P203 where it takes longer or fails."""
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except TimeoutError as error:
+        raise _no_answer(who, f"nothing for {seconds:g} s") from error
+    except (StopAsyncIteration, RemoteError):
+        raise
+    except DecodeError as error:
+        raise _no_answer(who, f"malformed answer: {error}") from error
+    except Exception as error:  # hivemind raises a dozen kinds, and EOFError and OSError
+        raise _no_answer(who, f"{type(error).__name__}: {error}") from error
+
+
+def _no_answer(who: str, why: str) -> RemoteError:
+    return RemoteError("FL-P203", f"{who} does not answer: {why}", "it is tried again")
+
+
+def _wrap(answer: bytes) -> bytes:
+    if len(answer) >= MOST:
+        raise ValueError(f"an answer of {len(answer)} bytes, at most {MOST - 1}")
+    return b"\x00" + answer
+
+
+def _refusal(error: RemoteError) -> bytes:
+    return REFUSED + "\n".join((error.code, error.message, error.hint)).encode()[:4096]
+
+
+def _unwrap(said: bytes) -> bytes:
+    if said[:1] == b"\x00":
+        return said[1:]
+    if said[:1] == REFUSED:
+        parts = said[1:].decode(errors="replace").split("\n")[:3]
+        if len(parts) == 3 and parts[0].isascii() and len(parts[0]) <= 16:
+            raise RemoteError(parts[0], parts[1][:500], parts[2][:500])
+    raise RemoteError("FL-P203", "a malformed answer", "is it a peer of this version?")
