@@ -1,5 +1,4 @@
-"""Daemon: hivemind's libp2p process, `p2pd`, as a child that dies with us and is never mistaken
-for alive.
+"""Daemon: hivemind's libp2p process, `p2pd`, as a child that dies with us.
 
 We start it ourselves: hivemind's own way leaves it running when its program is killed, and does
 not notice when it is gone or frozen.
