@@ -177,6 +177,7 @@ class Client:
         self._handling = False
         self._training = ThreadPoolExecutor(1, thread_name_prefix="train")
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
+        self._settler = ThreadPoolExecutor(1, thread_name_prefix="keep")  # in the order of outcomes
         self._tasks: set[asyncio.Task[None]] = set()
         self._info = ClientInfo(0)
         self._quit: asyncio.Future[machine.Quit] | None = None
@@ -230,6 +231,7 @@ class Client:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._training.shutdown(wait=False, cancel_futures=True)
         self._bulk.shutdown(wait=False, cancel_futures=True)
+        self._settler.shutdown(wait=False, cancel_futures=True)
         self._keep.close()
         self._outbox.close()
 
@@ -274,7 +276,7 @@ class Client:
         meanwhile waits for the state: it was announced in the same turn of the loop."""
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._bulk, bench.settle, update, fate)
+            await loop.run_in_executor(self._settler, bench.settle, update, fate)
         except AtollError as error:
             self._reject(error, "")
             return

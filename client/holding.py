@@ -1,15 +1,20 @@
-"""Holding: the model that a client is sent, and keeps where the next one comes as differences."""
+"""Holding: the model that a client is sent, and keeps where the next one comes as differences.
 
-from collections.abc import Callable
+Beside it may come vectors, for a local algorithm that has a half on the server.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from atoll.client.room import map_new
 from atoll.protocols import chains, tensors
 from atoll.protocols.blobs import INLINE, BlobInfo
 from atoll.protocols.codecs import Codec
-from atoll.protocols.errors import ClientError
+from atoll.protocols.errors import ClientError, RemoteError
 from atoll.protocols.manifest import Manifest
-from atoll.protocols.messages import Sent
+from atoll.protocols.messages import Order, Sent
 from atoll.protocols.tensors import Payload
 
 Fetch = Callable[[BlobInfo, memoryview], None]
@@ -79,6 +84,53 @@ class Holding:
         return model
 
     def _room(self, name: str, size: int) -> memoryview:
-        if self.folder is None or size <= INLINE:
-            return memoryview(bytearray(size))
-        return map_new(self.folder / name, size)
+        return room(self.folder, name, size)
+
+
+class Beside:
+    """The extras of orders. Large ones are mapped, and fetched once for several orders."""
+
+    def __init__(self, expected: Mapping[str, int], folder: Path | None) -> None:
+        """`expected`: elements of each vector that the client's local algorithm asks for."""
+        self.expected = expected
+        self.folder = folder
+        self._held: dict[int, tuple[memoryview, bytes]] = {}  # place in an order -> bytes, SHA-256
+
+    def take(self, order: Order, fetch: Fetch) -> dict[str, Tensor]:
+        """The vectors that came with an order; they alias what is held. ClientError FL-C103 where
+        one is missing, RemoteError FL-W104 where one is no such vector."""
+        found: dict[str, Tensor] = {}
+        for place, (info, inline) in enumerate(order.extras):
+            view = memoryview(inline) if inline else self._fetched(place, info, fetch)
+            found |= tensors.read_extras(info.sections, view, self.expected)
+        missing = sorted(self.expected.keys() - found.keys())
+        if missing:
+            raise ClientError(
+                "FL-C103",
+                f"order {order.id} brings no {missing[0]!r}, which this client's local algorithm "
+                "needs",
+                "train with the run's local algorithm",
+            )
+        return found
+
+    def _fetched(self, place: int, info: BlobInfo, fetch: Fetch) -> memoryview:
+        view, held = self._held.pop(place, (memoryview(b""), b""))
+        if sum(s.length for s in info.sections) != info.size:
+            raise RemoteError("FL-W104", f"blob {info.id} is not as long as its sections")
+        if len(view) != info.size:
+            most = sum(4 * count for count in self.expected.values())
+            if info.size > most:
+                what = f"extras of {info.size} bytes, at most {most} are expected"
+                raise RemoteError("FL-W104", what, "send what the local algorithm asks for")
+            view, held = room(self.folder, f"extra{place}.bin", info.size), b""
+        if held != info.sha256 or not info.sha256:
+            fetch(info, view)
+        self._held[place] = view, info.sha256
+        return view
+
+
+def room(folder: Path | None, name: str, size: int) -> memoryview:
+    """Where a blob goes: into memory, or a mapped file when it is big and there is a folder."""
+    if folder is None or size <= INLINE:
+        return memoryview(bytearray(size))
+    return map_new(folder / name, size)

@@ -42,6 +42,7 @@ import json
 import os
 import secrets
 import threading
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -263,6 +264,11 @@ class Keep:
         if self._first_life is not None:
             return self._first_life
         return 1 + secrets.randbelow((1 << LIFE_BITS) - 1)
+
+
+def life_of(seed: int, client: str) -> int:
+    """A simulated client's."""
+    return 1 + zlib.crc32(f"{seed}/{client}".encode()) % ((1 << LIFE_BITS) - 1)
 
 
 def added(held: Tensor | None, change: Tensor) -> Tensor:

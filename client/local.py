@@ -7,7 +7,7 @@ gradients, `transform_grad`, clipping, optimizer step, `after_step`.
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from atoll.client.algorithm import FedProx, LocalAlgorithm, Plain, local_algorithm
 from atoll.client.batches import Batch, batches, in_order, mixed
 from atoll.client.data import Data, Examples, Kind, load_data, size
+from atoll.client.keep import Rule
 from atoll.client.models import build, manifest_of, named_tensors
 from atoll.client.objective import loss_of, score
 from atoll.client.partition import shard_of
@@ -100,8 +101,14 @@ class TorchTrainer:
         self._random = (seed, client)
         self.slowdown, self._sleep = slowdown, sleep
         self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = _optimizer(config, self._params)
+        steered = replace(config, weight_decay=0.0) if self.algorithm.steers else config
+        self._optimizer = _optimizer(steered, self._params)
         self._scaler = self._new_scaler()
+
+    @property
+    def rules(self) -> Mapping[str, Rule]:
+        """Of the algorithm's private state."""
+        return self.algorithm.rules
 
     @property
     def batch(self) -> int:
@@ -193,18 +200,21 @@ class TorchTrainer:
                 self._sleep(self.slowdown)
             then = task.asked()
             if then == "continue":
-                task.snapshot(self._trained(steps, total))
+                task.snapshot(self._trained(steps, total, task))
             elif then is not None:
                 break
-        return self._trained(steps, total)
+        return self._trained(steps, total, task)
 
     def _step(self, batch: Batch) -> Tensor:
         """One local step; the loss before it, on the device."""
-        loss = self._gradients(batch, self._scaler)
+        random = self._random_state() if self.algorithm.reevaluates else None
+        loss = self._gradients(batch, self._scaler, self.algorithm.view_weights(self._params))
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)  # type: ignore[arg-type]  # SGD is like one
-        self.algorithm.transform_grad(self._params, functools.partial(self._gradients, batch))
-        if self.config.clip is not None:
+        if self.algorithm.steers:
+            self._decay_and_clip()
+        self.algorithm.transform_grad(self._params, functools.partial(self._again, batch, random))
+        if self.config.clip is not None and not self.algorithm.steers:
             nn.utils.clip_grad_norm_(self._params.values(), self.config.clip)
         if self._scaler is None:
             self._optimizer.step()
@@ -214,13 +224,75 @@ class TorchTrainer:
         self.algorithm.after_step(self._params)
         return loss
 
-    def _gradients(self, batch: Batch, scaler: "torch.amp.GradScaler | None" = None) -> Tensor:
+    def _gradients(
+        self,
+        batch: Batch,
+        scaler: "torch.amp.GradScaler | None" = None,
+        at: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The loss at the parameters, or at the values `at` in their place; its gradients lie in
+        `p.grad`."""
         for p in self._params.values():
             p.grad = None  # as zero_grad does, without its profiler's hooks: 8 % of a small step
-        with self._cast():
-            loss = loss_of(self.model, batch, self.kind)
-        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        with self._standing_at(at):
+            with self._cast():
+                loss = loss_of(self.model, batch, self.kind)
+            torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
         return loss.detach()
+
+    @contextmanager
+    def _standing_at(self, values: Sequence[Tensor] | None) -> Iterator[None]:
+        """The parameters hold `values` meanwhile."""
+        if values is None:
+            yield
+            return
+        own = [p.data for p in self._params.values()]
+        try:
+            for p, value in zip(self._params.values(), values, strict=True):
+                p.data = value
+            yield
+        finally:
+            for p, mine in zip(self._params.values(), own, strict=True):
+                p.data = mine
+
+    def _decay_and_clip(self) -> None:
+        """What makes the gradient of a batch that of the client's objective, and bounds it."""
+        if self.config.weight_decay:
+            with torch.no_grad():
+                for p in self._params.values():
+                    if p.grad is not None:
+                        p.grad.add_(p, alpha=self.config.weight_decay)
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(self._params.values(), self.config.clip)
+
+    def _again(
+        self,
+        batch: Batch,
+        random: "tuple[Tensor, Tensor | None] | None",
+        at: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """See `algorithm.Again`."""
+        if random is None:
+            return self._gradients(batch, at=at)
+        buffers = [b for b in self.model.buffers() if b is not None]
+        kept = [b.clone() for b in buffers]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.set_rng_state(random[0])
+            if random[1] is not None:
+                torch.cuda.set_rng_state(random[1], self.device)
+            loss = self._gradients(batch, at=at)
+        with torch.no_grad():
+            for buffer, was in zip(buffers, kept, strict=True):
+                buffer.copy_(was)
+            if at is not None and self.algorithm.steers:
+                with self._standing_at(at):
+                    self._decay_and_clip()
+        return loss
+
+    def _random_state(self) -> tuple[Tensor, Tensor | None]:
+        on_device = self.device.type == "cuda"
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_device else None
 
     def _still_a_number(self, total: Tensor, steps: int, task: Task) -> None:
         if not math.isfinite(total.item()):
@@ -231,9 +303,13 @@ class TorchTrainer:
                 f"lower lr={self.config.lr}, or set clip; check the data for NaN",
             )
 
-    def _trained(self, steps: int, total: Tensor) -> Trained:
+    def _trained(self, steps: int, total: Tensor, task: Task) -> Trained:
         metrics = {"loss": total.item() / steps} if steps else {}
-        return Trained(self.export(), steps, steps * self.batch, metrics)
+        found = self.algorithm.measure(self._params, task, steps, self.config.lr)
+        return Trained(
+            self.export(), steps, steps * self.batch, {**metrics, **found.metrics},
+            found.state, found.extras, found.said,
+        )  # fmt: skip
 
     def _new_scaler(self) -> "torch.amp.GradScaler | None":
         return torch.amp.GradScaler(self.device.type) if self.config.autocast == "fp16" else None

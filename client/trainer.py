@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from atoll.protocols.events import Then
@@ -23,6 +24,8 @@ class Trained:
     # What the order makes of the client's private state, kind -> tensors, if its result is used:
     # pending until then (see `client/keep.py`).
     state: Mapping[str, Tensors] = field(default_factory=dict)
+    extras: Tensors = field(default_factory=dict)  # sent beside the delta, flat float32
+    said: Mapping[str, float] = field(default_factory=dict)  # numbers for the server's half
 
 
 def _no_state(kind: str) -> Tensors:
@@ -55,9 +58,14 @@ class Task:
     asked: Callable[[], Then | None] = _nothing_asked  # look after each step, each ask comes once
     report: Callable[[int], None] = _no_report  # call after each step with the steps done
     snapshot: Callable[[Trained], None] = _no_snapshot  # asked to "continue": call, then go on
-    state: Callable[[str], Tensors] = (
-        _no_state  # the client's private state of a kind, as it is now
-    )
+    extras: Tensors = field(default_factory=dict)  # vectors that came with the model, flat float32
+    state: Callable[[str], Tensors] = _no_state  # private state of a kind, as the order found it
+    latest: Callable[[str], Tensors] = _no_state  # the same, as it is when the order ends
+    life: int = 0  # of that state: another number after every loss
+
+    def vector(self, name: str) -> Tensor:
+        """One of `extras`; a single 0 where none came, as when a client only measures its speed."""
+        return self.extras.get(name, torch.zeros(1))
 
 
 class Trainer(Protocol):

@@ -6,8 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
+from atoll.aggregation.half import extras_of
 from atoll.aggregation.noise import KEY
-from atoll.client.holding import Fetch, Holding
+from atoll.client.algorithm import LocalAlgorithm
+from atoll.client.holding import Beside, Fetch, Holding
 from atoll.client.keep import Keep, nothing_sent
 from atoll.client.localdp import LocalDP
 from atoll.client.outbox import Outbox
@@ -50,6 +54,11 @@ class Workbench:
         self.agree(up, down)
         self.outbox = outbox
         self.holding = Holding(manifest, outbox.folder)
+        algorithm = getattr(trainer, "algorithm", None)
+        half = algorithm.server_half() if isinstance(algorithm, LocalAlgorithm) else None
+        self._says = half.says if half is not None else ()
+        self._extras = extras_of(half, manifest.counts["trainable"])
+        self._beside = Beside(self._extras.down, outbox.folder)
 
     def agree(self, up: Codec, down: Codec) -> None:
         """Pack and read so from the next order on; one that is at work keeps to its own."""
@@ -90,6 +99,7 @@ class Workbench:
             self.private.afford(self.outbox.memory.sent)
         up = self.up
         base = self.load(order.sent, fetch)
+        extras = self._beside.take(order, fetch)
         report(0)
         began, snapshots = time.perf_counter(), itertools.count(1)
 
@@ -98,8 +108,9 @@ class Workbench:
             snapped(self._seal(order, base, work, up, seconds, next(snapshots)))
 
         task = Task(
-            order.steps, self.outbox.steps, order.extra, asked, report, snapshot, self.keep.now
-        )
+            order.steps, self.outbox.steps, order.extra, asked, report, snapshot,
+            extras, self.keep.now, self.keep.now, self.keep.life,
+        )  # fmt: skip
         trained = self._train(task)
         seconds = time.perf_counter() - began
         if asked() == "drop":
@@ -132,6 +143,7 @@ class Workbench:
         snapshot: int = 0,
     ) -> Result:
         sections = tensors.sections_of(self.manifest, up)
+        sections += tensors.extra_sections(self._extras.up)
         size = sum(s.length for s in sections)
         result = Result(
             order.id,
@@ -178,7 +190,8 @@ class Workbench:
         sections: tuple[Section, ...],
         view: memoryview,
     ) -> None:
-        """delta and buffers into `view`; an fp32 delta is computed right where it will lie."""
+        """delta, buffers and extras into `view`; an fp32 delta is computed where it will lie."""
+        extras = self._extras_of(trained)
         at = 0
         for section in sections:
             part = view[at : at + section.length]
@@ -192,6 +205,8 @@ class Workbench:
                     self.private.protect(delta, secrets.token_bytes(KEY))
                 if not plain:
                     codec.encode(delta, part)
+            elif section.group in extras:
+                codec.encode(extras[section.group], part)
             elif self.private is not None:  # buffers cannot be protected: the server's go back
                 group = tensors.group_of(section)
                 codec.encode(base.read(group), part)
@@ -199,3 +214,7 @@ class Workbench:
                 group = tensors.group_of(section)
                 codec.encode(tensors.flatten(self.manifest, trained.tensors, group), part)
             at += section.length
+
+    def _extras_of(self, trained: Trained) -> dict[str, Tensor]:
+        """What the algorithm made besides the model, by section."""
+        return tensors.extra_groups(self._extras.up, trained.extras, trained.said, self._says)

@@ -43,6 +43,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-S207": Entry(69, "server not reachable"),
     "FL-S208": Entry(130, "interrupted"),
     "FL-S209": Entry(6, "replay differs from the journal"),
+    "FL-S210": Entry(6, "run diverged"),
     # client
     "FL-C101": Entry(69, "server not reachable"),
     "FL-C102": Entry(76, "protocol version mismatch"),

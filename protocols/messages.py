@@ -40,7 +40,7 @@ CODEC = re.compile(r"[A-Za-z0-9_.:,=+-]{1,64}")
 LINK = re.compile(r"[A-Za-z0-9_.:=,+-]{0,128}")
 BASE = re.compile(r"([A-Za-z0-9_.:,=+-]{1,64}/[0-9]{1,16}(@[0-9]{1,16})?)?")
 
-ORDER_FIELD, MODEL_FIELD = 3, 5  # ServerMessage.order, Order.model
+ORDER_FIELD, MODEL_FIELD, EXTRAS_FIELD = 3, 5, 9  # ServerMessage.order, Order.model, .extras
 RESULT_FIELD, ACK_FIELD = 3, 4  # ClientMessage.result, .ack
 PAYLOAD_FIELD, INLINE_FIELD = 8, 5  # Result.payload, Blob.inline
 
@@ -49,6 +49,7 @@ MAX_METRICS = 256
 MAX_SECTIONS = 64
 MAX_LIST = 64
 MAX_DIFFERENCES = 64  # of a model, in one order
+MAX_EXTRAS = 4  # blobs of one order
 MAX_TEXT = 1000  # characters of a message for people
 
 Fate = Literal["used", "discarded", "superseded"]
@@ -122,6 +123,7 @@ class Order:
     deadline_seconds: float = 0.0  # advisory; 0: none
     base: str = ""
     differences: tuple[tuple[BlobInfo, bytes], ...] = ()
+    extras: tuple[tuple[BlobInfo, bytes], ...] = ()  # vectors for the local algorithm; inline bytes
 
     @property
     def sent(self) -> Sent:
@@ -189,12 +191,14 @@ def hello_from_wire(wire: wire_pb2.Hello) -> Hello:
 def order_to_wire(order: Order) -> wire_pb2.Order:
     wire = _order_alone(order)
     wire.MergeFrom(sent_to_order(order.sent))
+    wire.extras.extend(blob_to_wire(info, inline) for info, inline in order.extras)
     return wire
 
 
-def packed_order(order: Order, sent: bytes) -> Parts:
-    """A ServerMessage with an order, whose model is the serialized `sent_to_order` in `sent`."""
-    return nested(ORDER_FIELD, _order_alone(order).SerializeToString(), sent)
+def packed_order(order: Order, sent: bytes, beside: bytes = b"") -> Parts:
+    """A ServerMessage with an order, whose model is the serialized `sent_to_order` in `sent`, and
+    `beside` an Order with nothing but extras."""
+    return nested(ORDER_FIELD, _order_alone(order).SerializeToString(), sent, beside)
 
 
 def _order_alone(order: Order) -> wire_pb2.Order:
@@ -205,11 +209,14 @@ def _order_alone(order: Order) -> wire_pb2.Order:
         steps=order.steps,
         extra=order.extra,
         deadline_seconds=order.deadline_seconds,
+        extras=[blob_to_wire(info, inline) for info, inline in order.extras],
     )
 
 
 def order_from_wire(wire: wire_pb2.Order) -> Order:
     sent = sent_from_wire(wire)
+    if len(wire.extras) > MAX_EXTRAS:
+        raise _malformed(f"{len(wire.extras)} extras, at most {MAX_EXTRAS} are taken")
     return Order(
         id=_name("order", wire.id, ORDER),
         attempt=wire.attempt,
@@ -221,6 +228,7 @@ def order_from_wire(wire: wire_pb2.Order) -> Order:
         deadline_seconds=_seconds("deadline_seconds", wire.deadline_seconds),
         base=sent.base,
         differences=sent.differences,
+        extras=tuple(blob_from_wire(blob) for blob in wire.extras),
     )
 
 

@@ -20,6 +20,7 @@ from atoll.protocols.codecs import (
     TILE,
     Codec,
     Decoder,
+    Fp32,
     Int64,
     all_finite,
     as_tensor,
@@ -33,7 +34,9 @@ from atoll.protocols.manifest import TRAVELLING, Group, Manifest, TensorSpec
 
 Kind = Literal["model", "update"]
 EXTRA = "extra:"
+SAID = "said"  # the extra in which the numbers that an update brings lie
 INT64 = Int64()
+FP32 = Fp32()
 
 
 def dtype_of(group: str) -> torch.dtype:
@@ -126,6 +129,8 @@ def section_codec(group: str, codec: Codec) -> Codec:
     """What packs a section of `group` in a run whose codec is `codec`."""
     if group == "trainable":
         return codec
+    if group.startswith(EXTRA):  # both sides must count exactly the same of it
+        return FP32
     return INT64 if group == "buffers_other" else beside(codec)
 
 
@@ -149,27 +154,64 @@ def sections_of(
     return tuple(made)
 
 
+def extra_sections(extras: Mapping[str, int]) -> tuple[Section, ...]:
+    """The sections of named extras with their counts, in their order."""
+    return tuple(
+        Section(EXTRA + name, FP32.name, count, FP32.size(count)) for name, count in extras.items()
+    )
+
+
+def extra_groups(
+    extras: Mapping[str, int],
+    vectors: Mapping[str, Tensor],
+    said: Mapping[str, float],
+    says: Sequence[str],
+) -> dict[str, Tensor]:
+    """What travels beside a delta, by section; the numbers `says` make up the section of SAID.
+
+    ClientError FL-C103 where a vector or a number is missing or has another size.
+    """
+    found: dict[str, Tensor] = {}
+    for name, count in extras.items():
+        if name == SAID:
+            missing = [number for number in says if number not in said]
+            flat = torch.tensor([] if missing else [said[number] for number in says])
+        else:
+            flat = vectors.get(name, torch.empty(0))
+        if flat.numel() != count:
+            raise ClientError(
+                "FL-C103",
+                f"the trainer gave {flat.numel()} values of {name!r}, the run's local algorithm "
+                f"asks for {count}",
+                "train with the run's local algorithm",
+            )
+        found[EXTRA + name] = flat
+    return found
+
+
 def pack(
     manifest: Manifest,
-    groups: Mapping[Group, Tensor],
+    groups: Mapping[Group, Tensor] | Mapping[str, Tensor],
     codec: Codec,
     out: memoryview | None = None,
+    extras: Mapping[str, int] | None = None,
 ) -> tuple[tuple[Section, ...], memoryview]:
     """Flat vectors as the bytes of a blob: its sections, and the bytes.
 
     `out`, if given, is exactly as long as `sections_of`; under a codec whose sections vary in
     length, the bytes are the part of it that was needed. One fp32 section alone is not copied.
     """
-    sections = sections_of(manifest, codec, groups)
+    flats = cast("Mapping[str, Tensor]", groups)
+    sections = sections_of(manifest, codec, flats) + extra_sections(extras or {})
     if out is None and len(sections) == 1 and sections[0].codec in ("fp32", "int64"):
-        group = cast("Group", sections[0].group)
-        return sections, section_codec(group, codec).encode(groups[group])
+        group = sections[0].group
+        return sections, section_codec(group, codec).encode(flats[group])
     size = sum(s.length for s in sections)
     out = memoryview(bytearray(size)) if out is None else out
     assert len(out) == size, "out must be exactly as long as the sections"
     at, made = 0, []
     for section in sections:
-        flat = groups[cast("Group", section.group)]
+        flat = flats[section.group]
         assert flat.numel() == section.count, f"{section.group}: {flat.numel()} values"
         packs = section_codec(section.group, codec)
         used = packs.encode(flat, out[at : at + section.length])
@@ -249,9 +291,11 @@ def check(
     """Whether `sections` can be a `kind` of this manifest in `size` bytes. RemoteError FL-W104.
 
     A model has every group that is not empty; an update may leave buffers out. `extras` are the
-    extra sections allowed, with their counts. Needs no bytes, so an upload is refused unsent.
+    extra sections that must be there, with their counts. Needs no bytes, so an upload is refused
+    unsent.
     """
-    if tuple(sections) == sections_of(manifest, codec) and sum(s.length for s in sections) == size:
+    whole = sections_of(manifest, codec) + extra_sections(extras or {})
+    if tuple(sections) == whole and sum(s.length for s in sections) == size:
         return  # all there, in order: nearly every blob
     allowed = {f"{EXTRA}{name}": count for name, count in (extras or {}).items()}
     seen: set[str] = set()
@@ -266,9 +310,30 @@ def check(
     for group in TRAVELLING if kind == "model" else TRAVELLING[:1]:
         if manifest.counts[group] and group not in seen:
             raise _mismatch(f"section {group!r} of {manifest.counts[group]} values is missing")
+    for name, count in allowed.items():
+        if name not in seen:
+            raise _mismatch(f"section {name!r} of {count} values is missing")
     total = sum(s.length for s in sections)
     if total != size:
         raise _mismatch(f"the sections are {total} bytes, the payload is {size}")
+
+
+def read_extras(
+    sections: Sequence[Section], view: memoryview, expected: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The vectors of a blob of extras by name, over its bytes. RemoteError FL-W104 where one is
+    not expected, or has another size."""
+    if sum(s.length for s in sections) != len(view):
+        raise _mismatch(f"extras of {len(view)} bytes, their sections say otherwise")
+    found, at = {}, 0
+    for section in sections:
+        name = section.group.removeprefix(EXTRA)
+        count = expected.get(name)
+        if count is None or section not in extra_sections({name: count}):
+            raise _mismatch(f"section {section} is none of the extras {dict(expected)}")
+        found[name] = as_tensor(view[at : at + section.length], torch.float32)
+        at += section.length
+    return found
 
 
 def _check_section(

@@ -126,7 +126,7 @@ class Heartbeat(_message.Message):
     def __init__(self, order: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("id", "attempt", "version", "steps", "model", "extra", "base_encoding", "deadline_seconds", "differences")
+    __slots__ = ("id", "attempt", "version", "steps", "model", "extra", "base_encoding", "deadline_seconds", "extras", "differences")
     class ExtraEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +142,7 @@ class Order(_message.Message):
     EXTRA_FIELD_NUMBER: _ClassVar[int]
     BASE_ENCODING_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
     DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
     id: str
     attempt: int
@@ -151,8 +152,9 @@ class Order(_message.Message):
     extra: _containers.ScalarMap[str, float]
     base_encoding: str
     deadline_seconds: float
+    extras: _containers.RepeatedCompositeFieldContainer[Blob]
     differences: _containers.RepeatedCompositeFieldContainer[Blob]
-    def __init__(self, id: _Optional[str] = ..., attempt: _Optional[int] = ..., version: _Optional[int] = ..., steps: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., extra: _Optional[_Mapping[str, float]] = ..., base_encoding: _Optional[str] = ..., deadline_seconds: _Optional[float] = ..., differences: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., attempt: _Optional[int] = ..., version: _Optional[int] = ..., steps: _Optional[int] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., extra: _Optional[_Mapping[str, float]] = ..., base_encoding: _Optional[str] = ..., deadline_seconds: _Optional[float] = ..., extras: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., differences: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
 
 class Ask(_message.Message):
     __slots__ = ("order", "then")

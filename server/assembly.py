@@ -14,6 +14,7 @@ import torch
 from atoll.aggregation.aggregator import Aggregator, aggregator
 from atoll.aggregation.outer import Outer, outer
 from atoll.aggregation.strategy import Strategy
+from atoll.client.algorithm import local_algorithm
 from atoll.client.models import manifest_of
 from atoll.protocols import slots as slot
 from atoll.protocols import state
@@ -21,7 +22,7 @@ from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.events import Evaluated
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.membership import Membership
-from atoll.protocols.tensors import sections_of
+from atoll.protocols.tensors import extra_sections, sections_of
 from atoll.server.check import mixed
 from atoll.server.clock import Clock
 from atoll.server.driver import Driver
@@ -128,6 +129,7 @@ class Assembly:
             cast("Outer", self.slots.get("outer") or outer(self.spec.outer)),
             cast("Buffers", self.spec.buffers),
             privacy=self._privacy(strategy),
+            half=local_algorithm(self.spec.algorithm).server_half(),
         )
 
     def _privacy(self, strategy: Strategy) -> Privacy | None:
@@ -229,6 +231,8 @@ class Assembly:
         codecs, allowed = self.links.codecs, self.links.allowed  # of most clients
         ways = (codecs[allowed.up[0]], codecs[allowed.down[0]])
         up, down = (sum(s.length for s in sections_of(self.manifest, way)) for way in ways)
+        up += sum(s.length for s in extra_sections(self.workshop.extras.up))
+        down += sum(s.length for s in extra_sections(self.workshop.extras.down))
         replayed = snapshot[1] if snapshot else -math.inf
         return Past(path, replayed, (up, down), self.journal.last())
 

@@ -28,6 +28,18 @@ class Job:
     steps: int
     done: int  # local steps its client has run before
     extra: Mapping[str, float] = field(default_factory=dict)
+    # What a local algorithm brings besides; follows from the above.
+    extras: Tensors = field(default_factory=dict, compare=False)  # came beside the model
+    state: Mapping[str, Tensors] = field(default_factory=dict, compare=False)  # as it was found
+    latest: Mapping[str, Tensors] = field(default_factory=dict, compare=False)  # as it is now
+    life: int = field(default=0, compare=False)
+
+    def task(self) -> Task:
+        return Task(
+            self.steps, self.done, self.extra, extras=self.extras, life=self.life,
+            state=lambda kind: self.state.get(kind, {}),
+            latest=lambda kind: self.latest.get(kind, {}),
+        )  # fmt: skip
 
 
 class Crew(Protocol):
@@ -65,7 +77,7 @@ class OneByOne:
     def trained(self, job: Job, start: Start) -> Trained:
         trainer = self.trainer(job.client)
         trainer.load(start())
-        return trainer.train(Task(job.steps, job.done, job.extra))
+        return trainer.train(job.task())
 
     def forget(self, order: str) -> None:
         pass
@@ -119,7 +131,7 @@ class Together(OneByOne):
             trainer = self._stackable(client)
             assert trainer is not None, "what was begun can be stacked"
             jobs.append(job)
-            works.append(stacked.Work(trainer, start(), Task(job.steps, job.done, job.extra)))
+            works.append(stacked.Work(trainer, start(), job.task()))
         for job, made in zip(jobs, stacked.train(works), strict=True):
             if made is not None:  # else it is trained alone when it is asked for, and fails there
                 self._made[job.order] = (job, made)

@@ -37,6 +37,7 @@ class Facts:
     inputs: tuple[tuple[str, float], ...] = ()  # (update id, weight) it was made from
     metrics: Mapping[str, float] = field(default_factory=dict)
     books: Books | None = None  # of central DP, as this version leaves them
+    numbers: Mapping[str, float] = field(default_factory=dict)  # of the local algorithm's half
 
     def write(self, folder: Path, *, durable: bool = False) -> None:
         """Replaced atomically."""
@@ -121,6 +122,7 @@ class Draft:
     ) -> None:
         """`outer`: elements of each vector of the outer state; empty where there is none."""
         self._behind = behind
+        self.numbers: Mapping[str, float] = {}  # of the local algorithm's half
         self.number, self.parent = number, parent
         self._shelf, self._sealed = shelf, sealed
         self._at = {s.group: at for s, at in placed(shelf.sections)}
@@ -178,7 +180,7 @@ class Draft:
             outer = self._outer.seal() if self._outer is not None else Sealed(memoryview(b""))
             facts = Facts(
                 self.number, self.parent, model.sha256.hex(), outer.check, shelf.schema,
-                tuple(inputs), dict(metrics or {}), self.books,
+                tuple(inputs), dict(metrics or {}), self.books, dict(self.numbers),
             )  # fmt: skip
             named = self._outer_layout.tensors(outer.view) if outer.view else {}
             version = Version(facts, shelf, model.view, model.crcs, named, not self._small)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
+from atoll.aggregation import half
 from atoll.protocols import messages, state, tensors, wire_pb2
 from atoll.protocols.blobs import CHUNK, INLINE, Blob
 from atoll.protocols.codecs import Codec
@@ -46,6 +47,7 @@ from atoll.server.saver import Saver
 from atoll.server.sessions import Session, Sessions
 from atoll.server.spec import RunSpec
 from atoll.server.uploads import StoredUpdate
+from atoll.server.versions import EXTRA
 from atoll.server.workshop import Workshop
 
 logger = logging.getLogger(__name__)
@@ -90,8 +92,10 @@ class Host:
         self.recorder = Recorder()  # a resumed run brings its own
         self._groups: dict[str, tuple[tuple[str, ...], float, float]] = {}
         self._manifest = json.dumps(workshop.store.manifest.to_json())
+        self._extra_size = sum(s.length for s in tensors.extra_sections(workshop.extras.down))
         self._model_size = sum(s.length for s in workshop.store.shelf.sections)
         self._packed: dict[tuple[int, str], bytes] = {}  # models as last sent, in orders
+        self._packed_extras = (-1, b"")  # what goes beside the version last ordered
         self._spent: list[str] = []
         self._meta: list[tuple[str, str]] = []
         self._acks: list[tuple[str, str]] = []  # (client, update), not yet written down
@@ -430,8 +434,28 @@ class Host:
         if key not in self._packed:  # once for all who start from it and hold the same
             self._packed = {k: p for k, p in self._packed.items() if k[0] == order.version}
             self._packed[key] = messages.sent_to_order(load.sent).SerializeToString()
-        told = messages.Order(order.id, 0, order.version, order.steps, None, extra=order.extra)
-        session.send_parts(messages.packed_order(told, self._packed[key]))
+        extra = order.extra
+        if self.workshop.merger.half is not None:
+            numbers = self.workshop.store.open(order.version).facts.numbers
+            extra = {**half.told(numbers), **extra}
+        told = messages.Order(order.id, 0, order.version, order.steps, None, extra=extra)
+        beside = self._pack_extras(order.version)
+        session.send_parts(messages.packed_order(told, self._packed[key], beside))
+
+    def _pack_extras(self, version: int) -> bytes:
+        """What goes beside the model of an order, once for all; nothing without such a half."""
+        if not self.workshop.extras.down:
+            return b""
+        if self._packed_extras[0] != version:
+            blob = self._extras(version)
+            small = bytes(blob.view) if blob.info.size <= INLINE else b""
+            beside = wire_pb2.Order(extras=[messages.blob_to_wire(blob.info, small)])
+            self._packed_extras = version, beside.SerializeToString()
+        return self._packed_extras[1]
+
+    def _extras(self, version: int) -> Blob:
+        store = self.workshop.store
+        return store.extras(store.open(version), tuple(self.workshop.extras.down))
 
     def _load(self, session: Session, version: int) -> Load | None:
         """What is to be sent, and is counted as sent, for `version`. None: the run ends."""
@@ -449,8 +473,9 @@ class Host:
         """Bytes of what an order of now brings down."""
         session = self.sessions.of.get(order.client)
         if session is None:
-            return self._model_size
-        return self.links.size(session.link, order.version, session.held)
+            return self._model_size + self._extra_size
+        size = self.links.size(session.link, order.version, session.held)
+        return size + self._extra_size
 
     def _send_outcome(self, session: Session, outcome: Outcome) -> None:
         told = messages.Outcome(
@@ -476,6 +501,10 @@ class Host:
         return session.client
 
     def find_blob(self, blob: str) -> Blob:
+        if self.workshop.extras.down:
+            for version in reversed(self.workshop.store.numbers()):
+                if blob == f"v{version}/{EXTRA}":
+                    return self._extras(version)
         return self.links.find(blob)
 
     def may_upload(self, client: str, result: Result) -> str | None:
@@ -495,8 +524,8 @@ class Host:
         assert order is not None
         try:
             plausible.check_steps(result, order)
-            packed = self._packs(client, result)
-            tensors.check(manifest, info.sections, info.size, packed, "update")
+            packed, extras = self._packs(client, result), self.workshop.extras.up
+            tensors.check(manifest, info.sections, info.size, packed, "update", extras)
         except RemoteError as error:
             self._refuse_update(client, error)
             raise
@@ -546,8 +575,8 @@ class Host:
     def _check(self, result: Result, stored: StoredUpdate) -> None:
         manifest = self.workshop.store.manifest
         sections = result.payload.sections
-        packed = self.workshop.codecs.of(sections)
-        payload = tensors.parse(manifest, sections, stored.view(), packed, "update")
+        packed, extras = self.workshop.codecs.of(sections), self.workshop.extras.up
+        payload = tensors.parse(manifest, sections, stored.view(), packed, "update", extras)
         tensors.finite(manifest, payload)
 
     def _take(

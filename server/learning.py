@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from atoll.protocols.events import Merged
-from atoll.server.run import Merge, Order
+from atoll.server.run import Fate, Merge, Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Learning(Protocol):
     def evaluate(self, version: int) -> Mapping[str, float]:
         """Metrics of the newest version; empty where it cannot be evaluated."""
 
-    def forget(self, update: str) -> None:
-        """The update is decided: its delta is not needed any more."""
+    def forget(self, update: str, fate: Fate) -> None:
+        """The update is decided, and its client told: its delta is not needed any more."""
 
 
 class NoLearning:
@@ -58,5 +58,5 @@ class NoLearning:
     def evaluate(self, version: int) -> Mapping[str, float]:
         return {}
 
-    def forget(self, update: str) -> None:
+    def forget(self, update: str, fate: Fate) -> None:
         pass

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from atoll.aggregation.aggregator import Aggregator, remembers
+from atoll.aggregation.half import Half, Turn, Work
 from atoll.aggregation.outer import STEPS, Outer, Sgd
-from atoll.protocols.codecs import TILE, all_finite
+from atoll.protocols.codecs import TILE, Decoder, all_finite
 from atoll.protocols.errors import RemoteError, UsageError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
-from atoll.protocols.tensors import Payload, dtype_of, finite
+from atoll.protocols.tensors import EXTRA, SAID, Payload, dtype_of, finite
 from atoll.server.combine import MEAN, MEMORY, Plan, Source, plan, summed
 from atoll.server.draft import Draft, Version
 from atoll.server.passes import Area, Crew, NotFiniteError, scratch
@@ -78,6 +79,7 @@ class Merger:
         threads: int = 2,
         tile: int = TILE,
         privacy: Privacy | None = None,
+        half: Half | None = None,
     ) -> None:
         if buffers not in get_args(Buffers):
             raise UsageError(
@@ -91,12 +93,14 @@ class Merger:
             fits(aggregator, manifest, buffers)
         self.tile = tile
         self.privacy = privacy
+        self.half = half  # the server's part of the local algorithm
         self.crew = Crew(threads)
 
     @property
     def vectors(self) -> tuple[str, ...]:
         """Names of the vectors kept beside the model, for `VersionStore.draft`."""
-        return (*self.outer.vectors, *([MEMORY] if remembers(self.aggregator) else []))
+        memory = [MEMORY] if remembers(self.aggregator) else []
+        return (*self.outer.vectors, *memory, *(self.half.vectors if self.half else ()))
 
     def close(self) -> None:
         self.crew.close()
@@ -108,19 +112,25 @@ class Merger:
         return not self.privacy.over(base.facts.books or self.privacy.opened())
 
     def merge(
-        self, base: Version, draft: Draft, items: Sequence[Item], use_outer: bool = True
+        self,
+        base: Version,
+        draft: Draft,
+        items: Sequence[Item],
+        use_outer: bool = True,
+        known: int = 0,
     ) -> MergeStats:
         """Write base - step(sum of weight * delta) into `draft`, all groups and the outer state.
 
         `use_outer` False: the sum is taken as it is, and the outer state stays what it was. Items
         that cannot be used are dropped, each with its reason; where none is left the model and the
-        state are the base's. ServerError FL-S203 where the disk does not take the draft.
+        state are the base's. `known`: clients that have ever been in the run. ServerError FL-S203
+        where the disk does not take the draft, FL-S210 where the run diverges.
         """
         dropped = self._unaffordable(base, items)
         live = [item for item in items if item[0].id not in dropped]
         while True:
             try:
-                stats = self._once(base, draft, live, use_outer)
+                stats = self._once(base, draft, live, use_outer, known)
             except (NotFiniteError, RemoteError):  # or bytes that no codec made
                 dropped.update(_culprits(self.manifest, live))
                 live = [item for item in live if item[0].id not in dropped]
@@ -139,9 +149,9 @@ class Merger:
         return {u.id: why for (u, _), no in zip(items, refused, strict=True) if no}
 
     def _once(
-        self, base: Version, draft: Draft, items: Sequence[Item], use_outer: bool
+        self, base: Version, draft: Draft, items: Sequence[Item], use_outer: bool, known: int
     ) -> dict[str, float]:
-        step = _Step(self, base, draft, items, use_outer)
+        step = _Step(self, base, draft, items, use_outer, known)
         squares: dict[int, float] = {}
         count = self.manifest.counts["trainable"]
         largest = step.plan.largest
@@ -155,8 +165,12 @@ class Merger:
             draft.write_outer(STEPS, 0, step.new_state[STEPS])
         for group in TRAVELLING[1:]:
             self._merge_buffers(group, base, draft, items, step.plan.robust)
-        stats = {"delta_norm": math.sqrt(math.fsum(squares.values()))}
-        return {**stats, **step.plan.stats} if step.moved else {}
+        norm = math.sqrt(math.fsum(squares.values()))
+        draft.numbers = base.facts.numbers
+        if step.turn is None or self.half is None:
+            return {"delta_norm": norm, **step.plan.stats} if step.moved else {}
+        draft.numbers = self.half.after(norm, step.turn.numbers)
+        return {"delta_norm": norm, **step.plan.stats, **step.turn.stats}
 
     def _merge_buffers(
         self, group: Group, base: Version, draft: Draft, items: Sequence[Item], robust: bool
@@ -192,6 +206,7 @@ class _Step:
         draft: Draft,
         items: Sequence[Item],
         use_outer: bool,
+        known: int,
     ) -> None:
         self.merger, self.draft, self.items = merger, draft, items
         self.outer = merger.outer if use_outer else PLAIN
@@ -206,12 +221,21 @@ class _Step:
         if merger.vectors:
             self.new_state[STEPS] = torch.tensor([self.steps])
         self.memory = self.state.get(MEMORY)
+        self.turn: Turn | None = None
+        if merger.half is not None and self.moves and items:
+            half = merger.half
+            works = [Work(u.id, u.client, w, said(half, u.payload)) for u, w in items]
+            self.turn = half.begin(works, base.facts.numbers, known)
         self.plan = self._plan(base)
         self.memorises = self.moves and self.plan.remembers
 
     def _plan(self, base: Version) -> Plan:
         merger, items = self.merger, self.items
-        sources = [Source(u.id, u.payload.decoder("trainable"), w) for u, w in items]
+        scales = self.turn.scales if self.turn is not None else None
+        sources = [
+            Source(u.id, scaled(u.payload.decoder("trainable"), scales[i] if scales else 1.0), w)
+            for i, (u, w) in enumerate(items)
+        ]
         count = merger.manifest.counts["trainable"]
         if merger.privacy is None:
             return plan(merger.aggregator, sources, merger.crew, count, self.memory)
@@ -243,12 +267,18 @@ class _Step:
             self.draft.write_outer(MEMORY, lo, delta)
         if self.plan.damping != 1:
             delta.mul_(self.plan.damping)
+        state = self._keep_state(lo, hi, area, write=not self.moves)
+        if self.turn is not None:
+            sums = {
+                name: self._sum(name, weights, lo, hi, area)
+                for name, weights in self.turn.sums.items()
+            }
+            self.turn.tile(anchor, delta, sums, state)
         square = _squared_norm(delta)
         if not math.isfinite(square):
             if not all_finite(delta):
                 raise NotFiniteError
             square = float(delta.double().square().sum())  # squares beyond float32
-        state = self._keep_state(lo, hi, area, write=not self.moves)
         self.outer.kernel(anchor, delta, state, self.steps, out)
         if not all_finite(out) or not all(all_finite(v) for v in state.values()):
             raise NotFiniteError
@@ -259,6 +289,15 @@ class _Step:
                 self.draft.write_outer(name, lo, values)
         return square
 
+    def _sum(self, section: str, weights: Sequence[float], lo: int, hi: int, area: Area) -> Tensor:
+        """A weighted sum over a section of the updates, of those whose weight is not 0."""
+        total = scratch(area, f"sum of {section}", hi - lo).zero_()
+        spare = scratch(area, "decoded", hi - lo)
+        for (update, _), weight in zip(self.items, weights, strict=True):
+            if weight:
+                total.add_(update.payload.decoder(section)(lo, hi, spare), alpha=weight)
+        return total
+
     def _keep_state(self, lo: int, hi: int, area: Area, write: bool = True) -> dict[str, Tensor]:
         """The old state's tile in scratch, to be changed there; written on as it is if `write`.
 
@@ -268,7 +307,9 @@ class _Step:
             none = scratch(area, MEMORY, hi - lo).zero_()
             self.draft.write_outer(MEMORY, lo, none if self.memory is None else self.memory[lo:hi])
         tiles = {}
-        for name, at_first in self.merger.outer.vectors.items():
+        half = self.merger.half
+        vectors = {**self.merger.outer.vectors, **dict.fromkeys(half.vectors if half else (), 0.0)}
+        for name, at_first in vectors.items():
             tiles[name] = scratch(area, name, hi - lo)
             if name in self.state:
                 tiles[name].copy_(self.state[name][lo:hi])
@@ -277,6 +318,18 @@ class _Step:
             if write:
                 self.draft.write_outer(name, lo, tiles[name])
         return tiles
+
+
+def said(half: Half, payload: Payload) -> dict[str, float]:
+    """The numbers that an update brought."""
+    return dict(zip(half.says, payload.read(EXTRA + SAID).tolist(), strict=True))
+
+
+def scaled(decoder: Decoder, by: float) -> Decoder:
+    """The same, each value times `by`."""
+    if by == 1:
+        return decoder
+    return lambda lo, hi, out: torch.mul(decoder(lo, hi, out), by, out=out[: hi - lo])
 
 
 def _culprits(manifest: Manifest, items: Sequence[Item]) -> dict[str, str]:

@@ -27,7 +27,8 @@ def run_options(command: F) -> F:
                      help="sgd, momentum, nesterov, adam, yogi, adagrad, e.g. nesterov:lr=0.7. "
                      "See `fl-server outers`."),
         click.option("--local", "algorithm", default="plain", show_default=True,
-                     help="Local algorithm: plain, fedprox:mu=0.1. See `fl-server locals`."),
+                     help="Local algorithm: plain, fedprox:mu=0.1, scaffold-m, ... "
+                     "See `fl-server locals`."),
         click.option("--model", default="mlp", show_default=True,
                      help="mlp, cnn, resnet18, charlm, linear, or MODULE:OBJECT."),
         click.option("--data", default="digits", show_default=True,

@@ -88,6 +88,7 @@ class Merge:
     model: str
     outer: bool
     clients: Mapping[str, str] = field(default_factory=dict)  # update id -> whose it is
+    known: int = field(default=0, compare=False)  # clients that have ever been in the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,7 @@ class Run:
     published: int = 0  # newest version whose bytes exist
     made: int = 0  # orders given so far
     members: set[str] = field(default_factory=set)
+    met: set[str] = field(default_factory=set)  # all who have ever been members
     open: dict[str, Order] = field(default_factory=dict)  # client -> its open order
     former: dict[str, list[Order]] = field(default_factory=dict)  # closed without a result
     held: dict[str, Held] = field(default_factory=dict)  # update id -> undecided update
@@ -190,6 +192,7 @@ class Run:
             case ClientJoined(client, _):
                 assert client not in self.members, f"{client} joined twice"
                 self.members.add(client)
+                self.met.add(client)
             case ClientLeft(client, _):
                 assert client in self.members, f"{client} left without having joined"
                 self.members.discard(client)
@@ -293,7 +296,7 @@ class Run:
         if len(self.merging[self.version]) != len(items):
             raise StrategyError(f"Aggregate: an update stands twice in {items}")
         clients = {update: held.client for update, held in self.merging[self.version].items()}
-        out.append(Merge(self.version, items, model, outer, clients))
+        out.append(Merge(self.version, items, model, outer, clients, len(self.met)))
 
     def _ask(self, client: str, then: Then, effects: list[Effect]) -> None:
         order = self.open.get(client)

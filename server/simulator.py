@@ -150,7 +150,7 @@ class Simulator:
         if isinstance(effect, Tell):  # the most frequent two come first
             update = effect.outcome.update
             self.run.acknowledge(effect.client, update)
-            self.learning.forget(update)
+            self.learning.forget(update, effect.outcome.fate)
             self._bases.pop(update, None)
         elif isinstance(effect, Deliver):
             self.learning.given(effect.order)

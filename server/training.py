@@ -9,16 +9,21 @@ of a real run: same trainer, same batches, same bytes, same merge.
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Self, cast
 
+import torch
 from torch import Tensor
 
 from atoll.aggregation.aggregator import Aggregator, aggregator
+from atoll.aggregation.half import extras_of, told
 from atoll.aggregation.noise import KEY, derived
 from atoll.aggregation.outer import Outer, outer
+from atoll.client.algorithm import LocalAlgorithm, local_algorithm
 from atoll.client.data import Data, Indices, load_data
+from atoll.client.keep import Keep, Named, life_of
 from atoll.client.local import LocalConfig, trainer_on
 from atoll.client.localdp import LocalDP
 from atoll.client.localdp import local_dp as own_noise
@@ -31,7 +36,7 @@ from atoll.protocols import tensors
 from atoll.protocols.codecs import Codec, Fp32
 from atoll.protocols.codecspec import ErrorFeedback, parse
 from atoll.protocols.events import Merged
-from atoll.protocols.manifest import TRAVELLING, Group, Manifest
+from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.tensors import Payload
 from atoll.server.accountant import Sampling
 from atoll.server.attack import Attack
@@ -41,7 +46,7 @@ from atoll.server.dp import central_dp
 from atoll.server.learning import Worked
 from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
 from atoll.server.privacy import Privacy
-from atoll.server.run import FORMER, Merge, Order
+from atoll.server.run import FORMER, Fate, Merge, Order
 from atoll.server.versions import VersionStore
 
 Factory = Callable[[str], Trainer]  # of a client's name
@@ -72,8 +77,12 @@ class Training:
         attacks: Mapping[str, Attack] | None = None,
         privacy: Privacy | None = None,
         local_dp: LocalDP | None = None,
+        algorithm: LocalAlgorithm | None = None,
         seed: int = 0,
     ) -> None:
+        """`algorithm`: the trainers', for its half on the server and the state of the clients, who
+        have their names and `seed` for their states' lives."""
+        half = algorithm.server_half() if algorithm is not None else None
         self.manifest = manifest
         self._crew, self._judge = crew or Together(factory), judge
         self._examples, self._attacks = examples or {}, attacks or {}
@@ -82,7 +91,15 @@ class Training:
         self._sent: dict[str, str] = {}  # update not known to be used -> its client
         self._private, self._key = local_dp, simulated_key(seed)
         self._noisy: dict[str, int] = {}  # client -> updates with noise of its own
-        self._merger = Merger(manifest, aggregator, outer, buffers, 1, privacy=privacy)
+        self._merger = Merger(manifest, aggregator, outer, buffers, 1, privacy=privacy, half=half)
+        self._count = manifest.counts["trainable"]
+        self._extras = extras_of(half, self._count)
+        self._rules = algorithm.rules if algorithm is not None else {}
+        self._keeps: dict[str, Keep] = {}  # private state of each client
+        self._found: dict[str, dict[str, Named]] = {}  # order -> that state as it found it
+        self._of: dict[str, str] = {}  # undecided update -> its client
+        self._seed = seed
+        self._says = half.says if half is not None else ()
         with tempfile.TemporaryDirectory() as folder:  # never used: every version is a small one
             self._versions = VersionStore(Path(folder), manifest, memory_limit=1 << 62)
         self._newest = self._versions.initial(initial)
@@ -138,6 +155,7 @@ class Training:
             codec=tensors.codec_for(judge.manifest, chain), attacks=hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
+            algorithm=local_algorithm(algorithm),
         )  # fmt: skip
 
     @classmethod
@@ -183,19 +201,22 @@ class Training:
     def given(self, order: Order) -> None:
         orders = self._orders.setdefault(order.client, {})
         orders[order.id] = order.version
+        self._found[order.id] = self._state_of(order.client)
         while len(orders) > FORMER + 1:  # the run has forgotten older ones
             self._crew.forget(old := next(iter(orders)))
-            del orders[old]
+            del orders[old], self._found[old]
         self._crew.begin(self._job(order, order.steps), partial(self._start, order.version))
 
     def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:
         base = self._versions.open(order.version)
         trained = self._crew.trained(self._job(order, steps), base.tensors)
+        self._keep(client).hold(update, trained.state)
+        self._of[update] = client
         if final:
             self._done[client] = self._done.get(client, 0) + trained.steps
-            del self._orders[client][order.id]
+            del self._orders[client][order.id], self._found[order.id]
         private, metrics = self._private, dict(trained.metrics)
-        groups: dict[Group, Tensor] = {
+        groups: dict[str, Tensor] = {
             group: tensors.flatten(self.manifest, trained.tensors, group)
             if private is None
             else base.flat(group)
@@ -210,9 +231,10 @@ class Training:
             metrics = {"epsilon": private.cost(self._noisy[client])}
         if client in self._attacks:
             groups["trainable"] = self._attacks[client].on_delta(groups["trainable"])
+        groups |= tensors.extra_groups(self._extras.up, trained.extras, trained.said, self._says)
         state = self._states.get(client, {})
         sender = feedbacks.Sender(self._codec, self._rule if final else None, state)
-        sections, view = tensors.pack(self.manifest, groups, sender)
+        sections, view = tensors.pack(self.manifest, groups, sender, extras=self._extras.up)
         if final:  # a snapshot's work comes again with the whole
             self._states[client], self._sent[update] = sender.after, client
         self._held[update] = UpdateBytes(update, Payload(sections, view, self._codec), client)
@@ -222,7 +244,18 @@ class Training:
 
     def _job(self, order: Order, steps: int) -> Job:
         done = self._done.get(order.client, 0)
-        return Job(order.id, order.client, order.version, steps, done, order.extra)
+        job = Job(order.id, order.client, order.version, steps, done, order.extra)
+        if self._merger.half is None and not self._rules:
+            return job
+        base, zero = self._versions.open(order.version), torch.zeros(self._count)
+        return replace(
+            job,
+            extra={**told(base.facts.numbers), **order.extra},
+            extras={name: base.outer.get(name, zero) for name in self._extras.down},
+            state=self._found[order.id],
+            latest=self._state_of(order.client),
+            life=self._keep(order.client).life,
+        )
 
     def _start(self, version: int) -> dict[str, Tensor]:
         return self._versions.open(version).tensors()
@@ -231,7 +264,7 @@ class Training:
         base = self._newest
         items = [(self._held[update], weight) for update, weight in merge.items]
         draft = self._versions.draft(merge.version, base.number, self._merger.vectors)
-        made = self._merger.merge(base, draft, items, merge.outer)
+        made = self._merger.merge(base, draft, items, merge.outer, merge.known)
         self._newest = draft.seal(merge.items)
         for update in made.used:
             self._sent.pop(update, None)
@@ -253,11 +286,26 @@ class Training:
         self._judge.load(self._versions.open(version).tensors())
         return dict(self._judge.evaluate())
 
-    def forget(self, update: str) -> None:
-        held, client = self._held.pop(update, None), self._sent.pop(update, None)
-        if held is not None and client is not None:  # it was not used
+    def forget(self, update: str, fate: Fate) -> None:
+        held, client = self._held.pop(update, None), self._of.pop(update, None)
+        if held is not None and client is not None:
+            self._keeps[client].settle(update, fate, held.payload.read)
+        if self._sent.pop(update, None) is not None and held is not None:  # it was not used
             payload = held.payload.section("trainable")
-            self._states[client] = feedbacks.restore(self._codec, self._states[client], payload)
+            self._states[held.client] = feedbacks.restore(
+                self._codec, self._states[held.client], payload
+            )
+
+    def _keep(self, client: str) -> Keep:
+        if client not in self._keeps:
+            keep = self._keeps[client] = Keep(None, life_of(self._seed, client))
+            for kind, rule in self._rules.items():
+                keep.register(kind, rule)
+        return self._keeps[client]
+
+    def _state_of(self, client: str) -> dict[str, Named]:
+        """Private state as it is now."""
+        return {kind: self._keep(client).now(kind) for kind in self._rules}
 
     def kept(self, client: str) -> Tensor | None:
         """What the codec of `client` has left out so far; None: nothing, or it is not kept."""
@@ -266,6 +314,8 @@ class Training:
     def sizes(self) -> tuple[int, int]:
         """Bytes of an update and of a model."""
         up, down = (tensors.sections_of(self.manifest, way) for way in (self._codec, Fp32()))
+        up += tensors.extra_sections(self._extras.up)
+        down += tensors.extra_sections(self._extras.down)
         return sum(s.length for s in up), sum(s.length for s in down)
 
     def save(self, path: Path) -> Path:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from atoll.protocols.blobs import INLINE, Blob, BlobInfo
 from atoll.protocols.codecs import TILE, Codec, all_finite, as_bytes
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
-from atoll.protocols.tensors import dtype_of, pack, place, sections_of
+from atoll.protocols.tensors import dtype_of, extra_sections, pack, place, sections_of
 from atoll.server.draft import (
     FACTS,
     FP32,
@@ -52,6 +52,8 @@ from atoll.server.regions import (
     sync,
     write_file,
 )
+
+EXTRA = "extra"  # names the blob of what travels beside the model
 
 
 class VersionStore:
@@ -276,6 +278,31 @@ class VersionStore:
                 found = version.blobs[codec.name] = self._encode(version, codec)
             return found
 
+    def extras(self, version: Version, names: Sequence[str]) -> Blob:
+        """The version's vectors of these names as they travel beside the model, once for all;
+        what it does not have yet is zeros."""
+        with version.lock:
+            found = version.blobs.get(EXTRA)
+            if found is None:
+                found = version.blobs[EXTRA] = self._encode_extras(version, names)
+            return found
+
+    def _encode_extras(self, version: Version, names: Sequence[str]) -> Blob:
+        count = self.manifest.counts["trainable"]
+        sections = extra_sections(dict.fromkeys(names, count))
+        size = sum(s.length for s in sections)
+        with disk(version.folder):
+            region = self._blob_region(version, EXTRA, size)
+            for place, name in enumerate(names):
+                vector = version.outer.get(name)
+                for lo in range(0, count, TILE):
+                    hi = min(lo + TILE, count)
+                    tile = torch.zeros(hi - lo) if vector is None else vector[lo:hi]
+                    region.write(4 * (place * count + lo), as_bytes(tile))
+            sealed = region.seal()
+        name = f"v{version.number}/{EXTRA}"
+        return Blob(BlobInfo(name, size, sealed.sha256, sections), sealed.view, sealed.crcs)
+
     def _encode(self, version: Version, codec: Codec) -> Blob:
         name = f"v{version.number}/{codec.name}"
         if codec.name == "fp32":
@@ -284,15 +311,15 @@ class VersionStore:
         sections = sections_of(self.manifest, codec)
         size = sum(s.length for s in sections)
         with disk(version.folder):
-            region = self._blob_region(version, codec, size)
+            region = self._blob_region(version, codec.name, size)
             pack(self.manifest, {g: version.flat(g) for g in TRAVELLING}, codec, region.whole())
             sealed = region.seal()
         return Blob(BlobInfo(name, size, sealed.sha256, sections), sealed.view, sealed.crcs)
 
-    def _blob_region(self, version: Version, codec: Codec, size: int) -> Region:
+    def _blob_region(self, version: Version, name: str, size: int) -> Region:
         if size <= self.shelf.memory_limit or not version.on_disk:
             return MemoryRegion(size, sha=True)
-        path = version.folder / f"{re.sub('[^a-z0-9.]', '_', codec.name)}.bin"
+        path = version.folder / f"{re.sub('[^a-z0-9.]', '_', name)}.bin"
         path.unlink(missing_ok=True)
         return FileRegion(path, b"", size, sha=True)
 

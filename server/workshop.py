@@ -9,6 +9,7 @@ import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
+from atoll.aggregation.half import extras_of
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
@@ -52,6 +53,7 @@ class Workshop:
         self.uploads = uploads
         self.codecs = codecs  # an update is read by the one that packed it
         self.keep = keep
+        self.extras = extras_of(merger.half, store.manifest.counts["trainable"])
         self.infos: dict[str, BlobInfo] = {}  # of every update whose bytes are kept
         self.stock = Stock()
         self.best: int | None = None  # version to keep besides the newest
@@ -70,13 +72,12 @@ class Workshop:
                 dropped.append((update, "its bytes are lost"))
                 continue
             sections = self.infos[update].sections
-            packed = self.codecs.of(sections)
-            payload = parse(self.store.manifest, sections, stored.view(), packed, "update")
-            client = merge.clients.get(update, "")
-            items.append((UpdateBytes(update, payload, client), weight))
+            manifest, packed, extras = self.store.manifest, self.codecs.of(sections), self.extras.up
+            payload = parse(manifest, sections, stored.view(), packed, "update", extras)
+            items.append((UpdateBytes(update, payload, merge.clients.get(update, "")), weight))
         draft = self.store.draft(merge.version, base.number, self.merger.vectors)
         try:
-            stats = self.merger.merge(base, draft, items, merge.outer)
+            stats = self.merger.merge(base, draft, items, merge.outer, merge.known)
             draft.seal(inputs=merge.items)
         except BaseException:
             draft.abandon()

@@ -86,7 +86,7 @@ def packed(
     data = bytearray(sum(s.length for s in sections))
     groups = {g: tensors.flatten(manifest, values, g) for g in ("trainable", "buffers_float")}
     flat = {**groups, "buffers_other": tensors.flatten(manifest, values, "buffers_other")}
-    tensors.pack(manifest, flat, chosen, memoryview(data))  # type: ignore[arg-type]
+    tensors.pack(manifest, flat, chosen, memoryview(data))
     digest = hashlib.sha256(data).digest()
     return BlobInfo(f"v3/{down}", len(data), digest, sections), bytes(data)
 

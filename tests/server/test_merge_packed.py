@@ -30,7 +30,7 @@ def delta(seed: int) -> Tensor:
 
 def update(seed: int, how: Codec) -> UpdateBytes:
     groups = {"trainable": delta(seed), "buffers_float": torch.full((3,), 2.0 + seed)}
-    sections, view = pack(MANIFEST, groups, how)  # type: ignore[arg-type]
+    sections, view = pack(MANIFEST, groups, how)
     return UpdateBytes(f"u{seed}", parse(MANIFEST, sections, view, how, "update"))
 
 

@@ -1,0 +1,139 @@
+"""SCAFFOLD, SCAFFOLD-M and SCAFFOLD-M-VR: each client corrects its drift by its control variate.
+
+Karimireddy et al. 2020, https://arxiv.org/abs/1910.06378; with momentum and variance reduction:
+Cheng, Huang, Wu, Yuan, ICLR 2024, https://arxiv.org/abs/2306.16504. c_i is the client's mean raw
+gradient of the last order that was used, c its mean over all clients, g as in `momentum.py`:
+
+    SCAFFOLD         d = G(y) + (c - c_i)
+    SCAFFOLD-M       d = beta (G(y) + (c - c_i)) + (1 - beta) g
+    SCAFFOLD-M-VR    d = G(y) + beta (c - c_i) + (1 - beta) (g - G(x_prev))
+
+After the order c_i + dc is the mean of its G(y); the client takes it when it hears that the update
+was used and the server could count it (`atoll.aggregation.control`, whose rule this repeats).
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from atoll.aggregation.control import CHANGE, CONTROL, Control
+from atoll.aggregation.direction import DIRECTION
+from atoll.aggregation.half import Half
+from atoll.client.algorithm import Again, Measured, Params, flat_like
+from atoll.client.keep import Named, Rule, Sent, added
+from atoll.client.momentum import Steering, former, gradients, recursive
+from atoll.client.trainer import Task
+
+KIND = "control"
+
+
+class Variate(Rule):
+    """c_i, the number of changes in it, and the epoch in which it is worth something."""
+
+    def used(self, held: Named, pending: Named, sent: Sent) -> Named:
+        epoch, commits = standing(held, int(pending["epoch"]))
+        if (epoch, commits) != (int(pending["epoch"]), int(pending["commits"])):
+            return held  # it rests on a state that the server did not know either
+        c = added(held["c"] if commits else None, sent(f"extra:{CHANGE}"))
+        return {"c": c, "commits": torch.tensor(commits + 1), "epoch": torch.tensor(epoch)}
+
+
+def standing(held: Named, epoch: int) -> tuple[int, int]:
+    """(epoch, changes) of a state as one of `epoch` sees it: those of a former epoch are void."""
+    own = int(held["epoch"]) if held else 0
+    return (epoch, 0) if own < epoch else (own, int(held["commits"]) if held else 0)
+
+
+def variate(held: Named, epoch: int) -> Tensor | None:
+    """c_i in that epoch; None: it is 0."""
+    return held["c"] if held and standing(held, epoch)[1] else None
+
+
+class Scaffold(Steering):
+    """Control variates against drift: for clients that hold unlike data, any participation."""
+
+    momentum: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"plain_sgd", "client_state", "weighted_sum"})
+    gives: ClassVar[frozenset[str]] = frozenset({"control_variates"})
+
+    def __init__(self) -> None:
+        self.mix(beta=1)
+        self._sum: list[Tensor] = []  # of raw gradients
+
+    @property
+    def rules(self) -> Mapping[str, Rule]:
+        return {KIND: Variate()}
+
+    def server_half(self) -> Half:
+        return Control(momentum=self.momentum)
+
+    def before_order(self, params: Params, task: Task) -> None:
+        super().before_order(params, task)
+        self._sum = [torch.zeros_like(p, dtype=torch.float32) for p in params.values()]
+
+    def fixed(self, task: Task) -> Tensor:
+        mine = variate(task.state(KIND), epoch_of(task))
+        correction = task.vector(CONTROL) if mine is None else task.vector(CONTROL) - mine
+        if not self.momentum:
+            return correction
+        return correction * self._beta + task.vector(DIRECTION) * (1 - self._beta)
+
+    def transform_grad(self, params: Params, again: Again) -> None:
+        torch._foreach_add_(self._sum, gradients(params))
+        super().transform_grad(params, again)
+
+    def measure(self, params: Params, task: Task, steps: int, lr: float) -> Measured:
+        """dc rests on the state as it is now: an outcome may have come while it was training."""
+        held = task.latest(KIND)
+        epoch, commits = standing(held, epoch_of(task))
+        mean = flat_like(self._sum) / max(1, steps)
+        mine = variate(held, epoch)
+        return Measured(
+            extras={CHANGE: mean if mine is None else mean - mine},
+            said={
+                "steps": float(steps), "lr": lr, "life": float(task.life),
+                "epoch": float(epoch), "commits": float(commits),
+            },
+            state={KIND: {"epoch": torch.tensor(epoch), "commits": torch.tensor(commits)}},
+        )  # fmt: skip
+
+
+class ScaffoldM(Scaffold):
+    """SCAFFOLD with momentum over rounds: holds at large local steps and low participation."""
+
+    momentum: ClassVar[bool] = True
+    gives: ClassVar[frozenset[str]] = frozenset({"control_variates", "server_momentum"})
+
+    def __init__(self, beta: float = 0.1, warm: bool = False) -> None:
+        super().__init__()
+        self.mix(beta, warm)
+
+
+class ScaffoldMVR(ScaffoldM):
+    """Experimental: SCAFFOLD-M with variance reduction, which diverges unless steps are small."""
+
+    reevaluates: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"plain_sgd", "client_state", "weighted_sum", "rounds"}
+    )
+
+    def __init__(self, beta: float = 0.1, warm: bool = False) -> None:
+        super().__init__(beta, warm)
+        self._former: list[Tensor] = []
+
+    def server_half(self) -> Half:
+        return Control(momentum=True, former=True)
+
+    def before_order(self, params: Params, task: Task) -> None:
+        super().before_order(params, task)
+        self._former = former(params, task) if self._beta != 1 else []
+
+    def transform_grad(self, params: Params, again: Again) -> None:
+        torch._foreach_add_(self._sum, gradients(params))
+        recursive(params, again, self._former, self._beta, self._fixed)
+
+
+def epoch_of(task: Task) -> int:
+    return int(task.extra.get("epoch", 0))
