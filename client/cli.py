@@ -101,6 +101,7 @@ def start(
     if stop_with_stdin:
         orphan.stop_with_stdin()
     _check_address(address)
+    _check_seconds("--patience", patience)
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
     logging.basicConfig(
         level=level if console.verbosity() else logging.WARNING,
@@ -150,6 +151,7 @@ def start(
 @console.json_option
 def bench(model: str, data: str, trainer: str, device: str, seconds: float, as_json: bool) -> None:
     """Measure this machine: steps per second, and how fast a model is packed."""
+    _check_seconds("--seconds", seconds)
     from atoll.client.bench import bench as measure
 
     found = measure(_offline(model, data, trainer, device), seconds)
@@ -218,8 +220,13 @@ def _offline(model: str, data: str, trainer: str, device: str):  # type: ignore[
 
 def _check_address(address: str) -> None:
     host, colon, port = address.rpartition(":")
-    if not host or not colon or not port.isdecimal():
+    if not host or not colon or not port.isdecimal() or not 0 < int(port) <= 65535:
         raise UsageError("FL-S108", f"address {address!r}", "give HOST:PORT, e.g. 127.0.0.1:7447")
+
+
+def _check_seconds(option: str, seconds: float | None) -> None:
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise UsageError("FL-S108", f"{option} {seconds}", "give seconds above 0")
 
 
 def _client_name(name: str) -> str:

@@ -141,7 +141,7 @@ def _check(spec: "DemoSpec", run: "RunSpec", lr: float | None) -> None:
     from atoll.server.check import check, check_clients, check_partition
     from atoll.server.rules import Rules
 
-    check_numbers({"lr": lr})
+    check_numbers({"lr": lr, "seed": spec.seed})
     Rules(target=spec.target)
     check_partition(spec.partition)
     check_clients(run)

@@ -11,7 +11,7 @@ import click
 from atoll.protocols import console
 from atoll.protocols.errors import UsageError
 from atoll.protocols.events import Action, Evaluated, Event, Merged
-from atoll.server.options import rules_of, run_options, spec_of
+from atoll.server.options import check_numbers, make_folder, rules_of, run_options, spec_of
 
 if TYPE_CHECKING:
     from atoll.server.simulation import Simulation
@@ -86,6 +86,7 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
     from atoll.server.check import check, check_clients, made_of, mixed, strategy_of
     from atoll.server.simulator import simulate as run
 
+    check_numbers({"until": until, "lease": lease})
     spec, rules = spec_of(given), rules_of(given)
     if given["null"] and rules.target is not None:
         raise UsageError("FL-S104", "--null evaluates nothing", "drop --target-accuracy or --null")
@@ -96,6 +97,8 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
     if not given["null"]:
         for warning in mixed(spec, len(clients), made_of(spec)):
             console.say(f"warning: {warning}")
+    if out is not None:
+        make_folder(out)
     began = time.monotonic()
     learning = None if given["null"] else training_of(spec, clients, given)
     up, down = _sizes(spec, learning, given)
@@ -310,7 +313,6 @@ def written(
     from atoll.server import plots
     from atoll.server.history import History, line
 
-    out.mkdir(parents=True, exist_ok=True)
     history, title = History.of(found.history), f"{spec.data.split(':')[0]}, {spec.strategy}"
     files = {"history": out / "history.jsonl"}
     files["history"].write_text("".join(map(line, found.history)))

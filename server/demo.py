@@ -18,11 +18,13 @@ from atoll.protocols.errors import AtollError, ServerError, UsageError
 from atoll.server.children import MAX_RESTARTS, Child
 from atoll.server.history import History, Row, line
 from atoll.server.live import ClientView, Live, LiveView, view
+from atoll.server.options import make_folder
 
 # Exit codes of a client that would fail the same way again: bad configuration, a mismatch, refused.
 HOPELESS = (2, 3, 64, 76, 77, 78)
 POLL = 0.1  # seconds between two looks at the processes and the history
 ASK = 0.3  # seconds between two questions to the server
+SLOWEST = 0.001  # speed: a step takes almost a minute then
 STEP = 0.05  # seconds a step takes at speed 1: slow enough that a person can watch
 
 
@@ -55,8 +57,10 @@ class DemoSpec:
             )
         if not self.timeout > 0:
             raise UsageError("FL-S108", f"--timeout {self.timeout}", "give seconds above 0")
-        if not all(0 < s < float("inf") for s in self.speeds):
-            raise UsageError("FL-S108", f"--speeds {self.speeds}", "speeds are above 0")
+        if not all(SLOWEST <= s <= 1 / SLOWEST for s in self.speeds):
+            told = ",".join(f"{s:g}" for s in self.speeds)
+            hint = f"speeds are from {SLOWEST:g} to {1 / SLOWEST:g}"
+            raise UsageError("FL-S108", f"--speeds {told}", hint)
 
 
 @dataclass
@@ -85,12 +89,7 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         spec = self.spec
-        try:
-            spec.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                "FL-S108", f"--out {spec.out}: {error.strerror}", "give a folder that can be made"
-            ) from error
+        make_folder(spec.out)
         for left in (self.state, self.logs, spec.out / "clients"):
             shutil.rmtree(left, ignore_errors=True)  # of an earlier demo in the same folder
         with self._processes():
@@ -262,6 +261,9 @@ class Demo:
 
         spec, out = self.spec, self.spec.out
         if not self.history.rows:
+            if not self.interrupted:
+                what = f"nothing happened within {spec.timeout:g} s"
+                raise ServerError("FL-S205", what, "give more --timeout")
             raise ServerError("FL-S208", "interrupted before anything happened", "start it again")
         title = f"{spec.data.split(':')[0]}, {spec.strategy}, {spec.partition}"
         files = {

@@ -1,6 +1,7 @@
 """Options: what a run is, as said on a command line; the same for a real and a simulated one."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -122,12 +123,26 @@ def check_numbers(given: Mapping[str, Any]) -> None:
         "lease": (lambda v: 0 < v < float("inf"), "seconds above 0"),
         "save_every": (lambda v: v >= 1, "at least 1"),
         "keep": (lambda v: v >= 1, "at least 1"),
+        "seed": (lambda v: 0 <= v < 1 << 63, "a whole number from 0"),
+        "until": (lambda v: v > 0, "virtual seconds above 0"),
+        "threads": (lambda v: v >= 1, "at least 1"),
+        "evaluate_every": (lambda v: v >= 1, "at least 1"),
         "most_examples": (lambda v: v >= 0, "at least 1, or 0 for no bound"),
     }
     for name, (holds, want) in limits.items():
         value = given.get(name)
         if value is not None and not holds(value):
             raise UsageError("FL-S102", f"--{name.replace('_', '-')} {value}", f"give {want}")
+
+
+def make_folder(out: Path) -> None:
+    """UsageError FL-S108 where it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            "FL-S108", f"--out {out}: {error.strerror}", "give a folder that can be made"
+        ) from error
 
 
 def data_of(text: str) -> str:

@@ -18,3 +18,27 @@ def test_enrolment_says_that_it_is_to_come(capsys: pytest.CaptureFixture[str]) -
     code, error = failure(capsys, "join", "an-invite")
     assert (code, error["code"]) == (2, "FL-C106")
     assert error["hint"] == "until then: fl-client start ADDRESS"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("start", "127.0.0.1:99999"),  # gRPC takes the low 16 bits, and calls on a stranger
+        ("start", "127.0.0.1:0"),
+        ("start", ":7447"),
+        ("start", "localhost"),
+        ("start", "127.0.0.1:7447", "--patience", "nan"),
+        ("start", "127.0.0.1:7447", "--patience", "-1"),
+        ("bench", "--seconds", "nan"),
+        ("bench", "--seconds", "-1"),
+        ("bench", "--seconds", "inf"),
+        ("test", "--run", "127.0.0.1:99999"),
+    ],
+    ids=" ".join,
+)
+def test_what_nobody_can_mean_is_refused(
+    given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, error = failure(capsys, *given)
+    assert (code, error["code"]) == (2, "FL-S108")
+    assert given[-1] in error["message"]

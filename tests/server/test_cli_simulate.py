@@ -55,6 +55,34 @@ def test_clients_train_with_a_trainer_of_ones_own(
     assert again["hash"] == told["hash"]
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ("--seed", "-1"),
+        ("--seed", "99999999999999999999"),
+        ("--until", "nan"),  # it never ended
+        ("--until", "-1"),
+        ("--lease", "nan"),
+        ("--lease", "-1"),
+        ("--threads", "0"),
+        ("--evaluate-every", "-1"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_nobody_can_mean_is_refused(capsys: Capsys, bad: tuple[str, str]) -> None:
+    error = simulated(capsys, "--null", *bad, code=78)
+    assert error["code"] == "FL-S102"
+    assert error["message"].startswith(bad[0])
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_run(
+    capsys: Capsys, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert simulated(capsys, *NULL, "--out", str(out), code=2)["code"] == "FL-S108"
+
+
 def test_clients_of_ours_need_data(capsys: Capsys) -> None:
     assert simulated(capsys, "--data", "none", code=78)["code"] == "FL-S104"
     assert simulated(capsys, *NULL, "--data", "none")["versions"] == 50

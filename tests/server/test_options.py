@@ -48,6 +48,10 @@ def test_a_number_that_makes_no_sense_is_named_with_its_remedy(
         (("--codec", "up=fp31"), "FL-S101"),
         (("--data", "none"), "FL-S104"),
         (("--trainer", "no_such_module:Mine"), "FL-S103"),
+        (("--seed", "-1"), "FL-S102"),
+        (("--speeds", "1,1,1,1e-300"), "FL-S108"),
+        (("--timeout", "nan"), "FL-S108"),
+        (("--clients", "0"), "FL-S108"),
     ],
 )
 def test_a_demo_checks_before_it_speaks(
