@@ -34,8 +34,8 @@ class RandomK:
         self,
         fraction: float = 0.01,  # that is sent; 1 / fraction is rounded to a whole number
         bits: int = 16,  # a value: 16 or 32
-        seed: int = 0,
-        unbiased: bool = True,
+        seed: int = 0,  # the same on both sides: it is part of the codec's name
+        unbiased: bool = True,  # a value stands for its run; with +ef for itself, whatever is given
     ) -> None:
         self.fraction = fraction_of("randomk", fraction)
         self.every = round(1 / self.fraction)
