@@ -8,10 +8,11 @@ with the same weights give the same bits.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Protocol, TypeGuard
+from typing import ClassVar, Literal, Protocol, Self, TypeGuard
 
 from torch import Tensor
 
+from atoll.aggregation.proxy import Proxy
 from atoll.aggregation.stack import Stack
 from atoll.protocols import slots
 from atoll.protocols.errors import UsageError
@@ -26,6 +27,7 @@ BUILTIN: Mapping[str, str] = {
     "geometric-median": "atoll.aggregation.rfa:GeometricMedian",
     "centered-clipping": "atoll.aggregation.centered_clipping:CenteredClipping",
     "norm-clipping": "atoll.aggregation.norm_clipping:NormClipping",
+    "fedlaw": "atoll.aggregation.fedlaw:FedLaw",
 }
 
 
@@ -33,8 +35,11 @@ class SumAggregator(Protocol):
     """`algebra = "sum"`: an update is folded in and forgotten. Weights are the strategy's, raw."""
 
     algebra: ClassVar[Literal["sum"]]
-    needs: ClassVar[frozenset[str]]  # what else it wants: "proxy_data"
     private: ClassVar[bool]  # True: works without seeing single updates (secure aggregation)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What else it wants; nothing, in general."""
 
     def add(self, total: Tensor, delta: Tensor, weight: float, *, first: bool) -> None:
         """Fold `delta` into `total`, in place; `first`: `total` holds nothing yet."""
@@ -51,8 +56,11 @@ class SetAggregator(Protocol):
     """
 
     algebra: ClassVar[Literal["set"]]
-    needs: ClassVar[frozenset[str]]
     private: ClassVar[bool]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What else it wants: see `atoll.protocols.facts`."""
 
     @property
     def min_results(self) -> int:
@@ -73,6 +81,8 @@ class StackRule(SetAggregator, Protocol):
 
     May have `memory = True`: the result of the last merge (zeros at first), before damping, is one
     more row of the stack, after the updates. It lies in each version, beside the outer state.
+    May have `anchored = True`: the model that is merged into is the last row of the stack (FedLAW).
+    May answer with `stack.Reported`, and its `stats` and `rows` are told.
     """
 
     def coefficients(self, stack: Stack, weights: Sequence[float]) -> Sequence[float]:
@@ -95,6 +105,33 @@ def by_tiles(rule: SetAggregator) -> TypeGuard[TileRule]:
 def remembers(rule: Aggregator) -> bool:
     """Whether the last merge's result is one more row of its stack."""
     return bool(getattr(rule, "memory", False))
+
+
+def anchored(rule: Aggregator) -> bool:
+    """Whether the model itself is the last row of its stack."""
+    return bool(getattr(rule, "anchored", False))
+
+
+class Learner(StackRule, Protocol):
+    """A rule that learns by examples of the server's own.
+
+    Once it has them, its `proxy` is told the new model's buffers before a merge and, where
+    `buffers` is "recompute", asked for its BatchNorm statistics after it.
+    """
+
+    proxy: Proxy | None
+    buffers: str
+
+    @property
+    def learns(self) -> bool:
+        """Whether proxy data are of use to it as it is set."""
+
+    def with_proxy(self, proxy: Proxy) -> Self:
+        """The same rule, with what it learns by."""
+
+
+def is_learner(rule: Aggregator) -> TypeGuard[Learner]:
+    return hasattr(rule, "with_proxy")
 
 
 def aggregator(spec: str) -> Aggregator:

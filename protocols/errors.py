@@ -65,6 +65,8 @@ CATALOGUE: dict[str, Entry] = {
     "FL-D103": Entry(78, "unknown data source"),
     "FL-D104": Entry(78, "partition cannot be made"),
     "FL-D105": Entry(78, "not enough data"),
+    "FL-D106": Entry(78, "proxy data overlap the test set"),
+    "FL-D107": Entry(78, "proxy data lack a class"),
     # wire
     "FL-W101": Entry(76, "malformed message"),
     "FL-W102": Entry(76, "unknown or closed order"),

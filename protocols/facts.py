@@ -39,6 +39,7 @@ TOKENS: Mapping[str, str] = {  # each reads well after "needs", "gives" or "refu
     # the run
     "client_state": "clients that keep state from order to order",
     "proxy_data": "data of the server's own that is no part of its test set",
+    "validators": "clients that judge a model in the middle of a merge",
     "plain_sgd": "clients that take plain SGD steps, without momentum",
     "bounded_updates": "updates of bounded length",
 }

@@ -69,7 +69,7 @@ class Assembly:
         module, judge = self._model_and_judge()
         self.manifest: Manifest = manifest_of(module)
         self.store = VersionStore(folder / "versions", self.manifest)
-        merger = self._merger(strategy)
+        merger = self._merger(strategy, module)
         parts = {"strategy": strategy, "aggregator": merger.aggregator, "outer": merger.outer}
         for warning in mixed(spec, None, parts):
             logger.warning("run=%s %s", spec.id, warning)
@@ -122,10 +122,10 @@ class Assembly:
             )
         return made
 
-    def _merger(self, strategy: Strategy) -> Merger:
+    def _merger(self, strategy: Strategy, module: torch.nn.Module) -> Merger:
         return Merger(
             self.manifest,
-            cast("Aggregator", self.slots.get("aggregator") or aggregator(self.spec.aggregator)),
+            self._aggregator(module),
             cast("Outer", self.slots.get("outer") or outer(self.spec.outer)),
             cast("Buffers", self.spec.buffers),
             privacy=self._privacy(strategy),
@@ -142,6 +142,15 @@ class Assembly:
         from atoll.server.judge import build
 
         return build(self.spec, self.slots)
+
+    def _aggregator(self, module: torch.nn.Module) -> Aggregator:
+        from atoll.server.judge import data_of
+        from atoll.server.learner import learning
+
+        made = cast("Aggregator", self.slots.get("aggregator") or aggregator(self.spec.aggregator))
+        proxy = self.slots.get("proxy") or self.spec.proxy
+        run = data_of(self.spec, self.slots) if proxy else None
+        return learning(made, module, proxy, run, self.spec.seed, self.spec.aggregator)
 
     def _first_version(self, module: torch.nn.Module, init: Path | None) -> None:
         if init is not None:

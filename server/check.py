@@ -22,6 +22,8 @@ from atoll.server import catalogue, dp
 from atoll.server.spec import STRATEGIES, RunSpec
 
 PARTITIONS = ("iid", "contiguous", "classes", "dirichlet", "quantity", "column")
+# Aggregators whose needs depend on their parameters, and that can be made without torch.
+LEARNERS: Mapping[str, str] = {"fedlaw": "atoll.aggregation.fedlaw:FedLaw"}
 FILES = ("mnist", "cifar10", "text", "csv", "npz")  # data that lies at a path
 SLOTS: Mapping[str, str] = {  # slot -> the field of the spec that names it
     "strategy": "strategy",
@@ -38,11 +40,12 @@ def check(
     trains: bool = True,
     clients: int | None = None,
     made: Mapping[str, object] = MappingProxyType({}),
+    gives: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Warnings. UsageError or DataError for a slot's name, or a mix that cannot be.
 
     `trains` False: the strategy alone matters. `clients`: how many there will ever be. `made` are
-    parts that are objects already, by slot.
+    parts that are objects already, by slot; `gives`: what the run gives besides.
     """
     strategy = strategy_of(spec) if "strategy" not in made else made["strategy"]
     if not trains:
@@ -56,15 +59,54 @@ def check(
     if "data" not in made and spec.data:
         _check_data(spec.data)
     _check_own(spec, made)
-    return mixed(spec, clients, {**made, "strategy": strategy})
+    learner = _learner(spec) if "aggregator" not in made else {}
+    return mixed(spec, clients, {**learner, **made, "strategy": strategy}, gives)
 
 
-def mixed(spec: RunSpec, clients: int | None, made: Mapping[str, object]) -> list[str]:
+def wants_proxy(aggregator: str) -> bool:
+    """Whether it is a built-in one that cannot do without proxy data."""
+    name, own, _ = slots.split(aggregator)
+    if own or name not in LEARNERS:
+        return False
+    return "proxy_data" in facts.of_object("aggregator", name, _made(aggregator)).needs
+
+
+def _learner(spec: RunSpec) -> Mapping[str, object]:
+    """The aggregator, made, where it is a built-in one that may learn. UsageError FL-S104."""
+    name, own, _ = slots.split(spec.aggregator)
+    if not own and name in LEARNERS:
+        made = _made(spec.aggregator)
+        if spec.proxy and not getattr(made, "learns", False):
+            raise useless(spec.aggregator)
+        return {"aggregator": made}
+    if not own and spec.proxy and name in catalogue.builtin("aggregator"):
+        raise useless(spec.aggregator)
+    return {}
+
+
+def _made(aggregator: str) -> object:
+    return slots.resolve("aggregator", aggregator, LEARNERS)
+
+
+def useless(aggregator: str) -> UsageError:
+    """What to say of proxy data that nobody learns by."""
+    return UsageError(
+        "FL-S104", f"--proxy, but aggregator {aggregator} learns nothing from it",
+        "drop --proxy, or use --aggregator fedlaw",
+    )  # fmt: skip
+
+
+def mixed(
+    spec: RunSpec,
+    clients: int | None,
+    made: Mapping[str, object],
+    gives: frozenset[str] = frozenset(),
+) -> list[str]:
     """Judge the mix: by the parts in `made`, by slot, and by what can be read of the others.
 
     With every pair of codecs that a client may get.
     """
-    found = [warning for one in each_pair(spec) for warning in _mixed(one, clients, made)]
+    found = [warning for one in each_pair(spec) for warning in _mixed(one, clients, made, gives)]
     return list(dict.fromkeys(found))
 
 
@@ -76,8 +118,10 @@ def each_pair(spec: RunSpec) -> list[RunSpec]:
     ]
 
 
-def _mixed(spec: RunSpec, clients: int | None, made: Mapping[str, object]) -> list[str]:
-    parts = [_of_the_run(spec), *dp.facts_of(spec)]
+def _mixed(
+    spec: RunSpec, clients: int | None, made: Mapping[str, object], gives: frozenset[str]
+) -> list[str]:
+    parts = [_of_the_run(spec, gives), *dp.facts_of(spec)]
     for slot, name in _named(spec).items():
         part = made.get(slot)
         parts.append(
@@ -111,9 +155,11 @@ def of_part(slot: str, name: str, part: object, clients: int | None = None) -> F
     return found
 
 
-def _of_the_run(spec: RunSpec) -> Facts:
+def _of_the_run(spec: RunSpec, more: frozenset[str]) -> Facts:
     """What the run's own options give; clients of this package keep state in any case."""
-    gives = {"client_state"}
+    gives = {"client_state", *more}
+    if spec.proxy:
+        gives |= {"proxy_data", "validators"}  # it judges in their place
     if spec.local.get("optimizer", "sgd") == "sgd" and not spec.local.get("momentum"):
         gives.add("plain_sgd")
     return Facts("run", spec.name, gives=frozenset(gives))

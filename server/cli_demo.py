@@ -80,6 +80,10 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
     help="How updates are combined: see `fl-server aggregators`.",
 )  # fmt: skip
 @click.option(
+    "--proxy", default="", metavar="DATA",
+    help="What an aggregator learns by.  [default: fedlaw takes 200 training examples]",
+)  # fmt: skip
+@click.option(
     "--outer", default="sgd", show_default=True,
     help="The server's step, e.g. nesterov:lr=0.7: see `fl-server outers`.",
 )  # fmt: skip
@@ -96,7 +100,7 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
 def demo(
     clients: int, speeds: tuple[float, ...], strategy: str, data: str, model: str, trainer: str,
     partition: str, target_accuracy: float, timeout: float, seed: int, out: Path, aggregator: str,
-    outer: str, algorithm: str, codec: str, lr: float | None, as_json: bool,
+    proxy: str, outer: str, algorithm: str, codec: str, lr: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Watch a federation train: one server and several clients, each its own process.
 
@@ -105,11 +109,14 @@ def demo(
     """
     from atoll.protocols.codecspec import parse_ways
     from atoll.protocols.ids import ulid
+    from atoll.server.check import wants_proxy
     from atoll.server.demo import Demo, DemoSpec
     from atoll.server.live import Live
     from atoll.server.spec import RunSpec
 
     passed = ["--aggregator", aggregator, "--outer", outer, "--local", algorithm, "--codec", codec]
+    proxy = proxy or (data if wants_proxy(aggregator) else "")
+    passed += ["--proxy", proxy] if proxy else []
     passed += ["--lr", str(lr)] if lr is not None else _good_settings(data, algorithm)
     spec = DemoSpec(
         clients, speeds or tuple((1.0, 1.0, 2.0, 4.0)[i % 4] for i in range(clients)),
@@ -119,7 +126,8 @@ def demo(
     up, down = parse_ways(codec).texts
     wanted = RunSpec(
         ulid(), strategy=spec.strategy, aggregator=aggregator, outer=outer, algorithm=algorithm,
-        model=spec.model, data=data_of(data), trainer=trainer, codec_up=up, codec_down=down,
+        model=spec.model, data=data_of(data), trainer=trainer, proxy=proxy,
+        codec_up=up, codec_down=down,
     )  # fmt: skip
     _check(spec, wanted, lr)
     console.say(

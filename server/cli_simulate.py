@@ -93,9 +93,10 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
     if not given["null"]:
         check_clients(spec)
     clients = clients_of(given, spec.seed)
-    check(spec, trains=not given["null"], clients=len(clients))
+    simulated = frozenset({"validators"})
+    check(spec, trains=not given["null"], clients=len(clients), gives=simulated)
     if not given["null"]:
-        for warning in mixed(spec, len(clients), made_of(spec)):
+        for warning in mixed(spec, len(clients), made_of(spec), simulated):
             console.say(f"warning: {warning}")
     if out is not None:
         make_folder(out)
@@ -238,6 +239,7 @@ def training_of(
             spec.trainer, [client.name for client in clients], model=spec.model, data=spec.data,
             seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=spec.codec_up,
             buffers=spec.buffers, dp=spec.dp, sampling=sampling, local_dp=spec.local_dp,
+            proxy=spec.proxy,
         )  # fmt: skip
     local: dict[str, Any] = dict(spec.local)
     return Training.of(
@@ -246,6 +248,7 @@ def training_of(
         algorithm=spec.algorithm, aggregation=spec.aggregator, step=spec.outer,
         up=spec.codec_up, buffers=spec.buffers, dp=spec.dp,
         sampling=sampling, local_dp=spec.local_dp,
+        proxy=spec.proxy,
         attacks={client.name: client.attack for client in clients if client.attack},
     )  # fmt: skip
 
@@ -320,6 +323,10 @@ def written(
     if learning is not None:
         target = found.rules.target
         files["accuracy"] = plots.accuracy(history, out / "accuracy.png", target, title)
+        if history.taken:
+            from atoll.server import strips
+
+            files["shares"] = strips.shares(history, out / "shares.png", title)
         files["model"] = learning.save(out / "model.safetensors")
     return {name: str(path) for name, path in files.items()}
 

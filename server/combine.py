@@ -16,11 +16,13 @@ from atoll.aggregation.aggregator import (
     StackRule,
     SumAggregator,
     TileRule,
+    anchored,
     by_stack,
     by_tiles,
     remembers,
 )
 from atoll.aggregation.mean import Mean
+from atoll.aggregation.stack import Reported
 from atoll.protocols.codecs import TILE, Decoder, accumulate, all_finite
 from atoll.protocols.errors import UsageError
 from atoll.server.passes import Area, Crew, NotFiniteError, Reading, scratch, zeros
@@ -59,8 +61,10 @@ def plan(
     crew: Crew,
     count: int,
     memory: Tensor | None = None,
+    anchor: Tensor | None = None,
 ) -> Plan:
-    """The plan for `sources`, vectors of `count` elements; `memory`: the last result, if any.
+    """The plan for `sources`, vectors of `count` elements; `memory`: the last result, if any;
+    `anchor`: the model, which a rule may want as a row.
 
     NotFiniteError where a rule that measures first meets NaN or Inf.
     """
@@ -74,7 +78,8 @@ def plan(
         mean = summed(MEAN, [(s.decoder, w) for s, w in zip(voters, weights, strict=True)])
         return Plan(mean, damping, stats={"fallback": 1.0})
     if by_stack(aggregator):
-        return _measured(aggregator, voters, weights, damping, crew, count, memory)
+        more = _more_rows(aggregator, memory, anchor)
+        return _measured(aggregator, voters, weights, damping, crew, count, more)
     assert by_tiles(aggregator), "a rule over the set has combine() or coefficients()"
     largest = max(1, DECODED // len(voters)) if aggregator.coordinatewise else None
     tile = _ruled(aggregator, [s.decoder for s in voters], weights)
@@ -88,12 +93,11 @@ def _measured(
     damping: float,
     crew: Crew,
     count: int,
-    memory: Tensor | None,
+    more: Sequence[Decoder],
 ) -> Plan:
-    decoders = [s.decoder for s in voters]
-    if remembers(rule):
-        decoders.append(zeros if memory is None else _lying(memory))
-    found = [float(c) for c in rule.coefficients(Reading(crew, decoders, count), weights)]
+    decoders = [*(s.decoder for s in voters), *more]
+    answer = rule.coefficients(Reading(crew, decoders, count), weights)
+    found = [float(c) for c in answer]
     if len(found) != len(decoders):
         raise UsageError(
             "FL-S102",
@@ -101,8 +105,23 @@ def _measured(
             "return one number for each row of the stack, in their order",
         )
     tile = summed(MEAN, [(d, c) for d, c in zip(decoders, found, strict=True) if c])
-    stats = {f"coefficient/{s.id}": c for s, c in zip(voters, found, strict=False)}
+    rows: Mapping[str, Sequence[float]] = {"coefficient": found}
+    stats: dict[str, float] = {}
+    if isinstance(answer, Reported):
+        rows, stats = answer.rows, dict(answer.stats)
+    for name, values in rows.items():
+        stats |= {f"{name}/{s.id}": value for s, value in zip(voters, values, strict=False)}
     return Plan(tile, damping, TILE, _robust(rule), remembers(rule), stats)
+
+
+def _more_rows(rule: StackRule, memory: Tensor | None, anchor: Tensor | None) -> Sequence[Decoder]:
+    """The rows of its stack after the updates."""
+    if remembers(rule):
+        return [zeros if memory is None else _lying(memory)]
+    if anchored(rule):
+        assert anchor is not None, "whoever merges under an anchored rule gives the model"
+        return [_lying(anchor)]
+    return []
 
 
 def summed(rule: SumAggregator, terms: Sequence[tuple[Decoder, float]]) -> Tile:

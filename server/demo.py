@@ -272,6 +272,10 @@ class Demo:
             "timeline": plots.timeline(self.history, out / "timeline.png", title),
             "accuracy": plots.accuracy(self.history, out / "accuracy.png", spec.target, title),
         }
+        if self.history.taken:
+            from atoll.server import strips
+
+            files["shares"] = strips.shares(self.history, out / "shares.png", title)
         rows = sorted(self.history.rows, key=lambda r: float(r["t"]))
         files["history"].write_text("".join(line(row) for row in rows))
         best = max(self.history.series("accuracy"), key=lambda p: p.value, default=None)

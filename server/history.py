@@ -14,7 +14,8 @@ One JSON object a line, in journal order, written by the driver (real or virtual
     started    order [, bytes]                      it can be fetched; bytes: what is sent down
     update     client, order, update, steps, base, train_seconds, started, bytes, metrics [, final]
     aggregate  version, items [[update, weight]], staleness {update: versions}
-    merged     version, stats
+    merged     version, stats                       of a rule over the set, what it took of each:
+                                                    lambda/<update> or coefficient/<update>; gamma
     evaluated  version, metrics
     discard    update, reason
     group      group, arrival, latest, members      FedCompass: when it is expected, and at latest
@@ -94,6 +95,16 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """What one merge took of whom, where its rule chose."""
+
+    t: float  # run clock
+    version: int
+    shares: Mapping[str, tuple[float, float]]  # client -> (what was taken, what its weight was)
+    gamma: float | None  # FedLAW's scale of the whole; None: the rule has none
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     t: float  # run clock
     version: int
@@ -112,12 +123,15 @@ class History:
     merges: list[tuple[float, int]] = field(default_factory=list)  # (run clock, version)
     evaluations: list[tuple[float, int, Mapping[str, float]]] = field(default_factory=list)
     limits: Mapping[str, Any] = field(default_factory=dict)  # as asked for last
+    taken: list[Taken] = field(default_factory=list)
     finished: str | None = None
     epsilon: float | None = None  # that noise has cost the client that paid most; None: no noise
 
     _ordered: dict[str, Span] = field(default_factory=dict, repr=False)
     _updates: dict[str, Span] = field(default_factory=dict, repr=False)
     _waiting: dict[str, Group] = field(default_factory=dict, repr=False)  # groups not closed
+    # version -> its updates' clients and weights, until it is merged
+    _items: dict[int, dict[str, tuple[str, float]]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Self:
@@ -238,6 +252,11 @@ class History:
                 del self.open[span.client]
 
     def _aggregate(self, row: Row, t: float) -> None:
+        self._items[row["version"]] = {
+            update: (self._updates[update].client, weight)
+            for update, weight in row["items"]
+            if update in self._updates
+        }
         merged: set[str] = set()
         for update, staleness in row["staleness"].items():
             span = self._updates.pop(update, None)
@@ -259,6 +278,17 @@ class History:
 
     def _merged(self, row: Row, t: float) -> None:
         self.merges.append((t, row["version"]))
+        items = self._items.pop(row["version"], {})
+        shares = {
+            client: (float(row["stats"][key]), weight)
+            for update, (client, weight) in items.items()
+            for key in (f"lambda/{update}", f"coefficient/{update}")
+            if row["stats"].get(key) is not None
+        }
+        if shares:
+            whole = math.fsum(weight for _, weight in shares.values()) or 1.0
+            parts = {client: (took, weight / whole) for client, (took, weight) in shares.items()}
+            self.taken.append(Taken(t, row["version"], parts, row["stats"].get("gamma")))
         self._pay(row["stats"])
 
     def _pay(self, told: Mapping[str, Any]) -> None:

@@ -129,7 +129,7 @@ class Host:
             session.send(wire_pb2.ServerMessage(ask=messages.ask_to_wire(order.id, then)))
 
     def quick(self, merge: Merge) -> bool:
-        return self._model_size <= INLINE
+        return self._model_size <= INLINE and not self.workshop.merger.learns
 
     def merge(self, merge: Merge) -> None:
         self.workshop.stock.merges.append(merge)

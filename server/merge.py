@@ -12,16 +12,17 @@ it: honest updates are read once, and nothing that is not a number enters a mode
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from atoll.aggregation.aggregator import Aggregator, remembers
+from atoll.aggregation.aggregator import Aggregator, is_learner, remembers
 from atoll.aggregation.half import Half, Turn, Work
 from atoll.aggregation.outer import STEPS, Outer, Sgd
+from atoll.aggregation.proxy import Proxy
 from atoll.protocols.codecs import TILE, Decoder, all_finite
 from atoll.protocols.errors import RemoteError, UsageError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
@@ -56,7 +57,8 @@ class MergeStats:
     dropped: tuple[tuple[str, str], ...]  # (update id, reason)
     # delta_norm: L2 of the merged delta; fallback 1: a rule had too few updates and gave way to the
     # mean; coefficient/<update id>: how much of it a rule took (0: nothing); with central DP
-    # dp_clip, dp_noise (standard deviation), dp_below, epsilon, budget_spent (1: no more versions)
+    # dp_clip, dp_noise (standard deviation), dp_below, epsilon, budget_spent (1: no more versions);
+    # and what the rule tells
     stats: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -101,6 +103,11 @@ class Merger:
         """Names of the vectors kept beside the model, for `VersionStore.draft`."""
         memory = [MEMORY] if remembers(self.aggregator) else []
         return (*self.outer.vectors, *memory, *(self.half.vectors if self.half else ()))
+
+    @property
+    def learns(self) -> bool:
+        """Whether a merge also trains something, and so takes its time."""
+        return self._proxy() is not None
 
     def close(self) -> None:
         self.crew.close()
@@ -151,6 +158,9 @@ class Merger:
     def _once(
         self, base: Version, draft: Draft, items: Sequence[Item], use_outer: bool, known: int
     ) -> dict[str, float]:
+        proxy = self._proxy()
+        if proxy is not None:
+            proxy.begin(self._buffers_to_be(base, items))
         step = _Step(self, base, draft, items, use_outer, known)
         squares: dict[int, float] = {}
         count = self.manifest.counts["trainable"]
@@ -164,7 +174,11 @@ class Merger:
         if STEPS in step.new_state:
             draft.write_outer(STEPS, 0, step.new_state[STEPS])
         for group in TRAVELLING[1:]:
-            self._merge_buffers(group, base, draft, items, step.plan.robust)
+            if group == "buffers_float" and step.taken is not None and proxy is not None:
+                draft.write(group, 0, proxy.settle())
+                continue
+            for lo, tile in self._buffer_tiles(group, base, items, step.plan.robust):
+                draft.write(group, lo, tile)
         norm = math.sqrt(math.fsum(squares.values()))
         draft.numbers = base.facts.numbers
         if step.turn is None or self.half is None:
@@ -172,9 +186,23 @@ class Merger:
         draft.numbers = self.half.after(norm, step.turn.numbers)
         return {"delta_norm": norm, **step.plan.stats, **step.turn.stats}
 
-    def _merge_buffers(
-        self, group: Group, base: Version, draft: Draft, items: Sequence[Item], robust: bool
-    ) -> None:
+    def _proxy(self) -> Proxy | None:
+        """What the rule learns by; None: it learns nothing."""
+        return self.aggregator.proxy if is_learner(self.aggregator) else None
+
+    def _buffers_to_be(self, base: Version, items: Sequence[Item]) -> dict[str, Tensor]:
+        """The buffers that come of these items."""
+        made: dict[str, Tensor] = {}
+        for group in TRAVELLING[1:]:
+            made[group] = base.flat(group).clone()
+            for lo, tile in self._buffer_tiles(group, base, items, robust=False):
+                made[group][lo : lo + len(tile)] = tile
+        return made
+
+    def _buffer_tiles(
+        self, group: Group, base: Version, items: Sequence[Item], robust: bool
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The new buffers of a group, tile by tile. NotFiniteError."""
         count = self.manifest.counts[group]
         sent = [(u.payload.decoder(group), w) for u, w in items if w > 0 and u.payload.has(group)]
         total = math.fsum(w for _, w in sent)
@@ -193,7 +221,7 @@ class Merger:
                     _mix_mean(tile, ((decode(lo, hi, spare), w) for decode, w in sent), total)
                 if group == "buffers_float" and not all_finite(tile):
                     raise NotFiniteError
-            draft.write(group, lo, tile)
+            yield lo, tile
 
 
 class _Step:
@@ -227,6 +255,7 @@ class _Step:
             works = [Work(u.id, u.client, w, said(half, u.payload)) for u, w in items]
             self.turn = half.begin(works, base.facts.numbers, known)
         self.plan = self._plan(base)
+        self.taken = self._taken()
         self.memorises = self.moves and self.plan.remembers
 
     def _plan(self, base: Version) -> Plan:
@@ -238,7 +267,7 @@ class _Step:
         ]
         count = merger.manifest.counts["trainable"]
         if merger.privacy is None:
-            return plan(merger.aggregator, sources, merger.crew, count, self.memory)
+            return plan(merger.aggregator, sources, merger.crew, count, self.memory, self.anchor)
         books = base.facts.books or merger.privacy.opened()
         if not self.moved:
             self.draft.books = books
@@ -248,6 +277,15 @@ class _Step:
             self.draft.number, sources, clients, merger.crew, count, books
         )
         return made
+
+    def _taken(self) -> Tensor | None:
+        """Where the new model is also written, for its statistics to be taken anew."""
+        rule, buffers = self.merger.aggregator, self.merger.manifest.counts["buffers_float"]
+        if not self.items or not buffers or self.merger.buffers != "weighted_mean":
+            return None
+        if not is_learner(rule) or rule.proxy is None or rule.buffers != "recompute":
+            return None
+        return rule.proxy.vector
 
     def tile(self, lo: int, hi: int, area: Area) -> float:
         """Elements [lo, hi) from decoding to writing; returns the squared norm of their delta."""
@@ -284,6 +322,8 @@ class _Step:
             raise NotFiniteError
         if place is None:
             self.draft.write("trainable", lo, out)
+        if self.taken is not None:
+            self.taken[lo:hi] = out
         if self.moves:
             for name, values in state.items():
                 self.draft.write_outer(name, lo, values)

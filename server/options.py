@@ -24,6 +24,9 @@ def run_options(command: F) -> F:
         click.option("--aggregator", default="mean", show_default=True,
                      help="mean, median, krum:f=0.2, ...; or MODULE:OBJECT. "
                      "See `fl-server aggregators`."),
+        click.option("--proxy", default="", metavar="DATA",
+                     help="Labelled examples of the server's own that an aggregator learns by "
+                     "(fedlaw): digits, npz:FILE,take=200, ..."),
         click.option("--outer", default="sgd", show_default=True,
                      help="sgd, momentum, nesterov, adam, yogi, adagrad, e.g. nesterov:lr=0.7. "
                      "See `fl-server outers`."),
@@ -92,8 +95,8 @@ def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
     local = {names[k]: given[k] for k in names if given[k] is not None}
     check_numbers({**given, **more})
     dp, local_dp = _private(given)
-    kept = ("strategy", "aggregator", "outer", "algorithm", "model", "trainer", "buffers", "seed")
-    same = {k: given[k] for k in kept}
+    kept = ("strategy", "aggregator", "outer", "algorithm", "model", "trainer", "proxy", "buffers")
+    same = {k: given[k] for k in (*kept, "seed")}
     same["data"] = data_of(given["data"])
     return RunSpec(
         ulid(), codec_up=up, codec_down=down, local=local, dp=dp, local_dp=local_dp, **same, **more

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from atoll.aggregation.stack import CHUNK, Kernel, gram_of, squares_of
-from atoll.protocols.codecs import Decoder
+from atoll.aggregation.stack import CHUNK, MEAN, Kernel, dots_with, gram_of, squares_of
+from atoll.protocols.codecs import TILE, Decoder
 
 Area = dict[str, Tensor]
 
@@ -85,6 +85,25 @@ class Reading:
             self._gram = _finite(self._total(gram_of, zeros))
         return self._gram.clone()
 
+    def dots(self, vector: Tensor) -> Tensor:
+        """NotFiniteError where an update, or `vector`, holds NaN or Inf."""
+        zeros = torch.zeros(len(self), dtype=torch.float64)
+        return _finite(self._total(dots_with(vector), zeros))
+
+    def mix(self, coefficients: Sequence[float], out: Tensor) -> Tensor:
+        terms = [(d, c) for d, c in zip(self._decoders, coefficients, strict=True) if c]
+        if not terms:
+            return out.zero_()
+
+        def work(lo: int, area: Area) -> None:
+            hi = min(lo + TILE, self._count)
+            spare = scratch(area, "decoded", hi - lo)
+            for i, (decode, coefficient) in enumerate(terms):
+                MEAN.add(out[lo:hi], decode(lo, hi, spare), coefficient, first=i == 0)
+
+        self._crew.spread(range(0, self._count, TILE), work)
+        return out
+
     def _total(self, kernel: Kernel, zeros: Tensor) -> Tensor:
         total = InOrder(zeros)
         rows = len(self)
@@ -95,7 +114,7 @@ class Reading:
             spare = scratch(area, "decoded", hi - lo)
             for row, decode in zip(block, self._decoders, strict=True):
                 row.copy_(decode(lo, hi, spare))
-            total.add(lo // CHUNK, kernel(block))
+            total.add(lo // CHUNK, kernel(block, lo))
 
         self._crew.spread(range(0, self._count, CHUNK), work)
         return total.value

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MOST_SPANS = 4000  # drawn; a longer run shows its beginning, and says so
 MOST_CLIENTS = 40
 
-_INK, _SOFT, _GRID = "#22303c", "#6b7885", "#e3e8ec"
+INK, SOFT, GRID = "#22303c", "#6b7885", "#e3e8ec"
 _ACCURACY, _LOSS, _TARGET, _BAD = "#0072b2", "#d55e00", "#009e73", "#c0392b"
 _BANDS = ("#fbe8c8", "#d9ecf7")  # arrival groups, in turn
 _STALE = ("#2a9d76", "#7fb95c", "#e0b93c", "#e58a3a", "#cf4f3d")  # 0, 1, 2, 3, 4 and more
@@ -27,12 +27,12 @@ _UNUSED = "#c3ccd4"
 
 def timeline(history: History, path: Path, title: str = "") -> Path:
     """Write the picture of `draw_timeline` as a PNG."""
-    return _save(draw_timeline(history, title), path)
+    return save(draw_timeline(history, title), path)
 
 
 def accuracy(history: History, path: Path, target: float | None = None, title: str = "") -> Path:
     """Write the picture of `draw_accuracy` as a PNG."""
-    return _save(draw_accuracy(history, target, title), path)
+    return save(draw_accuracy(history, target, title), path)
 
 
 def draw_timeline(history: History, title: str = "") -> "Figure":
@@ -50,8 +50,8 @@ def draw_timeline(history: History, title: str = "") -> "Figure":
     _draw_merges(axes, [t for t, _ in history.merges if t <= end], len(names))
     _label_rows(axes, history, names)
     axes.set_xlim(0, end * 1.005 or 1)
-    axes.set_xlabel("run clock, seconds", color=_SOFT)
-    _title(axes, title or "Who trained when", _what_is_shown(history, len(names), end))
+    axes.set_xlabel("run clock, seconds", color=SOFT)
+    title_of(axes, title or "Who trained when", _what_is_shown(history, len(names), end))
     _legend_of_timeline(figure, axes, bool(history.groups), any(_in_vain(s, end) for s in spans))
     return figure
 
@@ -62,10 +62,10 @@ def draw_accuracy(history: History, target: float | None = None, title: str = ""
     points = history.series("accuracy")
     axes.set_xlim(0, history.now * 1.02 or 1)
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("run clock, seconds", color=_SOFT)
+    axes.set_xlabel("run clock, seconds", color=SOFT)
     axes.set_ylabel("accuracy", color=_ACCURACY)
     axes.tick_params(axis="y", colors=_ACCURACY)
-    axes.grid(axis="y", color=_GRID, lw=0.8)
+    axes.grid(axis="y", color=GRID, lw=0.8)
     _draw_loss(axes, history)
     times, values = [p.t for p in points], [p.value for p in points]
     marker = "o" if len(points) <= 60 else ""
@@ -75,7 +75,7 @@ def draw_accuracy(history: History, target: float | None = None, title: str = ""
     said = (
         f"best {max(values):.3f}, {len(values)} versions evaluated" if values else "no evaluation"
     )
-    _title(axes, title or "Accuracy and loss", said)
+    title_of(axes, title or "Accuracy and loss", said)
     return figure
 
 
@@ -121,7 +121,7 @@ def _draw_band(axes: "Axes", group: Group, low: int, high: int, colour: str) -> 
     )
     axes.add_patch(window)
     axes.vlines(
-        group.latest, bottom, bottom + height, colors=_SOFT, linestyles=(0, (3, 2)), lw=1, zorder=2
+        group.latest, bottom, bottom + height, colors=SOFT, linestyles=(0, (3, 2)), lw=1, zorder=2
     )
 
 
@@ -174,9 +174,9 @@ def _colour(span: Span) -> str:
 
 def _draw_merges(axes: "Axes", moments: Sequence[float], rows: int) -> None:
     top = max(rows, 1) - 0.5
-    axes.vlines(moments, -0.5, top, colors=_INK, lw=0.5, alpha=0.25, zorder=2)
+    axes.vlines(moments, -0.5, top, colors=INK, lw=0.5, alpha=0.25, zorder=2)
     axes.plot(
-        moments, [top + 0.12] * len(moments), ls="", marker="v", ms=4, color=_INK, clip_on=False
+        moments, [top + 0.12] * len(moments), ls="", marker="v", ms=4, color=INK, clip_on=False
     )
     axes.set_ylim(-0.55, top + 0.25)
 
@@ -188,7 +188,7 @@ def _label_rows(axes: "Axes", history: History, names: Sequence[str]) -> None:
         pace = f"{totals.pace:.3g} steps/s" if totals.pace else "no result"
         restarts = f", restarted {totals.restarts}x" if totals.restarts else ""
         labels.append(f"{_short(console.clean(name))}\n{pace}{restarts}")
-    axes.set_yticks(range(len(names)), labels, fontsize=8.5, color=_INK)
+    axes.set_yticks(range(len(names)), labels, fontsize=8.5, color=INK)
     axes.tick_params(axis="y", length=0)
 
 
@@ -206,12 +206,12 @@ def _legend_of_timeline(figure: "Figure", axes: "Axes", groups: bool, crosses: b
         Patch(color=c, label=s) for c, s in zip(_STALE, said, strict=True)
     ]
     handles.append(Patch(color=_UNUSED, label="not merged"))
-    handles.append(Line2D([], [], ls="", marker="v", ms=4, color=_INK, label="merge"))
+    handles.append(Line2D([], [], ls="", marker="v", ms=4, color=INK, label="merge"))
     if crosses:
         handles.append(Line2D([], [], ls="", marker="x", color=_BAD, label="not used"))
     if groups:
         handles.append(Patch(color=_BANDS[0], label="group expected"))
-        handles.append(Line2D([], [], ls="--", lw=1, color=_SOFT, label="at latest"))
+        handles.append(Line2D([], [], ls="--", lw=1, color=SOFT, label="at latest"))
     below = ScaledTranslation(0, -0.5, figure.dpi_scale_trans)  # inches under the axes
     axes.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0),
@@ -229,7 +229,7 @@ def _draw_loss(axes: "Axes", history: History) -> None:
     if not losses:
         return
     right = axes.twinx()
-    _bare(right)
+    bare(right)
     times, values = [p.t for p in losses], [p.value for p in losses]
     right.plot(times, values, color=_LOSS, lw=1.4, ls=(0, (4, 2)))
     right.set_ylabel("loss (dashed)", color=_LOSS)
@@ -258,25 +258,25 @@ def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _bare(axes)
-    axes.tick_params(axis="x", colors=_SOFT)
+    bare(axes)
+    axes.tick_params(axis="x", colors=SOFT)
     return figure, axes
 
 
-def _bare(axes: "Axes") -> None:
+def bare(axes: "Axes") -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0, labelsize=9)
 
 
-def _title(axes: "Axes", title: str, beside: str) -> None:
+def title_of(axes: "Axes", title: str, beside: str) -> None:
     said = console.clean(title)
     if len(said) + len(beside) > 75:  # no room for both in one line
         said += "\n"
-    axes.set_title(said, loc="left", fontsize=12, color=_INK, weight="bold", pad=12)
-    axes.set_title(beside, loc="right", fontsize=9, color=_SOFT, pad=12)
+    axes.set_title(said, loc="left", fontsize=12, color=INK, weight="bold", pad=12)
+    axes.set_title(beside, loc="right", fontsize=9, color=SOFT, pad=12)
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def save(figure: "Figure", path: Path) -> Path:
     figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.2)
     return path

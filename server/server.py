@@ -63,7 +63,8 @@ class Server:
 
     Every slot takes a name as on the command line, or an object. `model` is an nn.Module or what
     makes one; `data` (a name, or what `load_data` gives) evaluates the versions, None leaves that
-    to the clients. A `folder` that holds a run is continued: give it the same objects again.
+    to the clients. `proxy` (a name, or examples apart from the test set) is what an aggregator such
+    as FedLAW learns by. A `folder` that holds a run is continued: give it the same objects again.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Server:
         aggregator: object = "mean",
         outer: object = "sgd",
         data: object = None,
+        proxy: object = None,
         codec: str = "fp32",
         dp: str = "",
         local_dp: str = "",
@@ -91,14 +93,15 @@ class Server:
             "aggregator": aggregator,
             "outer": outer,
             "data": data,
+            "proxy": proxy,
         }
         names = {k: v if isinstance(v, str) else own_name(v) for k, v in given.items()}
         up, down = parse_ways(codec).texts
         wanted = RunSpec(
             ulid(), strategy=names["strategy"], aggregator=names["aggregator"],
-            outer=names["outer"], model=names["model"], data=names["data"], codec_up=up,
-            codec_down=down, local=dict(local or {}), dp=dp, local_dp=local_dp, seed=seed,
-            lease=lease,
+            outer=names["outer"], model=names["model"], data=names["data"], proxy=names["proxy"],
+            codec_up=up, codec_down=down, local=dict(local or {}), dp=dp, local_dp=local_dp,
+            seed=seed, lease=lease,
         )  # fmt: skip
         slots = {k: v for k, v in given.items() if v is not None and not isinstance(v, str)}
         if not (Path(folder) / "run.json").exists():

@@ -37,6 +37,7 @@ class RunSpec:
     model: str = "mlp"
     data: str = "digits"  # the server's test set, empty: none; clients bring their own
     trainer: str = ""  # module:object, evaluates in place of the model; clients bring their own
+    proxy: str = ""  # what an aggregator learns by, apart from the test set
     codec_up: str = "fp32"
     codec_down: str = "fp32"
     buffers: str = "weighted_mean"
@@ -92,8 +93,7 @@ class RunSpec:
 
 FIXED = (
     *("strategy", "aggregator", "outer", "algorithm", "model", "data", "trainer", "buffers"),
-    "seed",
-    *("codec_up", "codec_down", "local", "dp", "local_dp"),
+    *("proxy", "seed", "codec_up", "codec_down", "local", "dp", "local_dp"),
 )
 LOOSE = ("lease", "save_every", "keep", "name", "most_examples")  # may change from start to start
 OPTIONS = {  # what the command line calls them, where it is not the field's name

@@ -43,6 +43,7 @@ from atoll.server.attack import Attack
 from atoll.server.combine import MEAN
 from atoll.server.crew import Crew, Job, Together
 from atoll.server.dp import central_dp
+from atoll.server.learner import learning, learning_in
 from atoll.server.learning import Worked
 from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
 from atoll.server.privacy import Privacy
@@ -122,6 +123,7 @@ class Training:
         step: str = "sgd",
         up: str = "fp32",
         buffers: str = "weighted_mean",
+        proxy: str | Data = "",
         attacks: Mapping[str, str] | None = None,
         dp: str = "",
         sampling: Sampling | None = None,
@@ -129,10 +131,15 @@ class Training:
     ) -> Self:
         """From the specs of a command line; each client has the shard of its place in the list.
 
-        `partition` may be the shards themselves: the rows of each client. `attacks` are those of
+        `partition` may be the shards themselves: the rows of each client. What is taken as `proxy`
+        data is held out of the clients' where both are the same data. `attacks` are those of
         hostile clients, by name (`atoll.server.attack`).
         """
         loaded = load_data(data) if isinstance(data, str) else data
+        rule, loaded = learning_in(
+            aggregator(aggregation), build(model, loaded.info, seed), loaded,
+            data if isinstance(data, str) else "", proxy, seed, aggregation,
+        )  # fmt: skip
         if isinstance(partition, str):
             partition = shards_of(loaded, partition, len(clients), seed)
         parts = dict(zip(clients, partition, strict=True))
@@ -150,7 +157,7 @@ class Training:
         return cls(
             make, judge.manifest, judge.export(), judge=judge if loaded.test is not None else None,
             examples={name: len(rows) for name, rows in parts.items()},
-            aggregator=aggregator(aggregation), outer=outer(step),
+            aggregator=rule, outer=outer(step),
             buffers=cast("Buffers", buffers), feedback=chain.feedback,
             codec=tensors.codec_for(judge.manifest, chain), attacks=hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
@@ -174,10 +181,13 @@ class Training:
         dp: str = "",
         sampling: Sampling | None = None,
         local_dp: str = "",
+        proxy: str = "",
     ) -> Self:
         """Every client a trainer of the user's; the model says which tensors there are, the data
         what shape it has."""
-        module = build(model, load_data(data).info if data else None, seed)
+        loaded = load_data(data) if data else None
+        module = build(model, loaded.info if loaded else None, seed)
+        rule = learning(aggregator(aggregation), module, proxy, loaded, seed, aggregation)
         many = len(clients)
         made = {n: own_trainer(trainer, n, (i, many), seed) for i, n in enumerate(clients)}
         initial = {name: tensor.detach() for name, tensor in named_tensors(module)}
@@ -186,7 +196,7 @@ class Training:
             made.__getitem__, manifest, initial,
             judge=own_trainer(trainer, "server", seed=seed),
             examples={name: int(getattr(t, "examples", 0)) or 1 for name, t in made.items()},
-            aggregator=aggregator(aggregation), outer=outer(step),
+            aggregator=rule, outer=outer(step),
             buffers=cast("Buffers", buffers), feedback=chain.feedback,
             codec=tensors.codec_for(manifest, chain),
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,

@@ -41,11 +41,13 @@ Row = tuple[str, ...]  # a spec for each slot
 SLOTS = ("strategy", "aggregator", "outer", "algorithm", "codec_up")
 KINDS = ("strategy", "aggregator", "outer", "local algorithm", "codec")
 SMALL = {"steps": 3, "min_steps": 2, "max_steps": 5, "size": 5, "min_results": 3, "min_clients": 5}
-SPECS = {
-    "fedasync": "fedasync:steps=3"
-}  # name -> how it is written here, where its name alone is not enough
+SPECS = {  # name -> how it is written here, where its name alone is not enough
+    "fedasync": "fedasync:steps=3",
+    "fedlaw": "fedlaw:epochs=2",
+}
 VERSIONS = 4
 DATA = load_data("synthetic:examples=120,features=6,classes=3", 0)
+PROXY = load_data("synthetic:examples=60,features=6,classes=3,seed=9")  # for parts that learn
 CLIENTS = [
     ClientModel("a", 0.10),
     ClientModel("b", 0.13, absences=(Absence(0.2, 0.9), Absence(2.0, 30.0, "offline"))),
@@ -89,7 +91,7 @@ def facts_of(slot: int, name: str) -> Facts:
 
 
 def allowed(row: Row) -> bool:
-    run = Facts("run", "run", gives=frozenset({"client_state", "plain_sgd"}))
+    run = Facts("run", "run", gives=frozenset({"client_state", "plain_sgd", "proxy_data"}))
     parts = [facts_of(slot, name) for slot, name in enumerate(row)]
     try:
         check([run, *parts], lambda: ())
@@ -135,6 +137,7 @@ def run(row: Row) -> tuple[Simulation, Training, list[tuple[Event, list[Action]]
         [client.name for client in CLIENTS], model="linear", data=DATA, seed=spec.seed,
         local=LocalConfig(batch=4), algorithm=spec.algorithm, aggregation=spec.aggregator,
         step=spec.outer, up=spec.codec_up,
+        proxy=PROXY if "proxy_data" in facts_of(1, spec.aggregator).needs else "",
     )  # fmt: skip
     heard: list[tuple[Event, list[Action]]] = []
     strategy = strategy_of(spec)

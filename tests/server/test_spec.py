@@ -57,6 +57,7 @@ CHANGES: dict[str, object] = {
     "algorithm": "fedprox:mu=1",
     "model": "cnn",
     "data": "mnist:x",
+    "proxy": "digits",
     "trainer": "mine:Trainer",
     "buffers": "personal",
     "seed": 9,

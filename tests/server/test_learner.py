@@ -1,0 +1,151 @@
+"""An aggregator that learns gets the run's model and proxy data; what does not fit is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from atoll.aggregation.aggregator import Aggregator, aggregator, is_learner
+from atoll.client.data import Data, Split, load_data, size
+from atoll.client.flat import FlatModel
+from atoll.client.models import build
+from atoll.protocols.errors import DataError, UsageError
+from atoll.server.check import check, wants_proxy
+from atoll.server.learner import learning, learning_in, with_validators
+from atoll.server.simulator import simulate
+from atoll.server.spec import RunSpec
+from atoll.server.training import Training
+
+BLOBS = "synthetic:examples=400,classes=4,features=3"
+
+
+def spec(**given: str) -> RunSpec:
+    return RunSpec("01J8ZQ4T0V7M3N5P6R8S9T0V1W", **given)  # type: ignore[arg-type]
+
+
+def proxy_of(rule: Aggregator) -> FlatModel:
+    assert is_learner(rule)
+    found = rule.proxy
+    assert isinstance(found, FlatModel)
+    return found
+
+
+# ---- at start ------------------------------------------------------------------------------------
+
+
+def test_without_proxy_data_it_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UsageError) as caught:
+        check(spec(aggregator="fedlaw:mode=lambda"))
+    assert caught.value.code == "FL-S104"
+    assert "fedlaw:mode=lambda needs data of the server's own" in caught.value.message
+    assert "--proxy" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["fedlaw:mode=fixed,gamma=0.99", "fedlaw:no_proxy=coherence", "fedlaw:no_proxy=fedavg"],
+)
+def test_a_policy_that_does_without_is_let_through(rule: str) -> None:
+    check(spec(aggregator=rule))
+    assert not wants_proxy(rule)
+
+
+def test_validators_are_there_in_a_simulation_alone() -> None:
+    rule = "fedlaw:no_proxy=validators"
+    check(spec(aggregator=rule), gives=frozenset({"validators"}))
+    check(spec(aggregator=rule, proxy="digits"))
+    with pytest.raises(UsageError, match="in the middle of a merge") as caught:
+        check(spec(aggregator=rule))
+    assert caught.value.code == "FL-S104"
+
+
+@pytest.mark.parametrize("rule", ["mean", "median", "fedlaw:mode=fixed,gamma=0.99"])
+def test_proxy_data_that_nobody_learns_by_are_refused(rule: str) -> None:
+    with pytest.raises(UsageError, match="learns nothing") as caught:
+        check(spec(aggregator=rule, proxy="digits"))
+    assert caught.value.code == "FL-S104"
+    with pytest.raises(UsageError, match="learns nothing"):
+        learning(aggregator(rule), nn.Linear(1, 1), "digits", None, 0, rule)
+
+
+def test_who_wants_proxy_data_is_known() -> None:
+    assert wants_proxy("fedlaw")
+    assert not wants_proxy("mean")
+    assert not wants_proxy("fedlaw:Mine")
+
+
+# ---- what it is given ----------------------------------------------------------------------------
+
+
+def test_it_learns_by_a_copy_of_the_runs_model() -> None:
+    run = load_data(BLOBS)
+    module = build("mlp:hidden=4", run.info, 0)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    rule = learning(aggregator("fedlaw"), module, f"{BLOBS},take=40", run, 0)
+    proxy_of(rule).vector.zero_()
+    assert proxy_of(rule).examples == 40
+    assert all(torch.equal(value, before[n]) for n, value in module.state_dict().items())
+    assert learning(aggregator("mean"), module, None, run, 0).needs == frozenset()
+
+
+def test_a_users_own_examples_will_do() -> None:
+    run = load_data(BLOBS)
+    module = build("linear", run.info, 0)
+    x, y = torch.randn(60, 3), torch.arange(60) % 4
+    for own in (
+        Split(x, y),
+        TensorDataset(x, y),
+        (TensorDataset(x, y), TensorDataset(x, y)),
+        Data(run.info, Split(x, y)),
+    ):
+        for among in (run, None):
+            rule = learning(aggregator("fedlaw"), module, own, among, 0)
+            assert proxy_of(rule).examples == 60
+
+
+def test_a_users_own_examples_are_checked_as_well() -> None:
+    run = load_data(BLOBS)
+    module = build("linear", run.info, 0)
+    with pytest.raises(DataError) as caught:
+        learning(aggregator("fedlaw"), module, run.test, run, 0)
+    assert caught.value.code == "FL-D106"
+    few = Split(torch.randn(60, 3), torch.arange(60) % 3)
+    with pytest.raises(DataError) as caught:
+        learning(aggregator("fedlaw"), module, few, run, 0)
+    assert caught.value.code == "FL-D107"
+
+
+# ---- in a simulation -----------------------------------------------------------------------------
+
+
+def test_validators_hold_out_a_tenth_and_are_asked_five_times() -> None:
+    run = load_data(BLOBS)
+    rest, held = with_validators(run, 0)
+    assert (size(rest.train), size(held.train)) == (288, 32)
+    rule, left = learning_in(
+        aggregator("fedlaw:no_proxy=validators"), build("linear", run.info, 0), run, BLOBS, "", 0,
+        "fedlaw",
+    )  # fmt: skip
+    assert proxy_of(rule).limit == 5
+    assert size(left.train) == 288
+
+
+@pytest.mark.parametrize("rule", ["fedlaw", "fedlaw:no_proxy=validators", "fedlaw:no_proxy=fedavg"])
+def test_a_simulation_learns_the_same_every_time(rule: str) -> None:
+    from atoll.aggregation.fedavg import FedAvg
+
+    def run() -> tuple[str, list[dict[str, float]]]:
+        names = ["a", "b"]
+        learned = Training.of(
+            names, model="linear", data=BLOBS, aggregation=rule,
+            proxy=f"{BLOBS},take=40" if rule == "fedlaw" else "",
+        )  # fmt: skip
+        strategy = FedAvg(steps=5, rounds=3, min_clients=2)
+        found = simulate(strategy, dict.fromkeys(names, 0.1), learning=learned)
+        merged = [dict(row["stats"]) for row in found.history if row["kind"] == "merged"]
+        return found.hash, merged
+
+    first, again = run(), run()
+    assert first == again
+    assert all("gamma" in stats for stats in first[1])
+    assert len(first[1]) == 3
