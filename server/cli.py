@@ -1,5 +1,6 @@
 """fl-server: serve a run, watch it, show it off on this machine, or try it in virtual time."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,5 +115,8 @@ def start(
         summary = server.run(listen, ready)
     told = f"{summary.versions} versions from {summary.updates} updates in {summary.seconds:.1f} s"
     more = "".join(f", {k} {v:.4f}" for k, v in sorted(summary.metrics.items()) if k != "examples")
-    ended = summary.reason or f"stopped for now; go on with: fl-server start --state {state}"
+    ended = (
+        summary.reason
+        or f"stopped for now; go on with: fl-server start --state {shlex.quote(str(state))}"
+    )
     console.emit(summary, as_json, f"{ended}\n{told}{more}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def status(state: Path) -> Status:
     return end_of(
         Status(
             spec.id, spec.name, spec.strategy, "stopped",
-            f"no server runs; go on with: fl-server start --state {state}",
+            f"no server runs; go on with: fl-server start --state {shlex.quote(str(state))}",
             max(versions(state), default=0),
             clients=tuple(_client(told, name) for name in sorted(told.clients)),
             state_dir=str(state),
@@ -197,7 +198,7 @@ def export(state: Path, number: int, target: Path) -> str:
     is damaged, FL-S203 where the disk does not take it.
     """
     if not target.parent.is_dir():
-        hint = f"make it (mkdir -p {target.parent}), or give another --output"
+        hint = f"make it (mkdir -p {shlex.quote(str(target.parent))}), or give another --output"
         raise UsageError("FL-S108", f"no folder {target.parent}", hint)
     if not os.access(target.parent, os.W_OK):
         hint = "give an --output that you may write"

@@ -95,6 +95,12 @@ def test_status_of_a_stopped_run_is_what_its_history_says(state: Path, capsys: C
     assert slow["seconds_per_step"] == pytest.approx(3.5 / 7)
 
 
+def test_what_to_type_next_can_be_typed(tmp_path: Path, capsys: Capsys) -> None:
+    state = made(tmp_path / "my runs" / "s\u00e9")
+    told = data(capsys, "status", "--state", str(state))
+    assert told["reason"].endswith(f"fl-server start --state '{state}'")
+
+
 def test_a_finished_run_says_why_it_ended(tmp_path: Path, capsys: Capsys) -> None:
     told = data(capsys, "status", "--state", str(made(tmp_path / "s", FINISH)))
     assert (told["state"], told["reason"]) == ("finished", "2 versions done")
