@@ -8,10 +8,8 @@ The training is real, the clock is not: one client takes a second a step, the ot
 
 from atoll.aggregation import FedAvg, FedBuff, FedCompass, Strategy
 from atoll.client import LocalConfig
-from atoll.server import simulate
-from atoll.server.rules import Rules
+from atoll.server import Rules, Training, simulate
 from atoll.server.simulation import Simulation
-from atoll.server.training import Training
 
 CLIENTS = {"c1": 1.0, "c2": 0.5, "c3": 0.25, "c4": 0.125}  # seconds a step
 

@@ -1,14 +1,19 @@
 """The examples tell the truth: each runs, and shows what its first line promises."""
 
+import ast
 import importlib
+import math
+import re
 import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from atoll.aggregation import check_strategy
+from atoll.aggregation import check_aggregator, check_strategy
+from atoll.aggregation.stack import Rows
 from atoll.client.bench import check
 from atoll.client.trainer import Task
 
@@ -38,6 +43,44 @@ def test_own_strategy_makes_its_ten_versions(capsys: pytest.CaptureFixture[str])
 
 def test_own_strategy_holds_what_every_strategy_must() -> None:
     check_strategy(example("own_strategy").Pairs, seeds=50)
+
+
+def test_own_aggregator_holds_what_every_rule_must() -> None:
+    check_aggregator(example("own_aggregator").Agreeing, cases=50)
+
+
+def test_own_aggregator_leaves_out_who_goes_the_other_way() -> None:
+    rule = example("own_aggregator").Agreeing()
+    rows = [torch.tensor(v) for v in ([1.0, 0.0], [0.9, 0.1], [-1.0, 0.2])]
+    assert rule.coefficients(Rows(rows), [1 / 3] * 3) == [0.5, 0.5, 0.0]
+
+
+def test_own_codec_is_as_near_as_half_a_step_and_hides_no_nan() -> None:
+    codec = example("own_codec").Bytes()
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    packed = codec.encode(values)
+    assert len(packed) == codec.size(1000) == 1008
+    found = codec.decoder(packed, 1000)(0, 1000, torch.empty(1000))
+    assert (found - values).abs().max() <= (values.max() - values.min()) / 255 * 0.501
+    for bad in (math.nan, math.inf):
+        values[3] = bad
+        decode = codec.decoder(codec.encode(values), 1000)
+        assert not torch.isfinite(decode(3, 4, torch.empty(1))).all()
+
+
+@pytest.mark.parametrize("name", ["own_strategy", "own_aggregator", "own_codec"])
+def test_a_part_of_ones_own_takes_under_thirty_lines(name: str) -> None:
+    tree = ast.parse((EXAMPLES / f"{name}.py").read_text())
+    (part,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    assert part.end_lineno is not None
+    assert part.end_lineno - part.lineno < 30
+
+
+@pytest.mark.parametrize("name", ["own_aggregator", "own_codec"])
+def test_a_part_of_ones_own_learns_digits(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    assert float(re.findall(r"best ([\d.]+)", told)[0]) > 0.85
 
 
 def test_own_trainer_keeps_the_contract_of_a_trainer_and_learns() -> None:

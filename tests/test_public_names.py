@@ -7,14 +7,14 @@ import sys
 import pytest
 
 NAMES = {
-    "atoll.server": ["Server", "simulate"],
+    "atoll.server": ["Rules", "Server", "Training", "simulate"],
     "atoll.client": ["Client", "Trainer"],
     "atoll.p2p": ["Peer"],
     "atoll.aggregation": [
         "FedAvg", "FedBuff", "FedCompass",  # when
         "Mean", "Median", "TrimmedMean", "Krum",  # how
         "Sgd", "Nesterov", "Adam",  # outer step
-        "Strategy",  # write your own
+        "Strategy", "check_aggregator", "check_strategy",  # write your own
     ],
     "atoll.protocols": [
         "Int8", "TopK", "AtollError", "Update",

@@ -45,7 +45,7 @@ SPECS = {  # name -> how it is written here, where its name alone is not enough
     "fedasync": "fedasync:steps=3",
     "fedlaw": "fedlaw:epochs=2",
 }
-VERSIONS = 4
+VERSIONS = 3
 DATA = load_data("synthetic:examples=120,features=6,classes=3", 0)
 PROXY = load_data("synthetic:examples=60,features=6,classes=3,seed=9")  # for parts that learn
 CLIENTS = [
