@@ -1,7 +1,9 @@
 """Your own aggregator: the mean of those updates that point the way most of them do.
 
-python own_aggregator.py                                   in virtual time, tried first
-fl-server demo --aggregator own_aggregator:Agreeing        in real processes
+    python own_aggregator.py                               in virtual time
+    fl-server demo --aggregator own_aggregator:Agreeing    in real processes
+
+`check_aggregator(Agreeing)` of atoll.aggregation tries it on 200 generated merges.
 """
 
 from collections.abc import Sequence
@@ -26,10 +28,9 @@ class Agreeing:
 
 
 if __name__ == "__main__":
-    from atoll.aggregation import FedAvg, check_aggregator
+    from atoll.aggregation import FedAvg
     from atoll.server import Training, simulate
 
-    check_aggregator(Agreeing)  # 200 merges
     clients = dict.fromkeys("abcd", 0.1)
     learning = Training.of(list(clients), aggregation="own_aggregator:Agreeing")
-    print(simulate(FedAvg(rounds=10, min_clients=4), clients, learning=learning))
+    print(simulate(FedAvg(rounds=4, min_clients=4), clients, learning=learning))

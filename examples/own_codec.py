@@ -1,7 +1,9 @@
 """Your own codec: one byte a value, in 255 steps from the smallest to the largest.
 
-python own_codec.py                              in virtual time
-fl-server demo --codec up=own_codec:Bytes        in real processes
+    python own_codec.py                          in virtual time
+    fl-server demo --codec up=own_codec:Bytes    in real processes
+
+`check_codec(Bytes)` of atoll.aggregation tries it on 200 generated vectors.
 """
 
 import struct
@@ -40,4 +42,4 @@ if __name__ == "__main__":
 
     clients = dict.fromkeys("abcd", 0.1)
     learning = Training.of(list(clients), up="own_codec:Bytes")
-    print(simulate(FedAvg(rounds=10, min_clients=4), clients, learning=learning))
+    print(simulate(FedAvg(rounds=4, min_clients=4), clients, learning=learning))

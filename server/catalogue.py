@@ -6,6 +6,7 @@ from the source (`atoll.protocols.reading`), so a listing is quick and runs nobo
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -44,7 +45,7 @@ class Entry:
         subject, _, idea = self.source.about.partition(": ")
         named = {_letters(self.name), _letters(self.where.rpartition(":")[2])}
         text = idea if _letters(subject) in named else self.source.summary or self.source.about
-        return text[:1].upper() + text[1:] if text[1:2].islower() else text
+        return text[:1].upper() + text[1:] if re.match(r"[a-z]+ [a-z]", text) else text
 
     @property
     def facts(self) -> Facts:

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from atoll.aggregation import check_aggregator, check_strategy
+from atoll.aggregation import check_aggregator, check_codec, check_strategy
 from atoll.aggregation.stack import Rows
 from atoll.client.bench import check
 from atoll.client.trainer import Task
@@ -55,6 +55,10 @@ def test_own_aggregator_leaves_out_who_goes_the_other_way() -> None:
     assert rule.coefficients(Rows(rows), [1 / 3] * 3) == [0.5, 0.5, 0.0]
 
 
+def test_own_codec_holds_what_every_codec_must() -> None:
+    check_codec(example("own_codec").Bytes, cases=50)
+
+
 def test_own_codec_is_as_near_as_half_a_step_and_hides_no_nan() -> None:
     codec = example("own_codec").Bytes()
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
@@ -80,7 +84,7 @@ def test_a_part_of_ones_own_takes_under_thirty_lines(name: str) -> None:
 def test_a_part_of_ones_own_learns_digits(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     told = capsys.readouterr().out
-    assert float(re.findall(r"best ([\d.]+)", told)[0]) > 0.85
+    assert float(re.findall(r"best ([\d.]+)", told)[0]) > 0.8
 
 
 def test_own_trainer_keeps_the_contract_of_a_trainer_and_learns() -> None:

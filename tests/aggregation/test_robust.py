@@ -332,3 +332,13 @@ def test_a_class_without_the_methods_of_its_algebra_is_refused() -> None:
     with pytest.raises(UsageError, match="none of its methods") as told:
         aggregator("atoll.aggregation.robust:Robust")
     assert told.value.code == "FL-S102"
+
+
+def test_the_median_of_sparse_updates_is_almost_nothing() -> None:
+    """Which is why it refuses them: of ten who send 1 % of their values each, nobody is heard."""
+    draw = torch.Generator().manual_seed(0)
+    deltas = torch.randn(10, 10_000, generator=draw)
+    deltas *= torch.rand(10, 10_000, generator=draw) < 0.01
+    assert (deltas.mean(dim=0) != 0).float().mean() > 0.09
+    assert (result(Median(), deltas) != 0).float().mean() < 0.001
+    assert (result(TrimmedMean(0.2), deltas) != 0).float().mean() < 0.001

@@ -9,7 +9,7 @@ import pytest
 from atoll.aggregation import FedAvg, FedBuff, Krum, Median
 from atoll.client.partition import KNOWN as KNOWN_PARTITIONS
 from atoll.protocols.errors import AtollError, DataError, UsageError
-from atoll.server import catalogue
+from atoll.server import Server, catalogue
 from atoll.server.check import FILES, PARTITIONS, check, check_partition, made_of, mixed
 from atoll.server.spec import RunSpec
 
@@ -127,6 +127,26 @@ def test_a_strategy_that_may_bring_fewer_is_a_warning() -> None:
         "and those are merged by their mean"
     )
     assert check(spec(strategy="fedavg:min_results=3", aggregator="median")) == []
+
+
+def test_python_is_refused_what_the_command_line_is(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    with pytest.raises(UsageError, match=r"Median needs 3 updates .* never brings more than 1"):
+        Server("mlp", strategy=FedBuff(size=1), aggregator=Median(), folder=folder)
+    assert not folder.exists()
+    Server("mlp", strategy=FedBuff(size=3), aggregator=Median(), folder=folder)
+
+
+def test_a_median_of_sparse_updates_is_refused_on_the_way_up_alone() -> None:
+    with pytest.raises(UsageError) as caught:
+        check(spec(strategy="fedbuff", aggregator="median", codec_up="topk:0.01+ef"))
+    assert caught.value.message == (
+        "aggregator median cannot work with sparse updates, of which most values are 0, "
+        "which codec topk:0.01+ef makes"
+    )
+    assert caught.value.hint.startswith("take another codec bf16, ")
+    assert "topk" not in caught.value.hint
+    check(spec(strategy="fedbuff", aggregator="median", codec_down="topk:0.01"))
 
 
 def test_objects_are_judged_like_names() -> None:
