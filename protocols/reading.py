@@ -112,11 +112,13 @@ class _Module:
 
     def origin(self, name: str) -> tuple[str, str] | None:
         """(module, name) of what `from module import name` brings here."""
-        for node in self.body:
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                for alias in node.names:
-                    if (alias.asname or alias.name) == name:
-                        return node.module, alias.name
+        for outer in self.body:
+            within = ast.walk(outer) if isinstance(outer, ast.If | ast.Try) else [outer]
+            for node in within:  # a lazy package imports for type checkers alone
+                if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    for alias in node.names:
+                        if (alias.asname or alias.name) == name:
+                            return node.module, alias.name
         return None
 
     def comment(self, node: ast.stmt | ast.expr | ast.arg) -> str:

@@ -116,6 +116,10 @@ def test_what_a_module_has_from_another_is_read_there() -> None:
     assert read("rule_atoll:Base").where == "rule_base_atoll:Base"
 
 
+def test_what_a_lazy_package_exports_is_found_where_it_is() -> None:
+    assert read("atoll.aggregation:FedAvg").where == "atoll.aggregation.fedavg:FedAvg"
+
+
 def test_a_package_on_the_way_is_not_run() -> None:
     assert read("package_atoll.inner:Deep").where == "package_atoll.inner:Deep"
     assert locate("package_atoll.no_such") is None

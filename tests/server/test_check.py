@@ -132,9 +132,9 @@ def test_a_strategy_that_may_bring_fewer_is_a_warning() -> None:
 def test_python_is_refused_what_the_command_line_is(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     with pytest.raises(UsageError, match=r"Median needs 3 updates .* never brings more than 1"):
-        Server("mlp", strategy=FedBuff(size=1), aggregator=Median(), folder=folder)
+        Server(strategy=FedBuff(size=1), aggregator=Median(), data="digits", folder=folder)
     assert not folder.exists()
-    Server("mlp", strategy=FedBuff(size=3), aggregator=Median(), folder=folder)
+    Server(strategy=FedBuff(size=3), aggregator=Median(), data="digits", folder=folder)
 
 
 def test_a_median_of_sparse_updates_is_refused_on_the_way_up_alone() -> None:
