@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atoll.aggregation.aggregator import Aggregator, SumAggregator, by_stack, by_tiles, remembers
+from atoll.aggregation.aggregator import (
+    Aggregator,
+    SumAggregator,
+    anchored,
+    by_stack,
+    by_tiles,
+    remembers,
+)
 from atoll.aggregation.mean import Mean
 from atoll.aggregation.stack import Rows
 
@@ -96,6 +103,7 @@ def merged(rule: Aggregator, case: Case) -> Tensor:
         found = _summed(Mean(), case.deltas, shares, case.x)
     elif by_stack(rule):
         rows = [*case.deltas, *([torch.zeros_like(case.x)] if remembers(rule) else [])]
+        rows += [case.x] if anchored(rule) and not remembers(rule) else []
         stack = Rows(rows)
         coefficients = [float(c) for c in rule.coefficients(stack, shares)]
         assert len(coefficients) == len(rows), f"{len(coefficients)} numbers for {len(rows)} rows"

@@ -16,7 +16,9 @@ from atoll.aggregation.stack import Stack
 from atoll.aggregation.testing import check_aggregator
 from atoll.server import catalogue
 
-NEED_MORE: dict[str, str] = {}  # name -> how it is made here, where its name alone is not enough
+NEED_MORE = {  # name -> how it is made here, where its name alone is not enough
+    "fedlaw": "fedlaw:no_proxy=coherence",
+}
 
 
 @pytest.mark.parametrize("name", [part.names[0] for part in catalogue.parts("aggregator")])
