@@ -32,6 +32,7 @@ from atoll.server.host import Host
 from atoll.server.journal import Journal
 from atoll.server.links import Links
 from atoll.server.merge import Buffers, Merger
+from atoll.server.outgoing import Traffic
 from atoll.server.past import Past
 from atoll.server.privacy import Privacy
 from atoll.server.recover import Recovered, recover
@@ -345,7 +346,7 @@ class Assembly:
     def status(self, arguments: Mapping[str, object]) -> object:
         """What `fl-server status` and `run show` print."""
         run, rules = self.host.run, self.driver.rules
-        now = self.clock.now()
+        now, sent = self.clock.now(), self.host.outgoing.traffic
         members = [
             {
                 "name": m.name,
@@ -360,8 +361,8 @@ class Assembly:
                 if m.name in self.host.sessions.of
                 else None,
                 "updates": totals.updates if (totals := self.history.clients.get(m.name)) else 0,
-                "bytes_up": self.host.traffic[m.name].up if m.name in self.host.traffic else 0,
-                "bytes_down": self.host.traffic[m.name].down if m.name in self.host.traffic else 0,
+                "bytes_up": sent.get(m.name, Traffic()).up,
+                "bytes_down": sent.get(m.name, Traffic()).down,
             }
             for m in self.host.membership.members.values()
         ]

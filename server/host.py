@@ -9,13 +9,10 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 
-from atoll.aggregation import half
-from atoll.protocols import messages, state, tensors, wire_pb2
-from atoll.protocols.blobs import CHUNK, INLINE, Blob
-from atoll.protocols.codecs import Codec
+from atoll.protocols import messages, state, wire_pb2
+from atoll.protocols.blobs import CHUNK, INLINE
 from atoll.protocols.errors import AtollError, RemoteError, ServerError
 from atoll.protocols.events import (
     Action,
@@ -26,19 +23,18 @@ from atoll.protocols.events import (
     Event,
     Merged,
     Then,
-    Update,
     UpdateReceived,
 )
 from atoll.protocols.links import Link
 from atoll.protocols.membership import Back, Joined, Left, Membership
-from atoll.protocols.messages import Result
 from atoll.server import plausible
-from atoll.server.chain import Load
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
 from atoll.server.history import History, Row
-from atoll.server.journal import ACKS, Payload
+from atoll.server.intake import Intake
+from atoll.server.journal import ACKS
 from atoll.server.links import Links, held_by
+from atoll.server.outgoing import Outgoing
 from atoll.server.panel import Panel
 from atoll.server.recover import snapshot
 from atoll.server.rows import Recorder
@@ -46,20 +42,12 @@ from atoll.server.run import Effect, Merge, Order, Outcome, Run
 from atoll.server.saver import Saver
 from atoll.server.sessions import Session, Sessions
 from atoll.server.spec import RunSpec
-from atoll.server.uploads import StoredUpdate
-from atoll.server.versions import EXTRA
 from atoll.server.workshop import Workshop
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
 BATCH = "batch"  # capability of clients that read several messages in one
-
-
-@dataclass
-class Traffic:
-    up: int = 0
-    down: int = 0
 
 
 class Host:
@@ -86,16 +74,17 @@ class Host:
         self.history = history
         self.evaluator = evaluator
         self.sessions = Sessions()
-        self.traffic: dict[str, Traffic] = {}
-        self.paces: dict[str, float] = {}
+        self.outgoing = Outgoing(
+            run, workshop, links, self.sessions, lambda error: self.driver.fail(error)
+        )
+        self.intake = Intake(
+            run, membership, workshop, links, self.sessions, self.outgoing,
+            lambda: self.driver, self._expel,
+        )  # fmt: skip
         self._on_row = on_row
         self.recorder = Recorder()  # a resumed run brings its own
         self._groups: dict[str, tuple[tuple[str, ...], float, float]] = {}
         self._manifest = json.dumps(workshop.store.manifest.to_json())
-        self._extra_size = sum(s.length for s in tensors.extra_sections(workshop.extras.down))
-        self._model_size = sum(s.length for s in workshop.store.shelf.sections)
-        self._packed: dict[tuple[int, str], bytes] = {}  # models as last sent, in orders
-        self._packed_extras = (-1, b"")  # what goes beside the version last ordered
         self._spent: list[str] = []
         self._meta: list[tuple[str, str]] = []
         self._acks: list[tuple[str, str]] = []  # (client, update), not yet written down
@@ -121,7 +110,7 @@ class Host:
     def deliver(self, order: Order) -> None:
         session = self.sessions.of.get(order.client)
         if session is not None:
-            self._send_order(session, order)
+            self.outgoing.order(session, order)
 
     def interrupt(self, order: Order, then: Then) -> None:
         session = self.sessions.of.get(order.client)
@@ -129,7 +118,7 @@ class Host:
             session.send(wire_pb2.ServerMessage(ask=messages.ask_to_wire(order.id, then)))
 
     def quick(self, merge: Merge) -> bool:
-        return self._model_size <= INLINE and not self.workshop.merger.learns
+        return self.outgoing.model_size <= INLINE and not self.workshop.merger.learns
 
     def merge(self, merge: Merge) -> None:
         self.workshop.stock.merges.append(merge)
@@ -146,7 +135,7 @@ class Host:
             self._spent.append(outcome.update)
         session = self.sessions.of.get(client)
         if session is not None:
-            self._send_outcome(session, outcome)
+            self.outgoing.outcome(session, outcome)
 
     def heard(
         self, now: float, event: Event, actions: list[Action], effects: list[Effect]
@@ -155,9 +144,9 @@ class Host:
         if isinstance(event, UpdateReceived):
             info = self.workshop.infos.get(event.update.id)
             size = info.size if info else 0
-            self._learn_pace(event.update)
+            self.intake.learn_pace(event.update)
         rows = list(
-            self.recorder.rows(self.run, now, event, actions, effects, size, self._down_size)
+            self.recorder.rows(self.run, now, event, actions, effects, size, self.outgoing.size)
         )
         rows.extend(self._new_groups(now))
         return partial(self._written, event, rows)
@@ -251,7 +240,7 @@ class Host:
         untold = list(self.run.untold.get(hello.client, {}).values())
         session.room += len(untold)
         for outcome in untold:
-            self._send_outcome(session, outcome)
+            self.outgoing.outcome(session, outcome)
         if isinstance(decision, Joined):
             self._joined(hello, decision)
         else:
@@ -293,7 +282,7 @@ class Host:
         if order is None or order.started is None or order.id in hello.holding:
             return
         if order.version in self.workshop.store.numbers():
-            self._send_order(session, order)
+            self.outgoing.order(session, order)
         else:
             self._renew(hello, session, f"version {order.version} of its order is gone")
 
@@ -320,7 +309,7 @@ class Host:
         self.membership.heard(session.client, session.fence, self.driver.clock.now())
         match message.WhichOneof("kind"):
             case "result":
-                self._inline(session, messages.result_from_wire(message.result))
+                self.intake.inline(session, messages.result_from_wire(message.result))
             case "heartbeat":
                 session.step = message.heartbeat.step
             case "ack":
@@ -426,72 +415,6 @@ class Host:
                     session.close()
         self._arm_lease()
 
-    def _send_order(self, session: Session, order: Order) -> None:
-        load = self._load(session, order.version)
-        if load is None:
-            return
-        key = order.version, load.sent.base
-        if key not in self._packed:  # once for all who start from it and hold the same
-            self._packed = {k: p for k, p in self._packed.items() if k[0] == order.version}
-            self._packed[key] = messages.sent_to_order(load.sent).SerializeToString()
-        extra = order.extra
-        if self.workshop.merger.half is not None:
-            numbers = self.workshop.store.open(order.version).facts.numbers
-            extra = {**half.told(numbers), **extra}
-        told = messages.Order(order.id, 0, order.version, order.steps, None, extra=extra)
-        beside = self._pack_extras(order.version)
-        session.send_parts(messages.packed_order(told, self._packed[key], beside))
-
-    def _pack_extras(self, version: int) -> bytes:
-        """What goes beside the model of an order, once for all; nothing without such a half."""
-        if not self.workshop.extras.down:
-            return b""
-        if self._packed_extras[0] != version:
-            blob = self._extras(version)
-            small = bytes(blob.view) if blob.info.size <= INLINE else b""
-            beside = wire_pb2.Order(extras=[messages.blob_to_wire(blob.info, small)])
-            self._packed_extras = version, beside.SerializeToString()
-        return self._packed_extras[1]
-
-    def _extras(self, version: int) -> Blob:
-        store = self.workshop.store
-        return store.extras(store.open(version), tuple(self.workshop.extras.down))
-
-    def _load(self, session: Session, version: int) -> Load | None:
-        """What is to be sent, and is counted as sent, for `version`. None: the run ends."""
-        try:
-            load = self.links.load(session.link, version, self.run.published, session.held)
-        except AtollError as error:
-            self.driver.fail(error)
-            return None
-        base = load.sent.base
-        session.held = (base.partition("@")[0], version) if base else None
-        self._traffic(session.client).down += load.size
-        return load
-
-    def _down_size(self, order: Order) -> int:
-        """Bytes of what an order of now brings down."""
-        session = self.sessions.of.get(order.client)
-        if session is None:
-            return self._model_size + self._extra_size
-        size = self.links.size(session.link, order.version, session.held)
-        return size + self._extra_size
-
-    def _send_outcome(self, session: Session, outcome: Outcome) -> None:
-        told = messages.Outcome(
-            outcome.order, outcome.update, outcome.fate, outcome.version, outcome.reason
-        )
-        session.send_later(wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told)))
-
-    def _traffic(self, client: str) -> Traffic:
-        return self.traffic.setdefault(client, Traffic())
-
-    def _learn_pace(self, update: Update) -> None:
-        if update.steps > 0 and update.train_seconds > 0:
-            self.paces[update.client] = update.train_seconds / update.steps
-            if update.client in self.membership.members:
-                self.membership.learned(update.client, update.train_seconds / update.steps)
-
     # ---- bulk calls (server/bulk.py) -----------------------------------------------------------
 
     def authorize(self, metadata: object) -> str:
@@ -499,115 +422,6 @@ class Host:
         session = self.sessions.find(str(token))
         self.membership.heard(session.client, session.fence, self.driver.clock.now())
         return session.client
-
-    def find_blob(self, blob: str) -> Blob:
-        if self.workshop.extras.down:
-            for version in reversed(self.workshop.store.numbers()):
-                if blob == f"v{version}/{EXTRA}":
-                    return self._extras(version)
-        return self.links.find(blob)
-
-    def may_upload(self, client: str, result: Result) -> str | None:
-        """The id to store a result under; None where it is here already."""
-        expected = self.run.expects(client, result.order, result.update)
-        if expected == "have":
-            return None
-        if expected == "unknown":
-            raise RemoteError(
-                "FL-W102",
-                f"order {result.order} is not one of {client}'s, or was closed",
-                "drop this result and wait for the next order",
-            )
-        info = result.payload
-        manifest = self.workshop.store.manifest
-        order = self.run.order(client, result.order)
-        assert order is not None
-        try:
-            plausible.check_steps(result, order)
-            packed, extras = self._packs(client, result), self.workshop.extras.up
-            tensors.check(manifest, info.sections, info.size, packed, "update", extras)
-        except RemoteError as error:
-            self._refuse_update(client, error)
-            raise
-        return result.update
-
-    def _packs(self, client: str, result: Result) -> Codec:
-        """What a result must be packed with: as agreed now, or when it was finished."""
-        session = self.sessions.of.get(client)
-        if session is None or result.order in session.former:
-            return self.workshop.codecs.of(result.payload.sections)
-        return self.links.up(session.link)
-
-    async def accepted(self, client: str, result: Result, stored: StoredUpdate) -> None:
-        """All bytes of a result are here: check them, write them down, tell the strategy."""
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(None, self._check, result, stored)
-        except RemoteError as error:
-            self._refuse_update(client, error)
-            raise
-        done = asyncio.Event()
-        self._take(client, result, stored, done.set)
-        await done.wait()
-
-    def _inline(self, session: Session, result: Result) -> None:
-        update = None
-        try:
-            update = self.may_upload(session.client, result)
-        except RemoteError as error:
-            if error.code != "FL-W102":
-                raise
-            refusal = messages.error_to_wire(error, result.order)
-            session.send(wire_pb2.ServerMessage(refusal=refusal))
-            return
-        if update is None:
-            self.driver.after(lambda: self._receipt(session.client, result))
-            return
-        stored = self.workshop.uploads.keep(update, result.inline)
-        try:
-            self._check(result, stored)
-        except RemoteError as error:
-            self.workshop.uploads.free(update)
-            self._refuse_update(session.client, error)
-            raise
-        self._take(session.client, result, stored, lambda: self._receipt(session.client, result))
-
-    def _check(self, result: Result, stored: StoredUpdate) -> None:
-        manifest = self.workshop.store.manifest
-        sections = result.payload.sections
-        packed, extras = self.workshop.codecs.of(sections), self.workshop.extras.up
-        payload = tensors.parse(manifest, sections, stored.view(), packed, "update", extras)
-        tensors.finite(manifest, payload)
-
-    def _take(
-        self, client: str, result: Result, stored: StoredUpdate, then: Callable[[], None]
-    ) -> None:
-        if result.update in self.workshop.infos:
-            self.driver.after(then)  # it came twice at once
-            return
-        self.workshop.infos[result.update] = result.payload
-        self._traffic(client).up += result.payload.size
-        order, clock = self.run.order(client, result.order), self.driver.clock
-        since = None if order is None else order.started
-        seconds = plausible.seconds(result.train_seconds, since, clock.now(), clock.began)
-        update = Update(  # the run's book knows base and start
-            result.update, result.order, client, 0, result.steps, result.examples,
-            0.0, seconds, result.metrics, final=result.final,
-        )  # fmt: skip
-        data = stored.data if stored.path is None else None
-        info = replace(result.payload, sha256=stored.sha256)
-        self.driver.post(UpdateReceived(update), Payload(result.update, info, data), then)
-
-    def _receipt(self, client: str, result: Result) -> None:
-        session = self.sessions.of.get(client)
-        if session is not None:
-            receipt = wire_pb2.Receipt(order=result.order, update=result.update, final=result.final)
-            session.send_later(wire_pb2.ServerMessage(receipt=receipt))
-
-    def _refuse_update(self, client: str, error: RemoteError) -> None:
-        """What it sent can never be used: the run goes on without this client."""
-        logger.warning("client=%s update refused: %s", client, error)
-        self._expel(client, f"its update was refused: {error.code} {error.message}", error)
 
     # ---- versions ------------------------------------------------------------------------------
 
@@ -690,7 +504,7 @@ class Host:
         if version is None:
             return
         for session in self.sessions.of.values():
-            load = self._load(session, version)
+            load = self.outgoing.load(session, version)
             if load is not None:
                 asked = messages.sent_to_evaluate(load.sent)
                 session.send(wire_pb2.ServerMessage(evaluate=asked))

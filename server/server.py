@@ -250,13 +250,13 @@ class Server:
             return host.result()
 
         async def accepted(client: str, result: messages.Result, stored: Any) -> None:
-            await now().accepted(client, result, stored)
+            await now().intake.accepted(client, result, stored)
 
         return Bulk(
             uploads,
             authorize=lambda metadata: now().authorize(metadata),
-            find_blob=lambda blob: now().find_blob(blob),
-            may_upload=lambda client, result: now().may_upload(client, result),
+            find_blob=lambda blob: now().outgoing.find_blob(blob),
+            may_upload=lambda client, result: now().intake.may_upload(client, result),
             accepted=accepted,
             run=self.spec.id,
         )

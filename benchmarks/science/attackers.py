@@ -74,9 +74,9 @@ def claims(accuracy: dict[str, dict[str, float]]) -> list[Claim]:
     made = []
     for attack in ("sign flip", "x1000"):
         rule, value = worst(attack)
-        mean_ = accuracy[attack]["mean"]
+        mean = accuracy[attack]["mean"]
         made += [
-            Claim(f"{attack}: the mean is under 60 %", f"{mean_:.1f} %", mean_ < 60, source="spec 7"),
+            Claim(f"{attack}: the mean is under 60 %", f"{mean:.1f} %", mean < 60, source="spec 7"),
             Claim(
                 f"{attack}: every robust rule is over 80 %", f"the worst, {rule}: {value:.1f} %",
                 value > 80, True, "spec 7",

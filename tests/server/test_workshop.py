@@ -257,7 +257,7 @@ class Life:
     async def send(self, order: str, value: float) -> None:
         info, data = packed(self.assembly.manifest, value)
         result = Result(order, 0, 1, 1, 0.1, info)
-        update = self.host.may_upload("c", result)
+        update = self.host.intake.may_upload("c", result)
         assert update == result.update
         uploads = self.assembly.workshop.uploads
         if len(data) <= INLINE:
@@ -267,7 +267,7 @@ class Life:
             for frame in frames.chunks(memoryview(data), "u", 0, digest=info.sha256):
                 uploads.put(update, frames.parse(frame))
             stored = uploads.commit(update, info.sha256)
-        await self.host.accepted("c", result, stored)
+        await self.host.intake.accepted("c", result, stored)
 
     def hashes(self) -> dict[int, bytes]:
         store = self.assembly.store

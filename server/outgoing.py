@@ -1,0 +1,123 @@
+"""Outgoing: what goes to a run's clients: orders with their models, outcomes, receipts.
+
+A model is packed once for all who start from it over the same link and hold the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from atoll.aggregation import half
+from atoll.protocols import messages, tensors, wire_pb2
+from atoll.protocols.blobs import INLINE, Blob
+from atoll.protocols.errors import AtollError
+from atoll.protocols.messages import Result
+from atoll.server.chain import Load
+from atoll.server.links import Links
+from atoll.server.run import Order, Outcome, Run
+from atoll.server.sessions import Session, Sessions
+from atoll.server.versions import EXTRA
+from atoll.server.workshop import Workshop
+
+
+@dataclass
+class Traffic:
+    """Bytes of one client's models and results."""
+
+    up: int = 0
+    down: int = 0
+
+
+class Outgoing:
+    """`fail` ends the run: a model cannot be read."""
+
+    def __init__(
+        self,
+        run: Run,
+        workshop: Workshop,
+        links: Links,
+        sessions: Sessions,
+        fail: Callable[[AtollError], None],
+    ) -> None:
+        self.traffic: dict[str, Traffic] = {}
+        self.model_size = sum(s.length for s in workshop.store.shelf.sections)
+        self._run = run
+        self._workshop = workshop
+        self._links = links
+        self._sessions = sessions
+        self._fail = fail
+        self._extra_size = sum(s.length for s in tensors.extra_sections(workshop.extras.down))
+        self._packed: dict[tuple[int, str], bytes] = {}  # models as last sent, in orders
+        self._packed_extras = (-1, b"")  # what goes beside the version last ordered
+
+    def order(self, session: Session, order: Order) -> None:
+        load = self.load(session, order.version)
+        if load is None:
+            return
+        key = order.version, load.sent.base
+        if key not in self._packed:  # once for all who start from it and hold the same
+            self._packed = {k: p for k, p in self._packed.items() if k[0] == order.version}
+            self._packed[key] = messages.sent_to_order(load.sent).SerializeToString()
+        extra = order.extra
+        if self._workshop.merger.half is not None:
+            numbers = self._workshop.store.open(order.version).facts.numbers
+            extra = {**half.told(numbers), **extra}
+        told = messages.Order(order.id, 0, order.version, order.steps, None, extra=extra)
+        beside = self._packed_beside(order.version)
+        session.send_parts(messages.packed_order(told, self._packed[key], beside))
+
+    def _packed_beside(self, version: int) -> bytes:
+        """What goes beside the model of an order, once for all; nothing without such a half."""
+        if not self._workshop.extras.down:
+            return b""
+        if self._packed_extras[0] != version:
+            blob = self.extras(version)
+            small = bytes(blob.view) if blob.info.size <= INLINE else b""
+            beside = wire_pb2.Order(extras=[messages.blob_to_wire(blob.info, small)])
+            self._packed_extras = version, beside.SerializeToString()
+        return self._packed_extras[1]
+
+    def extras(self, version: int) -> Blob:
+        store = self._workshop.store
+        return store.extras(store.open(version), tuple(self._workshop.extras.down))
+
+    def load(self, session: Session, version: int) -> Load | None:
+        """What is to be sent, and is counted as sent, for `version`. None: the run ends."""
+        try:
+            load = self._links.load(session.link, version, self._run.published, session.held)
+        except AtollError as error:
+            self._fail(error)
+            return None
+        base = load.sent.base
+        session.held = (base.partition("@")[0], version) if base else None
+        self.counted(session.client).down += load.size
+        return load
+
+    def size(self, order: Order) -> int:
+        """Bytes of what an order of now brings down."""
+        session = self._sessions.of.get(order.client)
+        if session is None:
+            return self.model_size + self._extra_size
+        size = self._links.size(session.link, order.version, session.held)
+        return size + self._extra_size
+
+    def outcome(self, session: Session, outcome: Outcome) -> None:
+        told = messages.Outcome(
+            outcome.order, outcome.update, outcome.fate, outcome.version, outcome.reason
+        )
+        session.send_later(wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told)))
+
+    def counted(self, client: str) -> Traffic:
+        return self.traffic.setdefault(client, Traffic())
+
+    def find_blob(self, blob: str) -> Blob:
+        if self._workshop.extras.down:
+            for version in reversed(self._workshop.store.numbers()):
+                if blob == f"v{version}/{EXTRA}":
+                    return self.extras(version)
+        return self._links.find(blob)
+
+    def receipt(self, client: str, result: Result) -> None:
+        session = self._sessions.of.get(client)
+        if session is not None:
+            receipt = wire_pb2.Receipt(order=result.order, update=result.update, final=result.final)
+            session.send_later(wire_pb2.ServerMessage(receipt=receipt))
