@@ -9,7 +9,7 @@ from torch import Tensor
 from atoll.protocols import codec_blocks
 from atoll.protocols.codecs import Codec, accumulate, codec
 
-COUNTS = (0, 1, 7, 8, 63, 64, 65, 255, 256, 257, 1000, 70_001)
+COUNTS = (0, 1, 7, 8, 63, 64, 65, 255, 256, 257, 1000, 9001)
 
 
 def values(count: int, seed: int = 3) -> Tensor:
@@ -82,7 +82,7 @@ def test_a_tile_is_that_part_of_the_whole_wherever_it_begins(count: int) -> None
 
 
 @pytest.mark.parametrize("spec", ["int8", "int8:block=64", "topk:0.1", "bf16"])
-@pytest.mark.parametrize("tile", [64, 1000, 4096, 1 << 16])
+@pytest.mark.parametrize("tile", [1000, 4096, 1 << 16])
 def test_adding_to_a_sum_has_the_same_bits_whatever_the_tile(spec: str, tile: int) -> None:
     count, one = 70_001, codec(spec)
     decode = one.decoder(one.encode(values(count)), count)

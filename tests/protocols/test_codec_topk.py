@@ -11,7 +11,7 @@ from atoll.protocols.codec_topk import CHUNK, TopK, four_bins, largest
 from atoll.protocols.errors import RemoteError, UsageError
 from atoll.protocols.halving import row_sums
 
-COUNTS = (0, 1, 2, 99, 4095, 4096, 4097, 70_001)
+COUNTS = (0, 1, 2, 99, 4095, 4096, 4097, 9001)
 
 
 def values(count: int, seed: int = 3) -> Tensor:
@@ -31,7 +31,8 @@ def test_the_largest_of_each_chunk_come_back_and_nothing_else(count: int, fracti
     expected = torch.zeros(count)
     for lo in range(0, count, CHUNK):
         chunk = sent[lo : lo + CHUNK]
-        best = sorted(range(len(chunk)), key=lambda i: -abs(float(chunk[i])))
+        sizes = chunk.abs().tolist()
+        best = sorted(range(len(chunk)), key=lambda i: -sizes[i])
         for i in best[: max(1, round(len(chunk) * fraction))]:
             expected[lo + i] = chunk[i]
     assert torch.equal(back(one, sent), expected)
@@ -77,7 +78,7 @@ def test_two_bits_of_equal_values_are_exact() -> None:
 def test_a_tile_is_that_part_of_the_whole_wherever_it_begins(spec: TopK) -> None:
     count, rng = 140_001, torch.Generator().manual_seed(1)
     decode, whole = spec.decoder(spec.encode(values(count)), count), back(spec, values(count))
-    for _ in range(50):
+    for _ in range(12):
         lo, hi = torch.randint(0, count + 1, (2,), generator=rng).sort().values.tolist()
         assert torch.equal(decode(lo, hi, torch.full((hi - lo,), math.nan)), whole[lo:hi])
 

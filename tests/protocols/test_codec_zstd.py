@@ -8,8 +8,10 @@ from torch import Tensor
 
 from atoll.protocols import tensors
 from atoll.protocols.blobs import Section
-from atoll.protocols.codec_zstd import WINDOW
-from atoll.protocols.codecs import Codec, codec
+from atoll.protocols.codec_int8 import Int8
+from atoll.protocols.codec_randomk import RandomK
+from atoll.protocols.codec_zstd import WINDOW, pressed
+from atoll.protocols.codecs import Codec, Decoder, codec
 from atoll.protocols.errors import RemoteError, UsageError
 from atoll.protocols.manifest import Manifest, TensorSpec
 
@@ -58,6 +60,28 @@ def test_what_would_not_shrink_lies_there_as_it_is() -> None:
 def test_floats_are_not_pressed(spec: str) -> None:
     with pytest.raises(UsageError, match="does not quantise"):
         codec(spec)
+
+
+class Reads(Int8):
+    """Reads into memory of its own."""
+
+    def decoder(self, payload: memoryview, count: int) -> Decoder:  # type: ignore[override]
+        plain = super().decoder(payload, count)
+        return lambda lo, hi, out: plain(lo, hi, torch.empty_like(out))
+
+
+def test_a_codec_may_read_into_memory_of_its_own() -> None:
+    one = pressed(Reads(), 3)
+    assert torch.equal(
+        read(one, one.encode(sparse())), read(codec("int8"), codec("int8").encode(sparse()))
+    )
+
+
+def test_what_is_around_it_goes_through() -> None:
+    one = pressed(RandomK(0.1), 3)
+    assert one.gives == {"lossy", "sparse"}  # type: ignore[attr-defined]
+    near = one.contractive()  # type: ignore[attr-defined]
+    assert set(read(near, near.encode(torch.ones(COUNT))).tolist()) == {0.0, 1.0}
 
 
 def section(*frames: bytes) -> memoryview:

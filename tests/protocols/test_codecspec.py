@@ -165,3 +165,7 @@ def test_a_codecs_name_makes_it_again(text: str) -> None:
 def test_an_object_that_is_not_called_takes_no_parameters() -> None:
     with pytest.raises(UsageError, match="takes no parameters"):
         codec("sys:version_info:1")
+
+
+def test_an_object_that_is_made_already_is_taken_as_it_is() -> None:
+    assert codec("atoll.protocols.codecs:FP32").name == "fp32"

@@ -124,3 +124,14 @@ def test_what_a_codec_remembers_is_kept_with_the_residual() -> None:
         assert read(codec("fp32"), packed.payload, 3).tolist() == [times] * 3
         state = packed.state
         assert list(state) == ["codec/times"]
+
+
+def test_a_sender_packs_as_its_codec_does_and_remembers() -> None:
+    one = codec("topk:0.01")
+    sender = feedback.Sender(one, PLAIN, {})
+    payload = sender.encode(values(1))
+    assert (sender.name, sender.size(5000)) == ("topk:0.01", one.size(5000))
+    assert bytes(payload) == bytes(one.encode(values(1)))
+    assert torch.equal(sender.after[RESIDUAL], values(1) - read(one, payload))
+    assert sender.trainable_only
+    assert not sender.variable
