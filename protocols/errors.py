@@ -44,6 +44,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-S208": Entry(130, "interrupted"),
     "FL-S209": Entry(6, "replay differs from the journal"),
     "FL-S210": Entry(6, "run diverged"),
+    "FL-S211": Entry(6, "a worker of a simulation ended"),
     # client
     "FL-C101": Entry(69, "server not reachable"),
     "FL-C102": Entry(76, "protocol version mismatch"),

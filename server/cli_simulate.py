@@ -1,7 +1,8 @@
 """`fl-server simulate`: a run in virtual time, with real training or none."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from atoll.server.options import check_numbers, make_folder, rules_of, run_optio
 if TYPE_CHECKING:
     from atoll.server.simulation import Simulation
     from atoll.server.spec import RunSpec
-    from atoll.server.training import Training
+    from atoll.server.training import Engine, Training
     from atoll.server.world import ClientModel
 
 MISSED = 5  # exit code: the target was not reached; the run itself went well
@@ -72,7 +73,14 @@ _UNITS: Mapping[str, float] = {
     "--model-size", default="", metavar="SIZE", help="With --null and --bandwidth, e.g. 100MB."
 )
 @click.option("--evaluate-every", default=1, show_default=True, help="Versions.")
-@click.option("--threads", default=1, show_default=True, help="Of torch.")
+@click.option("--threads", default=1, show_default=True, help="Of torch, in each process.")
+@click.option(
+    "--workers", default=1, show_default=True, help="Processes that train; the hash is the same."
+)
+@click.option(
+    "--engine", default="processes", show_default=True, metavar="NAME",
+    help="What the workers are: processes of this machine, or ray[:ADDRESS], actors of a cluster.",
+)  # fmt: skip
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=None,
     help="Put the history, plots and the newest model there.",
@@ -103,7 +111,7 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
     began = time.monotonic()
     learning = None if given["null"] else training_of(spec, clients, given)
     up, down = _sizes(spec, learning, given)
-    with Progress(until) as progress:
+    with Progress(until) as progress, closing_crew(learning):
         found = run(
             strategy_of(spec), clients, until, spec.seed, learning=learning, rules=rules,
             evaluate_every=given["evaluate_every"], lease=lease, update_bytes=up, model_bytes=down,
@@ -212,6 +220,35 @@ def dropout_of(text: str) -> tuple[float, float]:
 # ---- the training ----------------------------------------------------------------------------
 
 
+def engine_of(given: Mapping[str, Any]) -> "Engine | None":
+    """Who trains, as --workers and --engine say; None: this process alone. UsageError FL-S108."""
+    name, _, address = given["engine"].partition(":")
+    workers, threads = given["workers"], given["threads"]
+    if workers < 1 or name not in ("processes", "ray") or (address and name != "ray"):
+        raise UsageError(
+            "FL-S108", f"--workers {workers} --engine {given['engine']}",
+            "give at least 1 worker, and --engine processes, ray or ray:ADDRESS",
+        )  # fmt: skip
+    if name == "ray":
+        from atoll.server.rayworkers import RayWorkers
+
+        return lambda trainers: RayWorkers(trainers, workers, threads, address or None)
+    if workers == 1:
+        return None
+    from atoll.server.workers import Workers
+
+    return lambda trainers: Workers.of(trainers, workers, threads)
+
+
+@contextmanager
+def closing_crew(learning: "Training | None") -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if learning is not None:
+            learning.close()
+
+
 def training_of(
     spec: "RunSpec", clients: "Sequence[ClientModel]", given: Mapping[str, Any]
 ) -> "Training":
@@ -239,7 +276,7 @@ def training_of(
             spec.trainer, [client.name for client in clients], model=spec.model, data=spec.data,
             seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=spec.codec_up,
             buffers=spec.buffers, dp=spec.dp, sampling=sampling, local_dp=spec.local_dp,
-            proxy=spec.proxy,
+            proxy=spec.proxy, engine=engine_of(given),
         )  # fmt: skip
     local: dict[str, Any] = dict(spec.local)
     return Training.of(
@@ -250,6 +287,7 @@ def training_of(
         sampling=sampling, local_dp=spec.local_dp,
         proxy=spec.proxy,
         attacks={client.name: client.attack for client in clients if client.attack},
+        engine=engine_of(given),
     )  # fmt: skip
 
 

@@ -24,17 +24,16 @@ from atoll.aggregation.outer import Outer, outer
 from atoll.client.algorithm import LocalAlgorithm, local_algorithm
 from atoll.client.data import Data, Indices, load_data
 from atoll.client.keep import Keep, Named, life_of
-from atoll.client.local import LocalConfig, trainer_on
+from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.localdp import LocalDP
 from atoll.client.localdp import local_dp as own_noise
 from atoll.client.models import build, manifest_of, named_tensors
-from atoll.client.options import own_trainer
-from atoll.client.partition import shards_of
 from atoll.client.trainer import Trainer
 from atoll.protocols import feedback as feedbacks
 from atoll.protocols import tensors
 from atoll.protocols.codecs import Codec, Fp32
 from atoll.protocols.codecspec import ErrorFeedback, parse
+from atoll.protocols.errors import UsageError
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.tensors import Payload
@@ -48,9 +47,11 @@ from atoll.server.learning import Worked
 from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
 from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order
+from atoll.server.trainers import Trainers
 from atoll.server.versions import VersionStore
 
 Factory = Callable[[str], Trainer]  # of a client's name
+Engine = Callable[[Trainers], Crew]
 
 
 class Training:
@@ -128,41 +129,38 @@ class Training:
         dp: str = "",
         sampling: Sampling | None = None,
         local_dp: str = "",
+        engine: Engine | None = None,
     ) -> Self:
         """From the specs of a command line; each client has the shard of its place in the list.
 
         `partition` may be the shards themselves: the rows of each client. What is taken as `proxy`
         data is held out of the clients' where both are the same data. `attacks` are those of
-        hostile clients, by name (`atoll.server.attack`).
+        hostile clients, by name (`atoll.server.attack`). `engine` makes the crew; None: all train
+        in this process. `close` it then.
         """
-        loaded = load_data(data) if isinstance(data, str) else data
-        rule, loaded = learning_in(
-            aggregator(aggregation), build(model, loaded.info, seed), loaded,
+        whole = load_data(data) if isinstance(data, str) else data
+        rule, left = learning_in(
+            aggregator(aggregation), build(model, whole.info, seed), whole,
             data if isinstance(data, str) else "", proxy, seed, aggregation,
         )  # fmt: skip
-        if isinstance(partition, str):
-            partition = shards_of(loaded, partition, len(clients), seed)
-        parts = dict(zip(clients, partition, strict=True))
-
-        hostile = {name: Attack.parse(spec) for name, spec in (attacks or {}).items()}
-        seen = {name: attack.on_data(loaded) for name, attack in hostile.items()}
-
-        def make(name: str) -> Trainer:
-            mine = seen.get(name, loaded).shard(parts[name])
-            return trainer_on(mine, loaded, model, seed, local, algorithm, name)
-
+        trainers = Trainers(
+            clients, model, data if left is whole else left, partition, seed, local, algorithm,
+            attacks or {}, given=left,
+        )  # fmt: skip
+        judge = trainers.judge()
+        assert isinstance(judge, TorchTrainer)
+        method = local_algorithm(algorithm)
         chain = parse(up.split("/")[0])  # the best that a run allows
-        some = loaded.train if loaded.test is None else loaded.test  # it trains on neither
-        judge = trainer_on(some, loaded, model, seed, local, client="server")
         return cls(
-            make, judge.manifest, judge.export(), judge=judge if loaded.test is not None else None,
-            examples={name: len(rows) for name, rows in parts.items()},
+            trainers.make, judge.manifest, judge.export(),
+            judge=judge if left.test is not None else None,
+            examples={name: len(rows) for name, rows in trainers.parts.items()},
             aggregator=rule, outer=outer(step),
             buffers=cast("Buffers", buffers), feedback=chain.feedback,
-            codec=tensors.codec_for(judge.manifest, chain), attacks=hostile,
+            codec=tensors.codec_for(judge.manifest, chain), attacks=trainers.hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
-            local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
-            algorithm=local_algorithm(algorithm),
+            local_dp=own_noise(local_dp) if local_dp else None, seed=seed, algorithm=method,
+            crew=engine(portable(trainers, method)) if engine else None,
         )  # fmt: skip
 
     @classmethod
@@ -182,25 +180,26 @@ class Training:
         sampling: Sampling | None = None,
         local_dp: str = "",
         proxy: str = "",
+        engine: Engine | None = None,
     ) -> Self:
         """Every client a trainer of the user's; the model says which tensors there are, the data
         what shape it has."""
         loaded = load_data(data) if data else None
         module = build(model, loaded.info if loaded else None, seed)
         rule = learning(aggregator(aggregation), module, proxy, loaded, seed, aggregation)
-        many = len(clients)
-        made = {n: own_trainer(trainer, n, (i, many), seed) for i, n in enumerate(clients)}
+        trainers = Trainers(clients, seed=seed, own=trainer)
+        made = {name: trainers.make(name) for name in clients}
         initial = {name: tensor.detach() for name, tensor in named_tensors(module)}
         manifest, chain = manifest_of(module), parse(up.split("/")[0])
         return cls(
-            made.__getitem__, manifest, initial,
-            judge=own_trainer(trainer, "server", seed=seed),
+            made.__getitem__, manifest, initial, judge=trainers.judge(),
             examples={name: int(getattr(t, "examples", 0)) or 1 for name, t in made.items()},
             aggregator=rule, outer=outer(step),
             buffers=cast("Buffers", buffers), feedback=chain.feedback,
             codec=tensors.codec_for(manifest, chain),
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
+            crew=engine(trainers) if engine else None,
         )  # fmt: skip
 
     # ---- as the simulator asks -----------------------------------------------------------------
@@ -328,6 +327,10 @@ class Training:
         down += tensors.extra_sections(self._extras.down)
         return sum(s.length for s in up), sum(s.length for s in down)
 
+    def close(self) -> None:
+        """Let the crew's processes go, where it has any."""
+        self._crew.close()
+
     def save(self, path: Path) -> Path:
         """The newest version as a safetensors file. ServerError FL-S203."""
         self._versions.export(self._newest, path)
@@ -341,3 +344,13 @@ class Training:
 def simulated_key(seed: int) -> bytes:
     """Noise that comes again with the seed: right for a simulation, and protects nobody."""
     return derived(bytes(KEY), "simulated", seed)
+
+
+def portable(trainers: Trainers, algorithm: LocalAlgorithm) -> Trainers:
+    """UsageError FL-S104 where the algorithm sends more than a model, or keeps something."""
+    if algorithm.server_half() is not None or algorithm.rules:
+        raise UsageError(
+            "FL-S104", f"several workers, but {trainers.algorithm} keeps state or sends extras",
+            "train it in one process: leave --workers and --engine out",
+        )  # fmt: skip
+    return trainers

@@ -71,28 +71,28 @@ def claims(accuracy: dict[str, dict[str, float]]) -> list[Claim]:
     def worst(attack: str) -> tuple[str, float]:
         return min(((rule, accuracy[attack][rule]) for rule in robust), key=lambda pair: pair[1])
 
-    made = []
+    made, by = [], "spec 7"
     for attack in ("sign flip", "x1000"):
         rule, value = worst(attack)
         mean = accuracy[attack]["mean"]
         made += [
-            Claim(f"{attack}: the mean is under 60 %", f"{mean:.1f} %", mean < 60, source="spec 7"),
+            Claim(f"{attack}: the mean is under 60 %", f"{mean:.1f} %", mean < 60, source=by),
             Claim(
                 f"{attack}: every robust rule is over 80 %", f"the worst, {rule}: {value:.1f} %",
-                value > 80, True, "spec 7",
+                value > 80, True, by,
             ),
         ]  # fmt: skip
     rule, value = worst("label flip")
     behind = accuracy["label flip"]["mean"]
     made.append(
         Claim("label flip: every robust rule is ahead of the mean",
-              f"{rule} {value:.1f} %, mean {behind:.1f} %", value > behind, False, "spec 7")
+              f"{rule} {value:.1f} %, mean {behind:.1f} %", value > behind, False, by)
     )  # fmt: skip
     rule, value = worst("none")
     plain = accuracy["none"]["mean"]
     made.append(
         Claim("without attack every rule is within a point of the mean",
-              f"{rule} {value:.1f} %, mean {plain:.1f} %", value > plain - 1, False, "spec 7")
+              f"{rule} {value:.1f} %, mean {plain:.1f} %", value > plain - 1, False, by)
     )  # fmt: skip
     return made
 

@@ -1,0 +1,89 @@
+"""Trainers: who trains in a simulated run, as specs that another process can follow, too."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from atoll.client.data import Data, Indices, load_data
+from atoll.client.local import LocalConfig, trainer_on
+from atoll.client.options import own_trainer
+from atoll.client.partition import shards_of
+from atoll.client.trainer import Trainer
+from atoll.protocols.errors import UsageError
+from atoll.server.attack import Attack
+
+
+@dataclass(frozen=True)
+class Trainers:
+    """Each client has the shard of its place in the list; `make` gives it its trainer.
+
+    With `own`, a `module:object`, that makes each client's and the rest does not count.
+    """
+
+    clients: Sequence[str]
+    model: str = "mlp"
+    data: str | Data = "digits"
+    partition: str | Sequence[Indices] = "iid"  # or the rows of each client
+    seed: int = 0
+    local: LocalConfig = LocalConfig()  # noqa: RUF009  frozen
+    algorithm: str = "plain"
+    attacks: Mapping[str, str] = field(default_factory=dict)  # of hostile clients
+    own: str = ""
+    given: Data | None = field(default=None, compare=False, repr=False)  # `data`, if it is loaded
+
+    @cached_property
+    def loaded(self) -> Data:
+        if self.given is not None:
+            return self.given
+        return load_data(self.data) if isinstance(self.data, str) else self.data
+
+    @cached_property
+    def parts(self) -> Mapping[str, Indices]:
+        """Each client's rows of the training examples."""
+        parts = self.partition
+        if isinstance(parts, str):
+            parts = shards_of(self.loaded, parts, len(self.clients), self.seed)
+        return dict(zip(self.clients, parts, strict=True))
+
+    @cached_property
+    def hostile(self) -> Mapping[str, Attack]:
+        return {name: Attack.parse(spec) for name, spec in self.attacks.items()}
+
+    @cached_property
+    def _seen(self) -> Mapping[str, Data]:
+        return {name: attack.on_data(self.loaded) for name, attack in self.hostile.items()}
+
+    def make(self, name: str) -> Trainer:
+        if self.own:
+            place = (list(self.clients).index(name), len(self.clients))
+            return own_trainer(self.own, name, place, self.seed)
+        mine = self._seen.get(name, self.loaded).shard(self.parts[name])
+        return trainer_on(
+            mine, self.loaded, self.model, self.seed, self.local, self.algorithm, name
+        )
+
+    def judge(self) -> Trainer:
+        """One that trains on nothing, and evaluates."""
+        if self.own:
+            return own_trainer(self.own, "server", seed=self.seed)
+        data = self.loaded
+        some = data.train if data.test is None else data.test
+        return trainer_on(some, data, self.model, self.seed, self.local, client="server")
+
+    def dumps(self) -> str:
+        """As JSON. UsageError FL-S104 where something is no spec but an object of this process."""
+        if not isinstance(self.data, str) or not isinstance(self.partition, str):
+            raise UsageError(
+                "FL-S104", "several processes, but the data or its parts are objects of this one",
+                "name them, e.g. data='mnist:DIR', partition='dirichlet:0.5', or use one process",
+            )  # fmt: skip
+        whole: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        told = {"clients": list(self.clients), "local": asdict(self.local)}
+        return json.dumps(whole | told | {"attacks": dict(self.attacks)})
+
+    @classmethod
+    def loads(cls, text: str) -> "Trainers":
+        told = json.loads(text)
+        return cls(**(told | {"local": LocalConfig(**told["local"])}))
