@@ -136,6 +136,19 @@ def test_fedcompass_is_the_first_at_the_target_on_digits() -> None:
     assert f"{seconds['FedCompass']:.0f}" in compare.table(made, 0.8)
 
 
+@pytest.mark.slow  # importing peft alone takes seconds
+def test_with_lora_only_adapters_travel_and_the_other_half_is_learned() -> None:
+    lora = example("lora")
+    accuracy, learning = lora.train()
+    assert accuracy[0] < 0.55  # the base knows five of ten digits
+    assert accuracy[-1] > 0.85
+    update, model = learning.sizes()
+    assert update == model == 4 * 4 * (64 + 256 + 256 + 256 + 256 + 10)  # rank 4, three layers
+    whole = 4 * sum(p.numel() for p in lora.base().parameters())
+    assert whole / update > 18
+    assert all("lora_" in name for name in learning.model())
+
+
 @pytest.mark.slow
 def test_a_server_and_two_clients_in_one_program(tmp_path: Path) -> None:
     summary = example("python_api").train(tmp_path)

@@ -1,0 +1,75 @@
+"""Noise in real processes: epsilon goes on after a kill, the budget ends the run, clients' own."""
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+import dp_accounting
+import pytest
+
+if TYPE_CHECKING:
+    from tests.slow.conftest import Federation
+
+pytestmark = pytest.mark.slow
+
+ROUNDS = "fedavg:steps=3,min_clients=2"
+
+
+def epsilon(versions: int, z: float) -> float:
+    return float(dp_accounting.get_epsilon_gaussian(z / math.sqrt(versions), 1e-5))
+
+
+def test_a_killed_run_goes_on_with_its_noise_and_its_price(federation: "Federation") -> None:
+    """The price counts the versions before and after the kill, and ends the run in time."""
+    options = ("--strategy", ROUNDS, "--dp", "clip=0.5,noise=4", "--max-epsilon", "4")
+    server = federation.server(*options)
+    slow = ("--sleep-per-step", "0.1")
+    clients = [federation.client(name, "--shard", f"{i}/2", *slow) for i, name in enumerate("ab")]
+    federation.until(lambda: federation.merged() >= 3, 90.0)
+    server.kill()
+    assert (federation.state / "privacy.key").stat().st_mode & 0o777 == 0o600
+    told = federation.server(*options).data()
+    versions = told["versions"]
+    assert epsilon(versions, 4) <= 4 < epsilon(versions + 1, 4)
+    assert told["reason"] == f"privacy budget spent: epsilon {epsilon(versions, 4):.4g}"
+    rows = [
+        json.loads(line) for line in (federation.state / "history.jsonl").read_text().splitlines()
+    ]
+    paid = [row["stats"]["epsilon"] for row in rows if row["kind"] == "merged"]
+    assert paid == pytest.approx([epsilon(v, 4) for v in range(1, versions + 1)])
+    assert [client.wait() for client in clients] == [0, 0]
+    shown = federation.command(
+        "show", "fl-server", "run", "show", str(federation.state), "--json"
+    ).data()
+    assert shown["status"]["epsilon"] == pytest.approx(epsilon(versions, 4))
+
+
+def test_clients_noise_is_counted_by_them_and_a_spent_one_leaves(federation: "Federation") -> None:
+    options = ("--strategy", ROUNDS, "--versions", "6", "--local-dp", "clip=0.5,noise=8")
+    server = federation.server(*options)
+    a = federation.client("a", "--shard", "0/2")
+    b = federation.client("b", "--shard", "1/2", "--local-dp", "clip=0.5,noise=2,epsilon=1")
+    assert "FL-C107: privacy budget spent: 4 updates cost epsilon" in b.failure()[2]
+    assert server.data()["versions"] == 6
+    assert a.wait() == 0
+    rows = [
+        json.loads(line) for line in (federation.state / "history.jsonl").read_text().splitlines()
+    ]
+    sent = [row for row in rows if row["kind"] == "update"]
+    for name, z in (("a", 8.0), ("b", 8.0)):  # the run's noise is the greater
+        told = [row["metrics"] for row in sent if row["client"] == name]
+        assert [list(metrics) for metrics in told] == [["epsilon"]] * len(told)
+        assert [m["epsilon"] for m in told] == pytest.approx(
+            [epsilon(n + 1, z) for n in range(len(told))]
+        )
+
+
+def test_a_secret_that_is_gone_ends_the_start_with_its_remedy(federation: "Federation") -> None:
+    server = federation.server("--dp", "noise=1")
+    federation.until(lambda: (federation.state / "privacy.key").exists())
+    federation.until(lambda: (federation.state / "versions" / "0").exists())
+    server.kill()
+    (federation.state / "privacy.key").unlink()
+    again = federation.server("--dp", "noise=1", wait=False)
+    code, status, _ = again.failure()
+    assert (code, status) == ("FL-S206", 78)
