@@ -1,9 +1,10 @@
 """Page: run the recipes, and write docs/science.md from what they leave.
 
-    python benchmarks/science/page.py [NAME ...] [--jobs 2]
+    python benchmarks/science/page.py [NAME ...] [--jobs 2] [--write]
 
-Without names all run, each in a process of its own, the longest first. The page shows every recipe
-whose JSON lies in docs/science/, those of former runs too. Exit 1 where one falls short.
+Without names all run, each in a process of its own, the longest first; with --write none does. The
+page shows every recipe whose JSON lies in docs/science/, those of former runs too. Exit 1 where one
+falls short.
 """
 
 import argparse
@@ -109,12 +110,14 @@ def main() -> None:
     known = recipes()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
+    parser.add_argument("--write", action="store_true", help="run nothing, only write the page")
     parser.add_argument("--jobs", type=int, default=2, help="at a time  [default: 2]")
     given = parser.parse_args()
     wrong = sorted(set(given.names) - set(known))
     if wrong:
         parser.error(f"no recipe {wrong[0]!r}; there are {', '.join(known)}")
-    chosen = sorted(given.names or known, key=lambda name: -known[name].minutes)
+    wanted = given.names or ([] if given.write else known)
+    chosen = sorted(wanted, key=lambda name: -known[name].minutes)
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         fine = list(pool.map(run, chosen))
     lying = [PAGES / f"{name}.json" for name in known]
