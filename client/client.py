@@ -6,14 +6,12 @@ that moves bulk bytes, so that a client trains and transfers at the same time.
 
 import asyncio
 import contextlib
-import functools
 import json
 import logging
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,22 +20,23 @@ import grpc
 from atoll.client import session as machine
 from atoll.client import transfer
 from atoll.client.keep import Keep
+from atoll.client.line import BROKEN, Line
 from atoll.client.links import asked_of, capabilities, own_codecs
 from atoll.client.localdp import LocalDP, local_dp, stricter
 from atoll.client.outbox import Outbox
 from atoll.client.trainer import Trainer
-from atoll.client.work import Dropped, Workbench
+from atoll.client.training import Report, Training
+from atoll.client.work import Workbench
 from atoll.protocols import chains, loops, messages, wire_pb2
-from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.codecs import Fp32
 from atoll.protocols.errors import AtollError, ClientError
-from atoll.protocols.events import ClientInfo, Then
+from atoll.protocols.events import ClientInfo
 from atoll.protocols.ids import machine_name
 from atoll.protocols.links import Link
 from atoll.protocols.manifest import Manifest
-from atoll.protocols.messages import ACK_FIELD, RESULT_FIELD
-from atoll.protocols.packed import MORE, Parts, nested
+from atoll.protocols.messages import RESULT_FIELD
+from atoll.protocols.packed import nested
 from atoll.protocols.runinfo import RunInfo
 
 Maker = Callable[[RunInfo], Trainer]
@@ -46,86 +45,6 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
 BATCH = "batch"  # capability: several server messages in one
-LATER = 0.05  # seconds an acknowledgement may wait for a message to go with
-# A transfer ended with its connection, or the server took us to hold what we do not.
-BROKEN = ("FL-C101", "FL-C109", "FL-S208", "FL-W110", "FL-W112")
-
-
-@dataclass
-class Report:
-    """What a client did, for the log and for tests."""
-
-    orders: int = 0
-    steps: int = 0
-    used: int = 0
-    discarded: int = 0
-    reconnections: int = 0
-    reason: str = ""
-
-
-@dataclass
-class _Job:
-    """The order in training, as seen from both threads."""
-
-    order: messages.Order
-    line: "_Line | None"  # that it came by
-    asked: Then | None = None  # to send or to drop
-    snapshots: int = 0  # asked for
-    taken: int = 0  # of these
-    step: int = 0
-
-    def look(self) -> Then | None:
-        """What was asked; each snapshot once."""
-        if self.asked is None and self.taken < self.snapshots:
-            self.taken += 1
-            return "continue"
-        return self.asked
-
-
-@dataclass
-class _Line:
-    """One control stream."""
-
-    out: "asyncio.Queue[Parts | None]" = field(default_factory=asyncio.Queue)
-    token: str = ""
-    run: str = ""
-    inline_limit: int = 0
-    bulk: Any = None
-    patience: transfer.Patience = field(default_factory=transfer.Patience)
-
-    _acks: list[str] = field(default_factory=list)  # updates whose outcome we know
-    _timer: asyncio.TimerHandle | None = None  # to acknowledge them
-
-    def say(self, **kind: Any) -> None:
-        self.out.put_nowait((wire_pb2.ClientMessage(**kind).SerializeToString(),))
-
-    def acknowledge(self, update: str) -> None:
-        """Not urgent: it goes with the next message, or on its own after LATER seconds."""
-        if self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(LATER, lambda: self.say(ack=self._take_acks()))
-        self._acks.append(update)
-
-    async def queued(self) -> AsyncIterator[bytes]:
-        """What is said, until None is."""
-        while (message := await self.out.get()) is not None:
-            if self._acks:
-                acks = nested(ACK_FIELD, self._take_acks().SerializeToString())
-                message = (*message, *nested(MORE, *acks))
-            yield b"".join(message)
-
-    def _take_acks(self) -> wire_pb2.Ack:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        acks, self._acks = self._acks, []
-        return wire_pb2.Ack(updates=acks)
-
-    def close(self) -> None:
-        self._take_acks()
-        self.patience.stop.set()
-        if self.bulk is not None:
-            self.bulk.close()
 
 
 class Client:
@@ -168,14 +87,14 @@ class Client:
         self._session = machine.Session(
             seed=node, give_up_seconds=patience_seconds, first_seconds=first_seconds
         )
-        self._bench: Workbench | None = None
-        self._line: _Line | None = None
+        self._line: Line | None = None
         self._talk: asyncio.Task[None] | None = None  # the life of the newest control stream
-        self._job: _Job | None = None
         self._orders: dict[str, messages.Order] = {}
         self._events: deque[machine.Event] = deque()  # posted while another one is handled
         self._handling = False
-        self._training = ThreadPoolExecutor(1, thread_name_prefix="train")
+        self._training = Training(
+            self.name, self.report, self._post, lambda: self._line, self._running
+        )
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
         self._settler = ThreadPoolExecutor(1, thread_name_prefix="keep")  # in the order of outcomes
         self._tasks: set[asyncio.Task[None]] = set()
@@ -220,8 +139,7 @@ class Client:
         return self.report
 
     async def _close(self) -> None:
-        if self._job is not None:
-            self._job.asked = "drop"
+        self._training.close()
         if self._line is not None:
             await asyncio.sleep(0.05)  # let a goodbye or an acknowledgement out
         if self._line is not None:
@@ -229,7 +147,6 @@ class Client:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._training.shutdown(wait=False, cancel_futures=True)
         self._bulk.shutdown(wait=False, cancel_futures=True)
         self._settler.shutdown(wait=False, cancel_futures=True)
         self._keep.close()
@@ -245,9 +162,9 @@ class Client:
             case machine.Greet(holding):
                 self._talk = self._spawn(self._converse(holding))
             case machine.Work(order):
-                self._work(_Job(self._orders.pop(order), self._line))
+                self._training.begin(self._orders.pop(order), self._line)
             case machine.Interrupt(order, then):
-                self._interrupt(order, then)
+                self._training.interrupt(order, then)
             case machine.Deliver(update):
                 self._deliver(update)
             case machine.Complain(order, code, message):
@@ -258,9 +175,9 @@ class Client:
             case machine.Settle(update, fate):
                 self.report.used += fate == "used"
                 self.report.discarded += fate != "used"
-                if self._keep.announce(update) and self._bench is not None:
+                if self._keep.announce(update) and self._training.bench is not None:
                     self._settling.add(update)
-                    self._spawn(self._settle(self._bench, update, fate))
+                    self._spawn(self._settle(self._training.bench, update, fate))
                 else:
                     self._outbox.drop(update)
             case machine.Quit():
@@ -283,14 +200,6 @@ class Client:
         self._outbox.drop(update)
         self._settling.discard(update)
         self._acknowledge(update)
-
-    def _interrupt(self, order: str, then: Then) -> None:
-        if self._job is None or self._job.order.id != order:
-            return
-        if then == "continue":
-            self._job.snapshots += 1
-        else:
-            self._job.asked = then
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
@@ -317,6 +226,10 @@ class Client:
         finally:
             self._handling = False
 
+    def _running(self) -> asyncio.AbstractEventLoop:
+        assert self._loop is not None
+        return self._loop
+
     def _say(self, **kind: Any) -> None:
         if self._line is not None:
             self._line.say(**kind)
@@ -340,7 +253,7 @@ class Client:
             async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
                 stale = await self._prepare(channel)
                 holding = tuple(order for order in holding if order not in stale)
-                await self._talk_on(channel, _Line(), holding)
+                await self._talk_on(channel, Line(), holding)
             self._lost("the server closed the stream")
         except grpc.aio.AioRpcError as error:
             refused = messages.error_from_metadata(error.trailing_metadata())
@@ -355,7 +268,7 @@ class Client:
             logger.exception("client=%s the control stream failed", self.name)
             self._reject(ClientError("FL-S100", f"unexpected error: {error!r}"), "")
 
-    async def _talk_on(self, channel: Any, line: _Line, holding: tuple[str, ...]) -> None:
+    async def _talk_on(self, channel: Any, line: Line, holding: tuple[str, ...]) -> None:
         line.say(hello=self._hello(holding))
         call = channel.stream_stream(
             f"/{SERVICE}/Control",
@@ -388,7 +301,7 @@ class Client:
     async def _prepare(self, channel: Any) -> set[str]:
         """Before the first hello: hear of the run, make the trainer, measure its speed. Orders of
         another run, whose results lie in the outbox, are forgotten; these are answered."""
-        if self._bench is not None:
+        if self._training.bench is not None:
             return set()
         call = channel.unary_unary(
             f"/{SERVICE}/Inspect",
@@ -404,8 +317,7 @@ class Client:
         self._keep.enter(info.id)
         if self._keep.lost:
             logger.warning("client=%s private state is lost: %s", self.name, self._keep.lost)
-        loop = asyncio.get_running_loop()
-        self._bench = await loop.run_in_executor(self._training, self._make, info)
+        await self._training.prepare(lambda: self._make(info))
         return {order for order, _ in stale}
 
     def _make(self, info: RunInfo) -> Workbench:
@@ -428,17 +340,18 @@ class Client:
         return Workbench(trainer, info.manifest, Fp32(), Fp32(), self._outbox, self._keep, private)
 
     def _hello(self, holding: tuple[str, ...]) -> wire_pb2.Hello:
-        assert self._bench is not None
-        memory, held = self._outbox.memory, self._bench.holding.held
+        bench = self._training.bench
+        assert bench is not None
+        memory, held = self._outbox.memory, bench.holding.held
         return messages.hello_to_wire(
             messages.Hello(
                 PROTOCOL, memory.run, self.name, memory.node, self._info,
-                self._bench.manifest.schema, holding, "0.1.0", self._keep.report(), self._asked,
+                bench.manifest.schema, holding, "0.1.0", self._keep.report(), self._asked,
                 chains.spoken(*held) if held is not None else "",
             )
         )  # fmt: skip
 
-    def _hear(self, line: _Line, message: wire_pb2.ServerMessage) -> None:
+    def _hear(self, line: Line, message: wire_pb2.ServerMessage) -> None:
         match message.WhichOneof("kind"):
             case "welcome":
                 self._welcomed(line, message.welcome)
@@ -452,7 +365,7 @@ class Client:
                 told = messages.outcome_from_wire(message.outcome)
                 self._post(machine.Told(told.order, told.update, told.fate))
             case "evaluate":
-                self._spawn(self._evaluate(line, message.evaluate))
+                self._spawn(self._training.evaluate(line, message.evaluate))
             case "refusal":
                 refused = messages.error_from_wire(message.refusal)
                 self._reject(refused, message.refusal.order)
@@ -464,10 +377,10 @@ class Client:
         self._orders[order.id] = order
         self._post(machine.Ordered(order.id))
 
-    def _welcomed(self, line: _Line, welcome: wire_pb2.Welcome) -> None:
-        assert self._bench is not None
+    def _welcomed(self, line: Line, welcome: wire_pb2.Welcome) -> None:
+        assert self._training.bench is not None
         agreed = Link(welcome.up_codec, welcome.down_codec)
-        self._bench.agree(*own_codecs(agreed, self._asked))
+        self._training.bench.agree(*own_codecs(agreed, self._asked))
         line.token, line.run = welcome.session, welcome.run
         line.inline_limit = welcome.inline_limit
         line.bulk = transfer.connect(self.address)
@@ -477,101 +390,10 @@ class Client:
         logger.info("client=%s is in the run at %s", self.name, self.address)
         self._post(machine.Welcomed())
 
-    async def _beat(self, line: _Line, seconds: float) -> None:
+    async def _beat(self, line: Line, seconds: float) -> None:
         while self._line is line:
             await asyncio.sleep(seconds)
-            job = self._job
-            beat = wire_pb2.Heartbeat(order=job.order.id, step=job.step) if job else None
-            line.say(heartbeat=beat or wire_pb2.Heartbeat())
-
-    # ---- work ----------------------------------------------------------------------------------
-
-    def _work(self, job: _Job) -> None:
-        assert self._bench is not None
-        self._job = job
-        if job.order.sent.here:
-            self._post(machine.Fetched(job.order.id))
-        working = self._training.submit(self._train, self._bench, job)
-        working.add_done_callback(functools.partial(self._back, job))
-
-    def _back(self, job: _Job, working: "Future[messages.Result]") -> None:
-        """In the training thread: its work is done, or has failed."""
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the client has ended
-            self._loop.call_soon_threadsafe(self._worked, job, working)
-
-    def _worked(self, job: _Job, working: "Future[messages.Result]") -> None:
-        order = job.order.id
-        try:
-            result = working.result()
-            self.report.orders += 1
-            self.report.steps += result.steps
-            self._post(machine.Finished(order, result.update))
-        except Dropped:
-            self._post(machine.Dropped(order))
-        except AtollError as error:
-            self._failed(job, error)
-        except Exception as error:  # a bug, ours or a trainer's, must not leave the order open
-            logger.exception("client=%s order=%s failed", self.name, order)
-            self._failed(job, ClientError("FL-S100", f"unexpected error: {error!r}"))
-        finally:
-            if self._job is job:
-                self._job = None
-
-    def _failed(self, job: _Job, error: AtollError) -> None:
-        order = job.order.id
-        if error.code in BROKEN:  # its model could not be fetched: it will be sent again
-            if self._line is not None and self._line is job.line:
-                self._post(machine.Lost(error.message))
-            self._post(machine.Dropped(order))
-        else:
-            logger.warning("client=%s order=%s %s", self.name, order, error)
-            self._post(machine.Failed(order, error.code, error.message))
-
-    def _train(self, bench: Workbench, job: _Job) -> messages.Result:
-        assert self._loop is not None
-        loop = self._loop
-
-        def report(step: int) -> None:
-            job.step = step
-            if step == 0 and not job.order.sent.here:
-                loop.call_soon_threadsafe(self._post, machine.Fetched(job.order.id))
-
-        def fetch(info: BlobInfo, dest: memoryview) -> None:
-            self._fetch(job.line, info, dest)
-
-        def snapped(result: messages.Result) -> None:
-            finished = machine.Finished(job.order.id, result.update, final=False)
-            loop.call_soon_threadsafe(self._post, finished)
-
-        return bench.do(job.order, fetch, job.look, report, snapped)
-
-    def _fetch(self, line: _Line | None, info: BlobInfo, dest: memoryview) -> None:
-        if line is None:
-            raise ClientError("FL-C101", f"no server to fetch {info.id} from")
-        transfer.download(line.bulk, line.token, line.run, info, dest, line.patience)
-
-    async def _evaluate(self, line: _Line, asked: wire_pb2.Evaluate) -> None:
-        assert self._bench is not None
-
-        def fetch(info: BlobInfo, dest: memoryview) -> None:
-            self._fetch(line, info, dest)
-
-        try:
-            sent = messages.sent_from_wire(asked)
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._training, self._bench.evaluate, sent, fetch)
-        except ClientError as error:
-            if error.code in BROKEN and self._line is line:
-                self._post(machine.Lost(error.message))
-            return
-        except Exception:  # training goes on
-            logger.exception("client=%s version=%d not evaluated", self.name, asked.version)
-            return
-        examples = int(found.pop("examples", 0))
-        self._say(
-            evaluation=wire_pb2.Evaluation(version=asked.version, metrics=found, examples=examples)
-        )
+            line.say(heartbeat=self._training.beat())
 
     # ---- delivering ----------------------------------------------------------------------------
 
@@ -586,7 +408,7 @@ class Client:
         else:
             self._spawn(self._upload(line, result, view))
 
-    async def _upload(self, line: _Line, result: messages.Result, view: memoryview) -> None:
+    async def _upload(self, line: Line, result: messages.Result, view: memoryview) -> None:
         def send() -> None:
             transfer.upload(line.bulk, line.token, line.run, result, view, line.patience)
 

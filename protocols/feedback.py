@@ -41,8 +41,8 @@ def send(
     state: State,
     out: memoryview | None = None,
 ) -> Sent:
-    """Pack `delta`, flat float32 on the CPU, which is overwritten: it becomes the new residual where
-    there is a `rule`.
+    """Pack `delta`, flat float32 on the CPU, which is overwritten: where there is a `rule` it
+    becomes the new residual.
 
     `state` is what the last `Sent` gave, {} at first; it is left as it is, so that a driver can go
     back to it. Where `delta` is not finite, so is the payload, and that `Sent` must not be kept.

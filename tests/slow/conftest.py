@@ -20,8 +20,9 @@ import grpc
 import pytest
 
 from atoll.aggregation.strategy import Strategy
-from atoll.client.client import Client, Report
+from atoll.client.client import Client
 from atoll.client.options import Options, maker
+from atoll.client.training import Report
 from atoll.protocols import wire_pb2
 from atoll.protocols.errors import AtollError
 from atoll.protocols.events import Event, Merged, UpdateReceived

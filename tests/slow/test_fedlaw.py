@@ -1,4 +1,4 @@
-"""FedLAW with real processes: the demo reaches its target, and bad proxy data end a start at once."""
+"""FedLAW with real processes: a demo reaches its target, bad proxy data end a start at once."""
 
 from typing import TYPE_CHECKING
 

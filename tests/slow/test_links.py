@@ -1,6 +1,7 @@
 """Codecs agreed per client, in one run: who packs how, who holds what, and who lies."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import pytest
 from atoll.client.client import Client
 from atoll.client.options import Options, maker
 from atoll.client.trainer import Task, Trained
+from atoll.client.training import Job
 from atoll.client.work import Workbench
 from atoll.protocols import wire_pb2
 from atoll.protocols.messages import Order, Result
@@ -26,26 +28,34 @@ class Witness(Client):
     def see(self) -> dict[int, set[str]]:
         self.held: dict[int, set[str]] = {}
         self.wholes = 0
+        inner = self._training._train
+
+        def seeing(bench: Workbench, job: Job) -> Result:
+            return self._watched(inner, bench, job)
+
+        self._training._train = seeing  # type: ignore[method-assign]
         return self.held
 
     def _ordered(self, order: Order) -> None:
         self.wholes += order.model is not None
         super()._ordered(order)
 
-    def _train(self, bench: Workbench, job: object) -> Result:
+    def _watched(
+        self, inner: Callable[[Workbench, Job], Result], bench: Workbench, job: Job
+    ) -> Result:
         trainer = bench.trainer
         train = trainer.train
 
         def seen(task: Task) -> Trained:
-            version = job.order.version  # type: ignore[attr-defined]
+            version = job.order.version
             model = bench.holding._model
-            data = job.order.inline if model is None else model  # type: ignore[attr-defined]
+            data = job.order.inline if model is None else model
             self.held.setdefault(version, set()).add(hashlib.sha256(data).hexdigest())
             return train(task)
 
         trainer.train = seen  # type: ignore[method-assign]
         try:
-            return super()._train(bench, job)  # type: ignore[arg-type]
+            return inner(bench, job)
         finally:
             trainer.train = train  # type: ignore[method-assign]
 

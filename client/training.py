@@ -1,0 +1,179 @@
+"""Training: the thread in which a client trains, as its event loop sees it.
+
+One order at a time, with one warm trainer. What happens there reaches the session as events.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from atoll.client import session as machine
+from atoll.client.line import BROKEN, Line, fetch_by
+from atoll.client.work import Dropped, Workbench
+from atoll.protocols import messages, wire_pb2
+from atoll.protocols.blobs import BlobInfo
+from atoll.protocols.errors import AtollError, ClientError
+from atoll.protocols.events import Then
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Report:
+    """What a client did, for the log and for tests."""
+
+    orders: int = 0
+    steps: int = 0
+    used: int = 0
+    discarded: int = 0
+    reconnections: int = 0
+    reason: str = ""
+
+
+@dataclass
+class Job:
+    """The order in training, as seen from both threads."""
+
+    order: messages.Order
+    line: Line | None  # that it came by
+    asked: Then | None = None  # to send or to drop
+    snapshots: int = 0  # asked for
+    taken: int = 0  # of these
+    step: int = 0
+
+    def look(self) -> Then | None:
+        """What was asked; each snapshot once."""
+        if self.asked is None and self.taken < self.snapshots:
+            self.taken += 1
+            return "continue"
+        return self.asked
+
+
+class Training:
+    """`post` is called in the loop's thread; `line` is the control stream of now, if there is one.
+    `bench` must be there before an order is."""
+
+    def __init__(
+        self,
+        name: str,
+        report: Report,
+        post: Callable[[machine.Event], None],
+        line: Callable[[], Line | None],
+        loop: Callable[[], asyncio.AbstractEventLoop],
+    ) -> None:
+        self.bench: Workbench | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="train")
+        self._name = name
+        self._report = report
+        self._post = post
+        self._line = line
+        self._loop = loop
+        self._job: Job | None = None
+
+    async def prepare(self, make: Callable[[], Workbench]) -> None:
+        """Make the bench where it will be used."""
+        self.bench = await asyncio.get_running_loop().run_in_executor(self.thread, make)
+
+    def beat(self) -> wire_pb2.Heartbeat:
+        """How far it is."""
+        if (job := self._job) is None:
+            return wire_pb2.Heartbeat()
+        return wire_pb2.Heartbeat(order=job.order.id, step=job.step)
+
+    def interrupt(self, order: str, then: Then) -> None:
+        """Let the order in training know what was asked of it."""
+        if self._job is None or self._job.order.id != order:
+            return
+        if then == "continue":
+            self._job.snapshots += 1
+        else:
+            self._job.asked = then
+
+    def close(self) -> None:
+        """Give up what is in training, as soon as it looks."""
+        if self._job is not None:
+            self._job.asked = "drop"
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def begin(self, order: messages.Order, line: Line | None) -> None:
+        """Train an order that came by `line`."""
+        assert self.bench is not None
+        job = self._job = Job(order, line)
+        if job.order.sent.here:
+            self._post(machine.Fetched(job.order.id))
+        working = self.thread.submit(self._train, self.bench, job)
+        working.add_done_callback(functools.partial(self._back, job))
+
+    def _back(self, job: Job, working: "Future[messages.Result]") -> None:
+        """In the training thread: its work is done, or has failed."""
+        with contextlib.suppress(RuntimeError):  # the client has ended
+            self._loop().call_soon_threadsafe(self._worked, job, working)
+
+    def _worked(self, job: Job, working: "Future[messages.Result]") -> None:
+        order = job.order.id
+        try:
+            result = working.result()
+            self._report.orders += 1
+            self._report.steps += result.steps
+            self._post(machine.Finished(order, result.update))
+        except Dropped:
+            self._post(machine.Dropped(order))
+        except AtollError as error:
+            self._failed(job, error)
+        except Exception as error:  # a bug, ours or a trainer's, must not leave the order open
+            logger.exception("client=%s order=%s failed", self._name, order)
+            self._failed(job, ClientError("FL-S100", f"unexpected error: {error!r}"))
+        finally:
+            if self._job is job:
+                self._job = None
+
+    def _failed(self, job: Job, error: AtollError) -> None:
+        order = job.order.id
+        if error.code in BROKEN:  # its model could not be fetched: it will be sent again
+            if job.line is not None and self._line() is job.line:
+                self._post(machine.Lost(error.message))
+            self._post(machine.Dropped(order))
+        else:
+            logger.warning("client=%s order=%s %s", self._name, order, error)
+            self._post(machine.Failed(order, error.code, error.message))
+
+    def _train(self, bench: Workbench, job: Job) -> messages.Result:
+        loop = self._loop()
+
+        def report(step: int) -> None:
+            job.step = step
+            if step == 0 and not job.order.sent.here:
+                loop.call_soon_threadsafe(self._post, machine.Fetched(job.order.id))
+
+        def fetch(info: BlobInfo, dest: memoryview) -> None:
+            fetch_by(job.line, info, dest)
+
+        def snapped(result: messages.Result) -> None:
+            finished = machine.Finished(job.order.id, result.update, final=False)
+            loop.call_soon_threadsafe(self._post, finished)
+
+        return bench.do(job.order, fetch, job.look, report, snapped)
+
+    async def evaluate(self, line: Line, asked: wire_pb2.Evaluate) -> None:
+        """Judge a version for the server, and tell it what was found."""
+        assert self.bench is not None
+
+        try:
+            sent = messages.sent_from_wire(asked)
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self.thread, self.bench.evaluate, sent, line.fetch)
+        except ClientError as error:
+            if error.code in BROKEN and self._line() is line:
+                self._post(machine.Lost(error.message))
+            return
+        except Exception:  # training goes on
+            logger.exception("client=%s version=%d not evaluated", self._name, asked.version)
+            return
+        examples = int(found.pop("examples", 0))
+        told = wire_pb2.Evaluation(version=asked.version, metrics=found, examples=examples)
+        if (now := self._line()) is not None:
+            now.say(evaluation=told)
