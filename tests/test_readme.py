@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from atoll.server.catalogue import MIXED, Part, parts
+from atoll.protocols.facts import TOKENS
+from atoll.server.catalogue import MIXED, Part, offers, parts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -115,6 +116,32 @@ def test_every_part_with_parameters_has_its_table() -> None:
     shown = {name for page in PAGES_OF_PARTS for name, _ in TABLE.findall(page.read_text())}
     wanted = {name for name, p in PARTS.items() if p.parameters and p.entry.slot in DESCRIBED}
     assert wanted <= shown, "give it a page in docs/strategies, with <!-- parameters of ... -->"
+
+
+def test_the_words_of_composition_stand_as_in_the_code(pytestconfig: pytest.Config) -> None:
+    page = ROOT / "docs" / "strategies" / "composition.md"
+    text = page.read_text()
+    begin, end = "<!-- words -->\n", "<!-- end of words -->"
+    before, after = text.partition(begin)[0], text.partition(end)[2]
+    wanted = before + begin + words() + end + after
+    if pytestconfig.getoption("--rewrite"):
+        page.write_text(wanted)
+    else:
+        assert text == wanted, "pytest --rewrite tests/test_readme.py"
+
+
+def words() -> str:
+    """Markdown: each word, what it means, and who gives, needs and refuses it."""
+    lines = ["| word | needs, gives or refuses ... | given by | needed by | refused by |"]
+    lines.append("|---|---|---|---|---|")
+    there = list(offers())
+    for token, meaning in TOKENS.items():
+        said = []
+        for what in ("gives", "needs", "refuses"):
+            names = dict.fromkeys(f.name for f in there if token in getattr(f, what))
+            said.append(", ".join(f"`{name}`" for name in names))
+        lines.append(f"| `{token}` | {meaning} | {' | '.join(said)} |")
+    return "\n".join(lines) + "\n"
 
 
 def made(name: str) -> str:
