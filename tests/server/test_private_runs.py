@@ -60,7 +60,7 @@ def test_central_dp_on_digits_learns_and_tells_its_price(
 
 def test_max_epsilon_ends_the_run_before_it_is_passed(capsys: pytest.CaptureFixture[str]) -> None:
     found = simulate(
-        capsys, "--strategy", "fedcompass:min_clients=8", *DIGITS, "--evaluate-every", "0",
+        capsys, "--strategy", "fedcompass:min_clients=8", *DIGITS, "--evaluate-every", "100",
         "--dp", "noise=2", "--max-epsilon", "5",
     )  # fmt: skip
     epsilon = found["epsilon"]
@@ -72,7 +72,7 @@ def test_max_epsilon_ends_the_run_before_it_is_passed(capsys: pytest.CaptureFixt
 def test_who_is_drawn_in_secret_pays_less(capsys: pytest.CaptureFixture[str]) -> None:
     found = simulate(
         capsys, "--strategy", "dp-fedavg:population=8,fraction=0.25,rounds=4,steps=5", *DIGITS,
-        "--evaluate-every", "0", "--dp", "clip=0.5,noise=1,delta=1e-3",
+        "--evaluate-every", "100", "--dp", "clip=0.5,noise=1,delta=1e-3",
     )  # fmt: skip
     event = dp_accounting.PoissonSampledDpEvent(0.25, dp_accounting.GaussianDpEvent(1.0))
     exact = dp_accounting.pld.PLDAccountant()
@@ -83,7 +83,7 @@ def test_who_is_drawn_in_secret_pays_less(capsys: pytest.CaptureFixture[str]) ->
 
 def test_local_noise_ends_with_the_budget_too(capsys: pytest.CaptureFixture[str]) -> None:
     found = simulate(
-        capsys, "--strategy", "fedavg:steps=5,min_clients=8", *DIGITS, "--evaluate-every", "0",
+        capsys, "--strategy", "fedavg:steps=5,min_clients=8", *DIGITS, "--evaluate-every", "100",
         "--local-dp", "clip=0.5,noise=2", "--max-epsilon", "4",
     )  # fmt: skip
     assert found["versions"] == 3
