@@ -1,7 +1,7 @@
 """FedLAW's optimizers, over a few float64 numbers, and its learning rates; fresh in every merge.
 
-As torch's Adam(betas=(0.5, 0.999)) and SGD(momentum=0.9) step (tested), without its parameter
-groups: a mask says which of the numbers are learned now.
+Adam with the official code's betas, and SGD with momentum 0.9. What is not learned now has a
+gradient of 0.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Learner: an aggregator that learns is given the run's model and its proxy data, or refused."""
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 from torch import nn
@@ -44,7 +45,7 @@ def learning(
 
 def learning_in(
     rule: Aggregator,
-    module: nn.Module,
+    model: Callable[[], nn.Module],
     run: Data,
     source: str,
     proxy: str | Data,
@@ -53,15 +54,18 @@ def learning_in(
 ) -> tuple[Aggregator, Data]:
     """As `learning`, in a simulation, and the data that is left for its clients.
 
-    `source` names the run's data. Validators hold a part of the clients' data out.
+    `model` is made where something is learned; `source` names the run's data. Validators hold a
+    part of the clients' data out.
     """
-    if proxy or "validators" not in getattr(rule, "needs", ()):
-        made = learning(rule, module, proxy, run, seed, name)
-        if isinstance(proxy, str) and proxy:
+    if not proxy and "validators" not in getattr(rule, "needs", ()):
+        return rule, run
+    if proxy:
+        made = learning(rule, model(), proxy, run, seed, name)
+        if isinstance(proxy, str):
             run = held_out(proxy, source, run, seed)
         return made, run
     rest, held = with_validators(run, seed)
-    return learning(rule, module, held, rest, seed, name, validators=True), rest
+    return learning(rule, model(), held, rest, seed, name, validators=True), rest
 
 
 def with_validators(run: Data, seed: int) -> tuple[Data, Data]:

@@ -140,7 +140,7 @@ class Training:
         """
         whole = load_data(data) if isinstance(data, str) else data
         rule, left = learning_in(
-            aggregator(aggregation), build(model, whole.info, seed), whole,
+            aggregator(aggregation), lambda: build(model, whole.info, seed), whole,
             data if isinstance(data, str) else "", proxy, seed, aggregation,
         )  # fmt: skip
         trainers = Trainers(

@@ -68,6 +68,14 @@ def test_proxy_data_that_nobody_learns_by_are_refused(rule: str) -> None:
         learning(aggregator(rule), nn.Linear(1, 1), "digits", None, 0, rule)
 
 
+def test_central_noise_needs_a_sum_and_local_noise_does_not() -> None:
+    """Weights that depend on the data have no bound on what one client changes."""
+    with pytest.raises(UsageError) as caught:
+        check(spec(aggregator="fedlaw", proxy="digits", dp="clip=1,noise=1"))
+    assert caught.value.code == "FL-S104"
+    assert "fedlaw" in caught.value.message
+
+
 def test_who_wants_proxy_data_is_known() -> None:
     assert wants_proxy("fedlaw")
     assert not wants_proxy("mean")
@@ -123,8 +131,8 @@ def test_validators_hold_out_a_tenth_and_are_asked_five_times() -> None:
     rest, held = with_validators(run, 0)
     assert (size(rest.train), size(held.train)) == (288, 32)
     rule, left = learning_in(
-        aggregator("fedlaw:no_proxy=validators"), build("linear", run.info, 0), run, BLOBS, "", 0,
-        "fedlaw",
+        aggregator("fedlaw:no_proxy=validators"), lambda: build("linear", run.info, 0), run, BLOBS,
+        "", 0, "fedlaw",
     )  # fmt: skip
     assert proxy_of(rule).limit == 5
     assert size(left.train) == 288
