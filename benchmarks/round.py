@@ -4,6 +4,8 @@ Download, verify, upload, verify, spill, merge, seal, save; against the floor of
 over blocking sockets with SHA-256 at both ends and one read per merge, run before and after.
 Rivals on this kind of machine: Flower's former gRPC path 7.6-10.0 s, NVFlare 9.1-11.9, Flower's
 default 25-28, APPFL 27-64; their servers held 2.3-3.1 GB.
+
+`--codec int8` runs it packed both ways, in turn with fp32.
 """
 
 import statistics
@@ -36,6 +38,21 @@ def run(quick: bool) -> Result:
     )  # fmt: skip
 
 
+def packed(codec: str, quick: bool) -> Result:
+    """The same round packed both ways, and plain, in turn: a ratio below 1 is a gain."""
+    plain, small = [], []
+    for _ in range(1 if quick else 3):
+        plain += measure(FLOATS, CLIENTS, 5 if quick else 8).rounds[1:]
+        found = measure(FLOATS, CLIENTS, 5 if quick else 8, codec_up=codec, codec_down=codec)
+        small += found.rounds[1:]
+        say(f"fp32 {[round(r, 2) for r in plain]}, {codec} {[round(r, 2) for r in small]}")
+    more = {"server_peak_mb": round(found.peak_bytes / 1e6), "floor_is": "the round in fp32"}
+    return Result(
+        f"round-{codec}", statistics.median(small), "s", 1.0, floor=statistics.median(plain),
+        more=more,
+    )  # fmt: skip
+
+
 def large() -> Result:
     """A 2.5 GB model with two clients, with the same settings: that it goes through at all."""
     found = measure(625_000_000, 2, 3)
@@ -47,4 +64,9 @@ if __name__ == "__main__":
     if "--large" in sys.argv:
         sys.argv.remove("--large")
         main(lambda quick: large())
+    if "--codec" in sys.argv:
+        at = sys.argv.index("--codec")
+        named = sys.argv[at + 1]
+        del sys.argv[at : at + 2]
+        main(lambda quick: packed(named, quick))
     main(run)

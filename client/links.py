@@ -6,7 +6,7 @@ what a stranger writes is never imported.
 
 from atoll.protocols import messages
 from atoll.protocols.codecs import Codec, codec
-from atoll.protocols.codecspec import OFFERED, from_remote, parse_ways
+from atoll.protocols.codecspec import OFFERED, ErrorFeedback, from_remote, parse, parse_ways
 from atoll.protocols.errors import ClientError, RemoteError
 from atoll.protocols.links import CHAIN, Link, needs
 
@@ -28,9 +28,11 @@ def capabilities(asked: Link) -> tuple[str, ...]:
     return tuple(sorted({*OFFERED, *own, CHAIN}))
 
 
-def own_codecs(agreed: Link, asked: Link) -> tuple[Codec, Codec]:
-    """(up, down) of what the server welcomed us with. ClientError FL-W108: not ours."""
-    return _own(agreed.up, asked.up), _own(agreed.down, asked.down)
+def own_codecs(agreed: Link, asked: Link) -> tuple[Codec, Codec, ErrorFeedback | None]:
+    """(up, down, error feedback) of what the server welcomed us with. ClientError FL-W108: not
+    ours."""
+    up, down = _own(agreed.up, asked.up), _own(agreed.down, asked.down)
+    return up, down, parse(agreed.up).feedback
 
 
 def _own(told: str, asked: str) -> Codec:

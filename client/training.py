@@ -7,9 +7,10 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from atoll.client import session as machine
 from atoll.client.line import BROKEN, Line, fetch_by
@@ -158,22 +159,28 @@ class Training:
 
         return bench.do(job.order, fetch, job.look, report, snapped)
 
-    async def evaluate(self, line: Line, asked: wire_pb2.Evaluate) -> None:
-        """Judge a version for the server, and tell it what was found."""
-        assert self.bench is not None
+    def evaluate(self, line: Line, asked: wire_pb2.Evaluate) -> Coroutine[Any, Any, None]:
+        """Judge a version for the server; what is returned tells it what was found.
 
+        It is queued at once, behind the orders before it: a model may be the next one's base.
+        """
+        bench = self.bench
+        assert bench is not None
+        judging = self.thread.submit(
+            lambda: bench.evaluate(messages.sent_from_wire(asked), line.fetch)
+        )
+        return self._judged(line, asked.version, judging)
+
+    async def _judged(self, line: Line, version: int, judging: "Future[dict[str, float]]") -> None:
         try:
-            sent = messages.sent_from_wire(asked)
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self.thread, self.bench.evaluate, sent, line.fetch)
-        except ClientError as error:
-            if error.code in BROKEN and self._line() is line:
-                self._post(machine.Lost(error.message))
-            return
-        except Exception:  # training goes on
-            logger.exception("client=%s version=%d not evaluated", self._name, asked.version)
+            found = await asyncio.wrap_future(judging)
+        except Exception as error:  # training goes on
+            if getattr(error, "code", "") not in BROKEN:
+                logger.exception("client=%s version=%d not evaluated", self._name, version)
+            elif self._line() is line:
+                self._post(machine.Lost(str(error)))
             return
         examples = int(found.pop("examples", 0))
-        told = wire_pb2.Evaluation(version=asked.version, metrics=found, examples=examples)
+        told = wire_pb2.Evaluation(version=version, metrics=found, examples=examples)
         if (now := self._line()) is not None:
             now.say(evaluation=told)

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from atoll.aggregation.half import extras_of
 from atoll.aggregation.noise import KEY
+from atoll.client import residual
 from atoll.client.algorithm import LocalAlgorithm
 from atoll.client.holding import Beside, Fetch, Holding
 from atoll.client.keep import Keep, nothing_sent
 from atoll.client.localdp import LocalDP
 from atoll.client.outbox import Outbox
+from atoll.client.packing import Made, pack
 from atoll.client.trainer import Task, Trained, Trainer
 from atoll.protocols import tensors
-from atoll.protocols.blobs import BlobInfo, Section
+from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecs import Codec
+from atoll.protocols.codecspec import ErrorFeedback
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.events import Then
 from atoll.protocols.manifest import TRAVELLING, Manifest
@@ -60,8 +63,14 @@ class Workbench:
         self._extras = extras_of(half, manifest.counts["trainable"])
         self._beside = Beside(self._extras.down, outbox.folder)
 
-    def agree(self, up: Codec, down: Codec) -> None:
-        """Pack and read so from the next order on; one that is at work keeps to its own."""
+    def agree(self, up: Codec, down: Codec, rule: ErrorFeedback | None = None) -> None:
+        """Pack and read so from the next order on; one that is at work keeps to its own codec.
+
+        `rule`: what `up` leaves out is kept and sent later.
+        """
+        self._rule = rule
+        if rule is not None:
+            self.keep.register(residual.KIND, residual.Residual())
         self.up, self.down = (tensors.fit_to(self.manifest, one) for one in (up, down))
         self._packs[self.up.name] = self.up
 
@@ -142,26 +151,37 @@ class Workbench:
         seconds: float,
         snapshot: int = 0,
     ) -> Result:
-        sections = tensors.sections_of(self.manifest, up)
-        sections += tensors.extra_sections(self._extras.up)
-        size = sum(s.length for s in sections)
+        update = f"{order.id}.{order.attempt}" + (f".s{snapshot}" if snapshot else "")
+        rule = None if snapshot else self._rule  # a snapshot's work comes again with the whole
+        state = self.keep.now(residual.KIND) if rule is not None else {}
+        made = Made(base, trained.tensors, self._extras_of(trained), self._protect)
+        packed = pack(
+            self.manifest, made, tensors.extra_sections(self._extras.up), up, rule, state,
+            lambda size: self.outbox.buffer(update, size),
+        )  # fmt: skip
         result = Result(
             order.id,
             order.attempt,
             trained.steps,
             trained.examples,
             seconds,
-            BlobInfo(f"u/{order.id}.{order.attempt}.{snapshot}", size, b"", sections),
+            BlobInfo(
+                f"u/{order.id}.{order.attempt}.{snapshot}",
+                len(packed.view),
+                b"",
+                packed.sections,
+            ),
             self._told(trained),
             final=not snapshot,
             snapshot=snapshot,
         )
-        view = self.outbox.buffer(result.update, size)
-        self._pack(base, trained, up, sections, view)
-        payload = Payload(sections, view, up)
-        tensors.finite(self.manifest, payload)
-        self.keep.hold(result.update, trained.state)  # before the result: see `client/keep.py`
-        self.outbox.put(result, view)
+        assert result.update == update, f"{result.update} is not {update}"
+        tensors.finite(self.manifest, Payload(packed.sections, packed.view, up))
+        kept = dict(trained.state)
+        if rule is not None:
+            kept[residual.KIND] = residual.change(state, packed.after)
+        self.keep.hold(update, kept)  # before the result: see `client/keep.py`
+        self.outbox.put(result, packed.view)
         return result
 
     def _told(self, trained: Trained) -> dict[str, float]:
@@ -182,38 +202,13 @@ class Workbench:
             sent = Payload(sections, kept[1], packed).read if packed is not None else sent
         self.keep.settle(update, fate, sent)
 
-    def _pack(
-        self,
-        base: Payload,
-        trained: Trained,
-        up: Codec,
-        sections: tuple[Section, ...],
-        view: memoryview,
-    ) -> None:
-        """delta, buffers and extras into `view`; an fp32 delta is computed where it will lie."""
-        extras = self._extras_of(trained)
-        at = 0
-        for section in sections:
-            part = view[at : at + section.length]
-            codec = tensors.section_codec(section.group, up)
-            if section.group == "trainable":
-                start = base.read("trainable")
-                plain = codec.name == "fp32"
-                out = tensors.as_flat(part) if plain else None
-                delta = tensors.delta(self.manifest, start, trained.tensors, out)
-                if self.private is not None:
-                    self.private.protect(delta, secrets.token_bytes(KEY))
-                if not plain:
-                    codec.encode(delta, part)
-            elif section.group in extras:
-                codec.encode(extras[section.group], part)
-            elif self.private is not None:  # buffers cannot be protected: the server's go back
-                group = tensors.group_of(section)
-                codec.encode(base.read(group), part)
-            else:
-                group = tensors.group_of(section)
-                codec.encode(tensors.flatten(self.manifest, trained.tensors, group), part)
-            at += section.length
+    @property
+    def _protect(self) -> Callable[[Tensor], object] | None:
+        """Makes a delta private, in place; None where it may be sent as it is."""
+        private = self.private
+        if private is None:
+            return None
+        return lambda delta: private.protect(delta, secrets.token_bytes(KEY))
 
     def _extras_of(self, trained: Trained) -> dict[str, Tensor]:
         """What the algorithm made besides the model, by section."""

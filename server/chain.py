@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from atoll.protocols import chains
-from atoll.protocols.blobs import INLINE, Blob, BlobInfo
+from atoll.protocols.blobs import INLINE, Blob, BlobInfo, Section
 from atoll.protocols.codecs import TILE, Codec, as_tensor
 from atoll.protocols.messages import MAX_DIFFERENCES, Sent
-from atoll.protocols.tensors import Payload, group_of, section_codec, sections_of
+from atoll.protocols.tensors import Payload, group_of, pack, sections_of
 from atoll.server.draft import FP32, Version
 from atoll.server.regions import FileRegion, MemoryRegion, Region, Sealed, disk
 from atoll.server.versions import VersionStore
@@ -138,33 +138,40 @@ class Chain:
         manifest, number = self._store.manifest, version.number
         held = self.view(number - 1)
         shadow = self._region(number, "whole", self._size)
-        difference = self._region(number, "difference", sum(s.length for s in self._sections))
-        into, out = shadow.whole(), difference.whole()
-        at = 0
-        for section in self._sections:
-            group = group_of(section)
-            values = version.flat(group)
-            if group == "trainable":  # laid where x^ will lie: no other room is taken for it
-                room = as_tensor(into, torch.float32)[: section.count]
-                before = as_tensor(held, torch.float32)[: section.count]
-                for lo in range(0, section.count, TILE):
-                    part = slice(lo, lo + TILE)
-                    torch.sub(values[part], before[part], out=room[part])
-                values = room
-            section_codec(group, self._codec).encode(values, out[at : at + section.length])
-            at += section.length
-        with disk(self._folder):
-            sealed = difference.seal()
-        payload = Payload(self._sections, sealed.view, self._codec)
+        into = shadow.whole()
+        sections, sealed = self._difference(version, held, into)
+        payload = Payload(sections, sealed.view, self._codec)
         chains.step(manifest, held, payload, into)
-        info = BlobInfo(
-            f"v{number}/{self.label}/d", len(sealed.view), sealed.sha256, self._sections
-        )
+        info = BlobInfo(f"v{number}/{self.label}/d", len(sealed.view), sealed.sha256, sections)
         with self._lock:
             self._differences[number] = Blob(info, sealed.view, sealed.crcs)
             self._shadows[number] = _Shadow(into.toreadonly(), shadow)
             self.newest = number
             self._drop_old()
+
+    def _difference(
+        self, version: Version, held: memoryview, into: memoryview
+    ) -> tuple[tuple[Section, ...], Sealed]:
+        """C(x - x^) and the buffers. x - x^ is laid where x^ will lie: it takes no other room."""
+        groups = {group_of(s): version.flat(group_of(s)) for s in self._sections}
+        for section in self._sections[:1]:
+            assert section.group == "trainable", "it stands first"
+            room = as_tensor(into, torch.float32)[: section.count]
+            before = as_tensor(held, torch.float32)[: section.count]
+            for lo in range(0, section.count, TILE):
+                part = slice(lo, lo + TILE)
+                torch.sub(groups["trainable"][part], before[part], out=room[part])
+            groups["trainable"] = room
+        size = sum(s.length for s in self._sections)
+        if getattr(self._codec, "variable", False):
+            sections, packed = pack(self._store.manifest, groups, self._codec)
+            region = self._region(version.number, "difference", len(packed))
+            region.write(0, packed)
+        else:
+            region = self._region(version.number, "difference", size)
+            sections, _ = pack(self._store.manifest, groups, self._codec, region.whole())
+        with disk(self._folder):
+            return sections, region.seal()
 
     def _drop_old(self) -> None:
         """More differences than a model's bytes are worth nothing: x^ itself is shorter."""

@@ -253,19 +253,16 @@ def training_of(
     spec: "RunSpec", clients: "Sequence[ClientModel]", given: Mapping[str, Any]
 ) -> "Training":
     """Every client's trainer, with its shard of the data."""
-    if spec.codec_down != "fp32":
-        raise UsageError(
-            "FL-S104", f"a simulated model goes down as fp32, not {spec.codec_down}",
-            f"write --codec up={spec.codec_up}",
-        )  # fmt: skip
     import torch
 
     from atoll.client.local import LocalConfig
+    from atoll.protocols.links import Allowed
     from atoll.server.check import strategy_of
     from atoll.server.secret import sampling_of
     from atoll.server.training import Training
 
     torch.set_num_threads(given["threads"])
+    allowed = Allowed.of(spec.codec_up, spec.codec_down)  # each client can do the first
     sampling = sampling_of(strategy_of(spec)) if spec.dp else None
     if spec.trainer:
         if given["attack"]:
@@ -274,16 +271,16 @@ def training_of(
             )
         return Training.own(
             spec.trainer, [client.name for client in clients], model=spec.model, data=spec.data,
-            seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=spec.codec_up,
-            buffers=spec.buffers, dp=spec.dp, sampling=sampling, local_dp=spec.local_dp,
-            proxy=spec.proxy, engine=engine_of(given),
+            seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=allowed.up[0],
+            down=allowed.down[0], buffers=spec.buffers, dp=spec.dp, sampling=sampling,
+            local_dp=spec.local_dp, proxy=spec.proxy, engine=engine_of(given),
         )  # fmt: skip
     local: dict[str, Any] = dict(spec.local)
     return Training.of(
         [client.name for client in clients], model=spec.model, data=spec.data,
         partition=given["partition"], seed=spec.seed, local=LocalConfig(**local),
         algorithm=spec.algorithm, aggregation=spec.aggregator, step=spec.outer,
-        up=spec.codec_up, buffers=spec.buffers, dp=spec.dp,
+        up=allowed.up[0], down=allowed.down[0], buffers=spec.buffers, dp=spec.dp,
         sampling=sampling, local_dp=spec.local_dp,
         proxy=spec.proxy,
         attacks={client.name: client.attack for client in clients if client.attack},
@@ -387,6 +384,8 @@ def _told(
         "steps": found.steps_used,
         "mean_staleness": found.mean_staleness,
         "idle": found.idle,
+        "bytes_up": found.bytes_up,
+        "bytes_down": found.bytes_down,
         "accuracy": accuracy[-1] if accuracy else None,
         "best_accuracy": max(accuracy, default=None),
         "target_accuracy": target,
@@ -396,7 +395,14 @@ def _told(
         "hash": found.hash,
         "files": dict(files),
         "clients": [
-            {"name": name, "updates": c.updates, "steps": c.steps, "idle": c.idle}
+            {
+                "name": name,
+                "updates": c.updates,
+                "steps": c.steps,
+                "idle": c.idle,
+                "bytes_up": c.bytes_up,
+                "bytes_down": c.bytes_down,
+            }
             for name, c in found.clients.items()
         ],
     }

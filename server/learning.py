@@ -14,6 +14,7 @@ class Worked:
 
     examples: int
     metrics: Mapping[str, float]
+    bytes: int | None = None  # of the update as it travels; None: as the simulation was told
 
 
 class Learning(Protocol):
@@ -24,6 +25,15 @@ class Learning(Protocol):
 
     def given(self, order: Order) -> None:
         """The order can be fetched: its version will be wanted."""
+
+    def download(self, order: Order) -> int | None:
+        """Bytes that bring the order's model to its client; None: as the simulation was told."""
+
+    def sent(self, order: Order) -> int | None:
+        """The same, and now it goes down to its client."""
+
+    def died(self, client: str) -> None:
+        """A client's process ended, and what it held in memory with it."""
 
     def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:
         """`steps` local steps of `order`; keep the delta under `update`. Not final: a snapshot."""
@@ -47,6 +57,15 @@ class NoLearning:
         return None
 
     def given(self, order: Order) -> None:
+        pass
+
+    def download(self, order: Order) -> int | None:
+        return None
+
+    def sent(self, order: Order) -> int | None:
+        return None
+
+    def died(self, client: str) -> None:
         pass
 
     def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:

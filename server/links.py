@@ -81,6 +81,13 @@ class Links:
             return len(self._store.open(number).view)
         return chain.size(number, held)
 
+    def view(self, link: Link, number: int, label: str) -> memoryview | None:
+        """The bytes of x^ of a version of that chain, if they are kept: never write to them."""
+        chain = self._chains.get(self._down(link).name)
+        if chain is None or chain.label != label or not chain.knows(number):
+            return None
+        return chain.view(number)
+
     def find(self, blob: str) -> Blob:
         """Raises RemoteError FL-W107."""
         for chain in self._chains.values():

@@ -59,7 +59,6 @@ class Work:
 class Client:
     model: ClientModel
     pace: Pace
-    down: float  # seconds until an order and its model are there
     up: float  # seconds a result takes
     fence: int = 0
     here: bool = False  # connected
@@ -72,6 +71,8 @@ class Client:
     updates: int = 0
     steps: int = 0
     seen: float | None = None  # seconds per step of its last result
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 class Clients:
@@ -88,11 +89,10 @@ class Clients:
     ) -> None:
         self._host = host
         self.members = Membership(lease)
+        self._sizes = (update_bytes, model_bytes)
+        self.arrived = update_bytes  # bytes of the last result
         self.of = {
-            m.name: Client(
-                m, Pace(m, seed), m.latency + model_bytes / m.down, m.latency + update_bytes / m.up
-            )
-            for m in models
+            m.name: Client(m, Pace(m, seed), m.latency + update_bytes / m.up) for m in models
         }
         if len(self.of) != len(models):
             names = [m.name for m in models]
@@ -111,7 +111,9 @@ class Clients:
             if client.here:
                 connected += now - client.since
                 busy += now - client.work.given if client.work is not None else 0.0
-            made[name] = ClientSummary(client.updates, client.steps, busy, connected)
+            made[name] = ClientSummary(
+                client.updates, client.steps, busy, connected, client.bytes_up, client.bytes_down
+            )
         return made
 
     # ---- clients come and go -----------------------------------------------------------------
@@ -161,6 +163,8 @@ class Clients:
                 client.work = None  # died with its process, or before the model was there
         for sent in client.outbox:
             sent.ticket = 0
+        if away.how != "offline":
+            self._host.learning.died(name)
         if away.how != "offline":  # a snapshot whose step was not done dies with its process
             client.outbox = [sent for sent in client.outbox if sent.end <= now]
         if client.seen is not None:
@@ -200,7 +204,10 @@ class Clients:
         self._put_away(client)
         self._abandon(client)
         now, pace = self._host.now, client.pace.next_order()
-        begin = now + client.down
+        size = self._host.learning.sent(order)
+        size = self._sizes[1] if size is None else size
+        client.bytes_down += size
+        begin = now + client.model.latency + size / client.model.down
         client.work = Work(order, order.steps, pace, now, begin, begin + order.steps * pace)
         client.snapshots = 0
         self._send(client, client.work)
@@ -231,6 +238,8 @@ class Clients:
             return  # older than what the run remembers: it is refused
         update = f"{order.id}.0" + (f"s{work.snapshot}" if work.snapshot else "")
         worked = self._host.learning.train(client, order, work.steps, update, not work.snapshot)
+        self.arrived = self._sizes[0] if worked.bytes is None else worked.bytes
+        self.of[client].bytes_up += self.arrived
         seconds = work.steps * work.pace
         self._host.hear(
             UpdateReceived(

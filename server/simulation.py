@@ -13,6 +13,8 @@ class ClientSummary:
     steps: int  # local steps of these
     busy: float  # seconds with an order: transfers and training
     connected: float  # seconds
+    bytes_up: int = 0  # of results that arrived
+    bytes_down: int = 0  # of models sent
 
     @property
     def idle(self) -> float:
@@ -40,6 +42,14 @@ class Simulation:
     epsilon: float | None = None  # that central DP has cost the client that paid most; None: none
 
     @property
+    def bytes_up(self) -> int:
+        return sum(c.bytes_up for c in self.clients.values())
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(c.bytes_down for c in self.clients.values())
+
+    @property
     def idle(self) -> float:
         """Share of all clients' connected time in which they had nothing to do."""
         connected = sum(c.connected for c in self.clients.values())
@@ -58,6 +68,9 @@ class Simulation:
             f" mean staleness {self.mean_staleness:.2f}",
             f"  clients idle {100 * self.idle:.0f} % of their time",
         ]
+        if self.bytes_up or self.bytes_down:
+            up, down = self.bytes_up / 1e6, self.bytes_down / 1e6
+            lines.append(f"  {up:.3g} MB up, {down:.3g} MB down")
         if self.accuracy:
             best = max(value for _, value in self.accuracy)
             lines.append(f"  accuracy {self.accuracy[-1][1]:.4f}, best {best:.4f}")

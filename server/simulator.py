@@ -133,7 +133,13 @@ class Simulator:
             if self._recorder is not None:
                 self.history.extend(
                     self._recorder.rows(
-                        self.run, self.now, heard, actions, effects, self._sizes[0], self._down_size
+                        self.run,
+                        self.now,
+                        heard,
+                        actions,
+                        effects,
+                        self.clients.arrived,
+                        self._down_size,
                     )
                 )
             if isinstance(heard, UpdateReceived):
@@ -144,7 +150,8 @@ class Simulator:
                 events.extend(self._look(event))
 
     def _down_size(self, order: Order) -> int:
-        return self._sizes[1]
+        size = self.learning.download(order)
+        return self._sizes[1] if size is None else size
 
     def _perform(self, effect: Effect, events: list[Event]) -> None:
         if isinstance(effect, Tell):  # the most frequent two come first

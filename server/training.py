@@ -47,6 +47,7 @@ from atoll.server.learning import Worked
 from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
 from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order
+from atoll.server.simlinks import SimLinks
 from atoll.server.trainers import Trainers
 from atoll.server.versions import VersionStore
 
@@ -81,6 +82,7 @@ class Training:
         local_dp: LocalDP | None = None,
         algorithm: LocalAlgorithm | None = None,
         seed: int = 0,
+        down: str = "fp32",
     ) -> None:
         """`algorithm`: the trainers', for its half on the server and the state of the clients, who
         have their names and `seed` for their states' lives."""
@@ -105,6 +107,7 @@ class Training:
         with tempfile.TemporaryDirectory() as folder:  # never used: every version is a small one
             self._versions = VersionStore(Path(folder), manifest, memory_limit=1 << 62)
         self._newest = self._versions.initial(initial)
+        self._links = SimLinks(self._versions, down)
         self._done: dict[str, int] = {}  # client -> local steps in its life
         self._orders: dict[str, dict[str, int]] = {}  # client -> order -> version, may be trained
         self._held: dict[str, UpdateBytes] = {}
@@ -123,6 +126,7 @@ class Training:
         aggregation: str = "mean",
         step: str = "sgd",
         up: str = "fp32",
+        down: str = "fp32",
         buffers: str = "weighted_mean",
         proxy: str | Data = "",
         attacks: Mapping[str, str] | None = None,
@@ -156,7 +160,7 @@ class Training:
             judge=judge if left.test is not None else None,
             examples={name: len(rows) for name, rows in trainers.parts.items()},
             aggregator=rule, outer=outer(step),
-            buffers=cast("Buffers", buffers), feedback=chain.feedback,
+            buffers=cast("Buffers", buffers), feedback=chain.feedback, down=down,
             codec=tensors.codec_for(judge.manifest, chain), attacks=trainers.hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed, algorithm=method,
@@ -175,6 +179,7 @@ class Training:
         aggregation: str = "mean",
         step: str = "sgd",
         up: str = "fp32",
+        down: str = "fp32",
         buffers: str = "weighted_mean",
         dp: str = "",
         sampling: Sampling | None = None,
@@ -195,7 +200,7 @@ class Training:
             made.__getitem__, manifest, initial, judge=trainers.judge(),
             examples={name: int(getattr(t, "examples", 0)) or 1 for name, t in made.items()},
             aggregator=rule, outer=outer(step),
-            buffers=cast("Buffers", buffers), feedback=chain.feedback,
+            buffers=cast("Buffers", buffers), feedback=chain.feedback, down=down,
             codec=tensors.codec_for(manifest, chain),
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
@@ -212,13 +217,31 @@ class Training:
         orders[order.id] = order.version
         self._found[order.id] = self._state_of(order.client)
         while len(orders) > FORMER + 1:  # the run has forgotten older ones
-            self._crew.forget(old := next(iter(orders)))
-            del orders[old], self._found[old]
-        self._crew.begin(self._job(order, order.steps), partial(self._start, order.version))
+            gone = next(iter(orders))
+            del orders[gone], self._found[gone]
+            self._drop(gone)
+
+    def download(self, order: Order) -> int | None:
+        return self._links.size(order) + self._extra_bytes
+
+    def sent(self, order: Order) -> int | None:
+        size, anew = self._links.send(order, self._newest.number)
+        if anew:
+            self._crew.forget(order.id)
+            self._crew.begin(self._job(order, order.steps), partial(self._start, order))
+        return size + self._extra_bytes
+
+    def died(self, client: str) -> None:
+        self._links.died(client)
+
+    @property
+    def _extra_bytes(self) -> int:
+        """What goes down beside a model."""
+        return sum(s.length for s in tensors.extra_sections(self._extras.down))
 
     def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:
-        base = self._versions.open(order.version)
-        trained = self._crew.trained(self._job(order, steps), base.tensors)
+        base = self._links.model(order)
+        trained = self._crew.trained(self._job(order, steps), partial(self._start, order))
         self._keep(client).hold(update, trained.state)
         self._of[update] = client
         if final:
@@ -228,11 +251,11 @@ class Training:
         groups: dict[str, Tensor] = {
             group: tensors.flatten(self.manifest, trained.tensors, group)
             if private is None
-            else base.flat(group)
+            else base.read(group)
             for group in TRAVELLING[1:]
             if self.manifest.counts[group]
         }
-        start = base.flat("trainable")
+        start = base.read("trainable")
         groups["trainable"] = tensors.delta(self.manifest, start, trained.tensors)
         if private is not None:
             private.protect(groups["trainable"], derived(self._key, "local", update))
@@ -248,8 +271,12 @@ class Training:
             self._states[client], self._sent[update] = sender.after, client
         self._held[update] = UpdateBytes(update, Payload(sections, view, self._codec), client)
         if final:
-            self._crew.forget(order.id)
-        return Worked(trained.examples, metrics)
+            self._drop(order.id)
+        return Worked(trained.examples, metrics, len(view))
+
+    def _drop(self, order: str) -> None:
+        self._crew.forget(order)
+        self._links.forget(order)
 
     def _job(self, order: Order, steps: int) -> Job:
         done = self._done.get(order.client, 0)
@@ -266,8 +293,8 @@ class Training:
             life=self._keep(order.client).life,
         )
 
-    def _start(self, version: int) -> dict[str, Tensor]:
-        return self._versions.open(version).tensors()
+    def _start(self, order: Order) -> dict[str, Tensor]:
+        return self._links.tensors(self._links.model(order))
 
     def merge(self, merge: Merge) -> Merged:
         base = self._newest
@@ -278,6 +305,7 @@ class Training:
         for update in made.used:
             self._sent.pop(update, None)
         wanted = {v for orders in self._orders.values() for v in orders.values()}
+        self._links.follow(merge.version, wanted)
         self._versions.prune({merge.version, *wanted})
         return Merged(merge.version, made.used, made.dropped, {**made.stats, **self._paid()})
 

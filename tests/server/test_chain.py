@@ -130,6 +130,19 @@ def distance(one: bytes, other: bytes) -> float:
     return float((a - b).abs().max())
 
 
+@pytest.mark.parametrize("spec", ["int8", "topk:0.05", "int4+zstd", "sign"])
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_every_codec_makes_a_chain(tmp_path: Path, limit: int, spec: str) -> None:
+    server = Server(tmp_path, limit, spec)
+    steady, lazy = (Client(server, tmp_path / n, Link("", spec)) for n in "ab")
+    for number in range(12):
+        server.step()
+        bits = {steady.take()} | ({lazy.take()} if number % 3 == 2 else set())
+        assert len(bits) == 1
+    assert steady.wholes == lazy.wholes == 1
+    assert steady.down < 9 * len(bytes(server.store.open(12).view))
+
+
 @pytest.mark.parametrize("limit", [0, 1 << 20])
 def test_what_is_kept_is_bounded(tmp_path: Path, limit: int) -> None:
     server = Server(tmp_path, limit)

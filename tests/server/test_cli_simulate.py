@@ -176,7 +176,6 @@ def test_people_read_a_summary_with_the_hash(capsys: Capsys) -> None:
         (["--dropout", "never"], "FL-S108", 2),
         (["--dropout", "10,0"], "FL-S108", 2),
         (["--bandwidth", "sideways=1mbit"], "FL-S108", 2),
-        (["--codec", "bf16"], "FL-S104", 78),
         (["--strategy", "fedavgg"], "FL-S101", 78),
         (["--partition", "fairly"], "FL-D104", 78),
         (["--seconds", "-1"], "FL-S108", 2),
