@@ -5,10 +5,11 @@ https://arxiv.org/abs/1809.07599 (with error feedback). One value of each run of
 is drawn by a hash of (seed, draw, run): each is as likely as any other, runs are independent, and
 any tile can be read by itself.
 
-The draw stands in the section. A codec's own state counts it up from one encoding to the next;
-clients whose draw is set to the same number send the same places.
+The draw stands in the section. It is a checksum of the values, so every update draws anew and
+nothing has to be remembered; clients that are given the same draw as state send the same places.
 """
 
+import zlib
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from atoll.protocols.codec_sparse import DTYPES, SparseDecoder, bits_of, fraction_of
-from atoll.protocols.codecs import all_finite, as_tensor, room
+from atoll.protocols.codecs import all_finite, as_bytes, as_tensor, room
 from atoll.protocols.errors import UsageError
 
 DRAW = "draw"
@@ -63,19 +64,16 @@ class RandomK:
     def runs(self, count: int) -> int:
         return -(-count // self.every)
 
-    def start(self, count: int) -> dict[str, Tensor]:
-        return {DRAW: torch.zeros(1, dtype=torch.int64)}
-
     def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
-        return self.encode_from(values, self.start(values.numel()), out)[0]
+        return self.encode_from(values, {}, out)[0]
 
     def encode_from(
         self, values: Tensor, state: Mapping[str, Tensor], out: memoryview | None = None
     ) -> tuple[memoryview, dict[str, Tensor]]:
-        """Section and state; `state` {} begins with draw 0."""
+        """Section and state; `state` {} draws by the values, {"draw": number} by that, and on."""
         out, count = room(self, values, out), values.numel()
-        draw = int(state.get(DRAW, torch.zeros(1, dtype=torch.int64)))
-        after = {DRAW: torch.tensor([draw + 1])}
+        draw = int(state[DRAW]) if DRAW in state else _checksum(values)
+        after = {DRAW: torch.tensor([draw + 1])} if DRAW in state else {}
         if not count:
             return out, after
         out[:HEAD] = draw.to_bytes(HEAD, "little")
@@ -110,6 +108,12 @@ class RandomK:
     def _widths(self, first: int, end: int, count: int) -> Tensor:
         """Values in each of the runs: the last may be short."""
         return (count - torch.arange(first, end) * self.every).clamp_(max=self.every)
+
+
+def _checksum(values: Tensor) -> int:
+    """Of some of them, which is enough to tell two updates apart."""
+    some = values[::61].cpu().clone(memory_format=torch.contiguous_format)
+    return zlib.crc32(as_bytes(some))
 
 
 def _mix(number: int) -> int:

@@ -11,7 +11,7 @@ less, or more (a bomb), is refused, and a window above WINDOW is not even opened
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Protocol, cast
+from typing import Protocol, Self, cast
 
 import numpy as np
 import zstandard
@@ -57,6 +57,10 @@ class _Zstd:
         self.name = f"{inner.name}+zstd"
         self.trainable_only = bool(getattr(inner, "trainable_only", False))
         self.gives = frozenset(getattr(inner, "gives", ()))
+
+    def contractive(self) -> Self:
+        found = getattr(self.inner, "contractive", None)
+        return self if found is None else type(self)(cast("Codec", found()), self.level)
 
     def _write(self, frames: Iterator[memoryview], count: int, out: memoryview) -> memoryview:
         """Lengths and frames into `out`; what of it is used."""
@@ -119,10 +123,6 @@ class ZstdWhole(_Zstd):
 
     def fit(self, shapes: list[tuple[int, ...]]) -> "ZstdWhole":
         return ZstdWhole(fitted(self.inner, shapes), self.level)
-
-    def contractive(self) -> "ZstdWhole":
-        found = getattr(self.inner, "contractive", None)
-        return self if found is None else ZstdWhole(cast("Codec", found()), self.level)
 
     def start(self, count: int) -> dict[str, Tensor]:
         return cast("Remembering", self.inner).start(count)

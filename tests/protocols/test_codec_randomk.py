@@ -29,20 +29,27 @@ def test_every_value_is_as_likely_as_any_other() -> None:
 
 def test_it_is_unbiased() -> None:
     one, sent = RandomK(0.25, bits=32), torch.arange(1.0, 42.0)  # the last run has one value
-    total, state = torch.zeros(41), one.start(41)
+    total, state = torch.zeros(41), {"draw": torch.tensor([0])}
     for _ in range(200):
         payload, state = one.encode_from(sent, state)
         total += one.decoder(payload, 41)(0, 41, torch.empty(41))
     assert (total / 200 / sent - 1).abs().max() < 5 * (3 / 200) ** 0.5
 
 
-def test_the_draw_counts_up_and_stands_in_the_section() -> None:
-    one, sent = RandomK(0.1), torch.randn(200, generator=torch.Generator().manual_seed(1))
-    first, state = one.encode_from(sent, {})
-    second, state = one.encode_from(sent, state)
-    assert int(state["draw"]) == 2
-    assert (bytes(first[:8]), bytes(second[:8])) == (bytes(8), b"\1" + bytes(7))
-    assert bytes(first[8:]) != bytes(second[8:])
+def test_every_update_draws_anew_and_the_same_one_alike() -> None:
+    one = RandomK(0.1)
+    sent = torch.randn(2, 200, generator=torch.Generator().manual_seed(1))
+    first, again, second = (one.encode_from(v, {}) for v in (sent[0], sent[0].clone(), sent[1]))
+    assert bytes(first[0]) == bytes(again[0])
+    assert bytes(first[0][:8]) != bytes(second[0][:8])
+    assert first[1] == {}
+
+
+def test_a_draw_that_is_given_stands_in_the_section_and_goes_on() -> None:
+    one, state = RandomK(0.1), {"draw": torch.tensor([258])}
+    payload, state = one.encode_from(torch.ones(200), state)
+    assert bytes(payload[:8]) == b"\2\1" + bytes(6)
+    assert int(state["draw"]) == 259
 
 
 def test_two_clients_with_one_draw_and_seed_send_the_same_places() -> None:

@@ -28,7 +28,7 @@ def read(one: Codec, payload: memoryview, count: int = COUNT) -> Tensor:
     return one.decoder(payload, count)(0, count, torch.empty(count)).clone()
 
 
-@pytest.mark.parametrize("spec", ["int8", "e3m0", "topk:0.01", "powersgd:2", "randomk:0.1"])
+@pytest.mark.parametrize("spec", ["int8", "e3m0", "topk:0.01", "powersgd:2"])
 def test_it_reads_as_the_codec_does_and_is_shorter(spec: str) -> None:
     plain, pressed = codec(spec), codec(f"{spec}+zstd")
     payload = pressed.encode(sparse())
