@@ -51,9 +51,10 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
 
 
 def headings(text: str) -> set[str]:
-    """As GitHub makes anchors of them."""
+    """As GitHub makes anchors of them, and those that are spelled out."""
     found = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
+    spelled = set(re.findall(r"<a id=\"([\w-]+)\">", text))
+    return spelled | {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
 
 
 @pytest.mark.parametrize("page", PAGES[2:])

@@ -160,3 +160,9 @@ def test_a_users_own_module_that_fails_fails_with_its_own_error(package: Package
 def test_what_is_said_where_no_package_is_known() -> None:
     point = importlib.metadata.EntryPoint("theirs", "math:sqrt", "atoll.strategies")
     assert slots.offerer(point) == "an installed package"
+
+
+def test_the_same_part_offered_twice_is_one(package: Package) -> None:
+    package("theirs_atoll", MADE, strategies="mine = theirs_atoll:Mine")
+    package("others_atoll", MADE, strategies="mine = theirs_atoll:Mine")
+    assert slots.resolve("strategy", "mine", BUILTIN)

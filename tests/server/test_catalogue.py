@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from atoll.protocols import facts, slots
+from atoll.protocols import facts, reading, slots
 from atoll.protocols.facts import TOKENS
 from atoll.server import catalogue
 
@@ -97,3 +97,12 @@ def test_the_catalogue_imports_nothing_heavy() -> None:
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert told.stdout == "[]\n", told.stderr
+
+
+def test_a_table_without_source_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread(where: str) -> dict[str, str]:
+        raise LookupError(where)
+
+    known = catalogue.builtin("outer")
+    monkeypatch.setattr(reading, "table", unread)
+    assert catalogue.builtin("outer") == known
