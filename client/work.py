@@ -61,6 +61,13 @@ class Workbench:
         half = algorithm.server_half() if isinstance(algorithm, LocalAlgorithm) else None
         self._says = half.says if half is not None else ()
         self._extras = extras_of(half, manifest.counts["trainable"])
+        if private is not None and half is not None and half.up:
+            raise ClientError(
+                "FL-C107",
+                "local noise does not cover what this run's local algorithm sends beside updates: "
+                + ", ".join(half.up),
+                "leave the run, or ask for one with --local plain, fedprox or fedavg-m",
+            )
         self._beside = Beside(self._extras.down, outbox.folder)
 
     def agree(self, up: Codec, down: Codec, rule: ErrorFeedback | None = None) -> None:

@@ -92,7 +92,7 @@ class Merger:
         self.outer = outer
         self.buffers = buffers
         if privacy is not None:
-            fits(aggregator, manifest, buffers)
+            fits(aggregator, manifest, buffers, half)
         self.tile = tile
         self.privacy = privacy
         self.half = half  # the server's part of the local algorithm

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from atoll.aggregation import noise
 from atoll.aggregation.aggregator import Aggregator
+from atoll.aggregation.half import Half
 from atoll.aggregation.mean import Mean
 from atoll.aggregation.robust import within
 from atoll.protocols.errors import UsageError
@@ -175,7 +176,9 @@ class Privacy:
         return 0.5 + bits / max(1, expected)
 
 
-def fits(aggregator: Aggregator, manifest: Manifest, buffers: str) -> None:
+def fits(
+    aggregator: Aggregator, manifest: Manifest, buffers: str, half: Half | None = None
+) -> None:
     """UsageError FL-S104 for what central DP cannot protect."""
     if not isinstance(aggregator, Mean):
         raise UsageError(
@@ -183,6 +186,13 @@ def fits(aggregator: Aggregator, manifest: Manifest, buffers: str) -> None:
             f"--dp needs a plain sum, and {type(aggregator).__name__} lets one client move the "
             "others' shares",
             "use --aggregator mean, or noise on the clients: --local-dp",
+        )
+    if half is not None and half.up:
+        raise UsageError(
+            "FL-S104",
+            f"--dp does not cover what clients send beside updates for {type(half).__name__}: "
+            f"{', '.join(half.up)}",
+            "take --local plain, fedprox or fedavg-m",
         )
     counted = manifest.counts["buffers_float"] + manifest.counts["buffers_other"]
     if counted and buffers == "weighted_mean":

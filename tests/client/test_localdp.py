@@ -7,6 +7,7 @@ import dp_accounting
 import pytest
 import torch
 
+from atoll.client.algorithm import local_algorithm
 from atoll.client.localdp import LocalDP, local_dp, stricter
 from atoll.client.outbox import Outbox
 from atoll.client.work import Workbench
@@ -114,3 +115,15 @@ def test_what_was_spent_outlives_the_process_and_counts_snapshots(tmp_path: Path
         do(again, order(number=3))
     again.outbox.enter("another run")
     assert again.outbox.memory.sent == 0
+
+
+def test_noise_of_ones_own_refuses_a_run_that_wants_more_than_updates() -> None:
+    """The server does not know of it, so the client itself must see."""
+
+    class Scaffold(Adding):
+        algorithm = local_algorithm("scaffold")
+
+    with pytest.raises(ClientError, match=r"FL-C107: local noise does not cover .*: dc"):
+        Workbench(
+            Scaffold(), MANIFEST, codec("fp32"), codec("fp32"), Outbox(None), private=LocalDP()
+        )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atoll.aggregation.krum import Krum
 from atoll.aggregation.noise import derived, ids, normal
+from atoll.client.algorithm import local_algorithm
 from atoll.protocols.codecs import codec
 from atoll.protocols.errors import UsageError
 from atoll.protocols.manifest import Group, Manifest, TensorSpec
@@ -328,3 +329,11 @@ def test_buffers_that_nothing_covers_are_refused_unless_the_servers_stay() -> No
     with pytest.raises(UsageError, match=r"FL-S104: --dp .*BatchNorm.*--buffers keep_server"):
         Merger(NORMED, privacy=privacy)
     Merger(NORMED, buffers="keep_server", privacy=privacy)
+
+
+def test_what_is_sent_beside_an_update_is_refused_and_what_is_made_of_the_sum_is_not() -> None:
+    privacy = Privacy(CentralDP(), KEY)
+    half = local_algorithm("scaffold").server_half()
+    with pytest.raises(UsageError, match=r"FL-S104: --dp does not cover what clients send beside"):
+        Merger(PLAIN, privacy=privacy, half=half)
+    Merger(PLAIN, privacy=privacy, half=local_algorithm("fedavg-m").server_half())
