@@ -2,8 +2,9 @@
 
 100 clients of MNIST, batch 32, 20 steps of SGD each, on one thread: the MLP 196-32-10 on pictures
 pooled to 14x14 (the specs' small recipe), which is held, and 784-64-10 on whole ones, which is
-reported: there the products alone are a sixth of what one client at a time takes. Seconds are of processor time, the better of several rounds. `value` is how many
-times as fast the batched trainer is; both give the same bits, or the benchmark fails.
+reported: there the products alone are a sixth of what one client at a time takes. Seconds are of
+processor time, the best of several rounds. `value` is how many times as fast the batched trainer
+is; both give the same bits, or the benchmark fails.
 """
 
 import time

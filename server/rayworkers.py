@@ -30,6 +30,7 @@ class RayWorkers(Workers):
         spec = trainers.dumps()
         if address is None:
             ray.init(num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR)
+            _only_loopback(ray)
         else:
             ray.init(address, logging_level=logging.ERROR)
         actor = ray.remote(Actor)
@@ -54,6 +55,17 @@ def _imported(loopback: bool) -> Any:
             "pip install 'atoll[ray]', or use --workers with the other engine",
         ) from error  # fmt: skip
     return ray
+
+
+def _only_loopback(ray: Any) -> None:
+    """UsageError FL-S104 where the cluster just begun can be reached from other machines."""
+    where = sorted({node["NodeManagerAddress"] for node in ray.nodes()})
+    if where != ["127.0.0.1"]:
+        ray.shutdown()
+        raise UsageError(
+            "FL-S104", f"Ray listens on {', '.join(where)}, since it was imported before",
+            "import it later, or begin a cluster yourself and give its address",
+        )  # fmt: skip
 
 
 class Actor:
