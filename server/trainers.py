@@ -10,9 +10,13 @@ from atoll.client.data import Data, Indices, load_data
 from atoll.client.local import LocalConfig, trainer_on
 from atoll.client.options import own_trainer
 from atoll.client.partition import shards_of
+from atoll.client.proxy import held_out
 from atoll.client.trainer import Trainer
 from atoll.protocols.errors import UsageError
 from atoll.server.attack import Attack
+from atoll.server.learner import with_validators
+
+VALIDATORS = "validators"  # in place of proxy data: what the clients themselves hold out
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,19 @@ class Trainers:
     algorithm: str = "plain"
     attacks: Mapping[str, str] = field(default_factory=dict)  # of hostile clients
     own: str = ""
+    proxy: str = ""  # what is held out of `data` for the server, or VALIDATORS
     given: Data | None = field(default=None, compare=False, repr=False)  # `data`, if it is loaded
 
     @cached_property
     def loaded(self) -> Data:
         if self.given is not None:
             return self.given
-        return load_data(self.data) if isinstance(self.data, str) else self.data
+        if not isinstance(self.data, str):
+            return self.data
+        whole = load_data(self.data)
+        if self.proxy == VALIDATORS:
+            return with_validators(whole, self.seed)[0]
+        return held_out(self.proxy, self.data, whole, self.seed) if self.proxy else whole
 
     @cached_property
     def parts(self) -> Mapping[str, Indices]:

@@ -48,7 +48,7 @@ from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
 from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order
 from atoll.server.simlinks import SimLinks
-from atoll.server.trainers import Trainers
+from atoll.server.trainers import VALIDATORS, Trainers
 from atoll.server.versions import VersionStore
 
 Factory = Callable[[str], Trainer]  # of a client's name
@@ -147,9 +147,12 @@ class Training:
             aggregator(aggregation), lambda: build(model, whole.info, seed), whole,
             data if isinstance(data, str) else "", proxy, seed, aggregation,
         )  # fmt: skip
+        kept_back = proxy if isinstance(proxy, str) else ""
+        if left is not whole and not kept_back:
+            kept_back = VALIDATORS
         trainers = Trainers(
-            clients, model, data if left is whole else left, partition, seed, local, algorithm,
-            attacks or {}, given=left,
+            clients, model, data if isinstance(data, str) else left, partition, seed, local,
+            algorithm, attacks or {}, proxy=kept_back, given=left,
         )  # fmt: skip
         judge = trainers.judge()
         assert isinstance(judge, TorchTrainer)

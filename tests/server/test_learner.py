@@ -9,11 +9,13 @@ from atoll.aggregation.aggregator import Aggregator, aggregator, is_learner
 from atoll.client.data import Data, Split, load_data, size
 from atoll.client.flat import FlatModel
 from atoll.client.models import build
+from atoll.client.proxy import prints
 from atoll.protocols.errors import DataError, UsageError
 from atoll.server.check import check, wants_proxy
 from atoll.server.learner import learning, learning_in, with_validators
 from atoll.server.simulator import simulate
 from atoll.server.spec import RunSpec
+from atoll.server.trainers import Trainers
 from atoll.server.training import Training
 
 BLOBS = "synthetic:examples=400,classes=4,features=3"
@@ -157,3 +159,16 @@ def test_a_simulation_learns_the_same_every_time(rule: str) -> None:
     assert first == again
     assert all("gamma" in stats for stats in first[1])
     assert len(first[1]) == 3
+
+
+@pytest.mark.parametrize("proxy", [f"{BLOBS},take=40", "validators"])
+def test_another_process_holds_out_the_same_examples(proxy: str) -> None:
+    left = learning_in(
+        aggregator("fedlaw:no_proxy=validators"),
+        lambda: build("linear", load_data(BLOBS).info, 0),
+        load_data(BLOBS), BLOBS, "" if proxy == "validators" else proxy, 0, "fedlaw",
+    )[1]  # fmt: skip
+    here = Trainers(["a", "b"], "linear", BLOBS, proxy=proxy, given=left)
+    there = Trainers.loads(here.dumps())
+    assert list(prints(there.loaded.train)) == list(prints(left.train))
+    assert size(there.loaded.train) < size(load_data(BLOBS).train)
