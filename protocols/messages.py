@@ -209,7 +209,6 @@ def _order_alone(order: Order) -> wire_pb2.Order:
         steps=order.steps,
         extra=order.extra,
         deadline_seconds=order.deadline_seconds,
-        extras=[blob_to_wire(info, inline) for info, inline in order.extras],
     )
 
 

@@ -2,12 +2,15 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from atoll.client.algorithm import local_algorithm
+from atoll.client.holding import Beside
 from atoll.client.outbox import Outbox
 from atoll.client.trainer import Task, Trained
 from atoll.client.work import Dropped, Workbench
@@ -314,3 +317,88 @@ def test_a_model_of_another_size_gets_a_buffer_of_its_own(tmp_path: Path) -> Non
     result = fetched(made, Order("o3", 0, 3, 2, info), Fetching(data))
     assert torch.equal(update(made, result).read("trainable")[:4], torch.full((4,), -2.0))
     made.outbox.close()
+
+
+# ---- vectors beside the model ------------------------------------------------------------------
+
+
+def beside(**vectors: list[float]) -> tuple[BlobInfo, bytes]:
+    sections = tensors.extra_sections({name: len(v) for name, v in vectors.items()})
+    data = b"".join(torch.tensor(v).numpy().tobytes() for v in vectors.values())
+    return BlobInfo("v3/extra", len(data), hashlib.sha256(data).digest(), sections), data
+
+
+def test_vectors_come_inline_or_are_fetched_once_for_several_orders(tmp_path: Path) -> None:
+    info, data = beside(control=[1.0, 2.0], direction=[3.0, 4.0])
+    holding = Beside({"control": 2, "direction": 2}, tmp_path)
+    fetched: list[str] = []
+
+    def fetch(wanted: BlobInfo, dest: memoryview) -> None:
+        fetched.append(wanted.id)
+        dest[:] = data
+
+    for inline in (data, b"", b""):
+        found = holding.take(replace(order(), extras=((info, inline),)), fetch)
+        assert {name: v.tolist() for name, v in found.items()} == {
+            "control": [1.0, 2.0], "direction": [3.0, 4.0],
+        }  # fmt: skip
+    assert fetched == ["v3/extra"]
+
+
+@pytest.mark.parametrize(
+    ("extras", "code"),
+    [
+        ((), "FL-C103"),
+        ((beside(direction=[1.0, 2.0]),), "FL-W104"),
+        ((beside(control=[1.0, 2.0, 3.0]),), "FL-W104"),
+        ((beside(other=[1.0, 2.0]),), "FL-W104"),
+    ],
+)
+def test_wrong_vectors_are_one_clear_error(
+    extras: tuple[tuple[BlobInfo, bytes], ...], code: str
+) -> None:
+    with pytest.raises(AtollError) as caught:
+        Beside({"control": 2}, None).take(replace(order(), extras=extras), no_fetch)
+    assert caught.value.code == code
+
+
+def test_no_more_is_fetched_than_was_expected() -> None:
+    info, _ = beside(control=[0.0] * 9)
+    with pytest.raises(RemoteError, match="FL-W104"):
+        Beside({"control": 2}, None).take(replace(order(), extras=((info, b""),)), no_fetch)
+
+
+def test_what_a_trainer_makes_besides_travels_after_the_delta(tmp_path: Path) -> None:
+    class Varied(Adding):
+        algorithm = local_algorithm("scaffold")
+
+        def train(self, task: Task) -> Trained:
+            said = {"steps": 4.0, "lr": 0.5, "life": float(task.life), "epoch": 0.0, "commits": 0.0}
+            made = super().train(task)
+            return replace(made, extras={"dc": torch.arange(8.0)}, said=said)
+
+    made = bench(Varied(), tmp_path, up="bf16")
+    given = replace(order(), extras=(beside(control=[0.0] * 8),))
+    result = do(made, given)
+    kept = made.outbox.get(result.update)
+    assert kept is not None
+    extras = {"dc": 8, "said": 5}
+    payload = tensors.parse(
+        MANIFEST, result.payload.sections, kept[1], codec("bf16"), "update", extras
+    )
+    assert payload.read("extra:dc").tolist() == list(range(8))
+    assert payload.read("extra:said").tolist() == [4.0, 0.5, float(made.keep.life), 0.0, 0.0]
+    for wrong in ({"dc": 8}, {**extras, "more": 2}, {"dc": 7, "said": 5}):
+        with pytest.raises(RemoteError, match="FL-W104"):
+            tensors.check(
+                MANIFEST, result.payload.sections, len(kept[1]), codec("bf16"), "update", wrong
+            )
+
+
+def test_a_trainer_that_makes_nothing_besides_is_told_so() -> None:
+    class Silent(Adding):
+        algorithm = local_algorithm("scaffold")
+
+    given = replace(order(), extras=(beside(control=[0.0] * 8),))
+    with pytest.raises(ClientError, match=r"FL-C103.*'dc'"):
+        do(bench(Silent()), given)

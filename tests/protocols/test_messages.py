@@ -73,6 +73,19 @@ def test_hello_order_outcome_and_ask_survive_the_wire() -> None:
         assert messages.ask_from_wire(messages.ask_to_wire("o1", then)) == ("o1", then)
 
 
+def test_extras_of_an_order_survive_the_wire_and_are_bounded() -> None:
+    extras = BlobInfo("v3/extra", 8, bytes(32), (Section("extra:control", "fp32", 2, 8),))
+    order = replace(ORDER, extras=((extras, bytes(8)), (extras, b"")))
+    wire = messages.order_to_wire(order)
+    assert messages.order_from_wire(wire) == order
+    sent = messages.sent_to_order(order.sent).SerializeToString()
+    beside = wire_pb2.Order(extras=wire.extras).SerializeToString()
+    packed = b"".join(messages.packed_order(replace(order, extras=()), sent, beside))
+    assert messages.order_from_wire(wire_pb2.ServerMessage.FromString(packed).order) == order
+    many = messages.order_to_wire(replace(order, extras=((extras, b""),) * 5))
+    assert refused(lambda: messages.order_from_wire(many)) == "FL-W101"
+
+
 def test_a_hello_bounds_what_it_says_of_private_state() -> None:
     def said(**kept: int) -> Callable[[], object]:
         wire = messages.hello_to_wire(replace(HELLO, kept=kept))

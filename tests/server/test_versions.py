@@ -16,8 +16,8 @@ from atoll.aggregation.outer import STEPS
 from atoll.protocols.blobs import CHUNK
 from atoll.protocols.codecs import codec
 from atoll.protocols.errors import ServerError, UsageError
-from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.tensors import parse
+from atoll.protocols.manifest import TRAVELLING, Manifest, TensorSpec
+from atoll.protocols.tensors import parse, read_extras
 from atoll.server.draft import FACTS, MODEL, OUTER, Version
 from atoll.server.versions import VersionStore, kept
 
@@ -362,3 +362,28 @@ def test_a_disk_that_writes_short_is_written_to_again(
     stepped(versions, 1)
     monkeypatch.undo()
     assert store(tmp_path).open(1).flat("trainable").tolist() == [2.0] * 16
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_vectors_beside_a_model_travel_as_one_blob_encoded_once(tmp_path: Path, limit: int) -> None:
+    versions = store(tmp_path, limit)
+    first = versions.initial(named())
+    count = MANIFEST.counts["trainable"]
+    zeros = versions.extras(first, ("b", "a"))
+    assert bytes(zeros.view) == bytes(2 * 4 * count)
+    draft = versions.draft(1, 0, ("a", "b"))
+    for group in TRAVELLING:
+        draft.write(group, 0, first.flat(group))
+    draft.write_outer(STEPS, 0, torch.tensor([1]))
+    draft.write_outer("a", 0, torch.arange(float(count)))
+    draft.write_outer("b", 0, -torch.arange(float(count)))
+    draft.numbers = {"gamma": 0.5, "life/x": 3.0}
+    version = draft.seal()
+    blob = versions.extras(version, ("b", "a"))
+    assert versions.extras(version, ("b", "a")) is blob
+    found = read_extras(blob.info.sections, blob.view, {"a": count, "b": count})
+    assert found["a"].tolist() == [float(i) for i in range(count)]
+    assert found["b"].tolist() == [-float(i) for i in range(count)]
+    assert hashlib.sha256(blob.view).digest() == blob.info.sha256
+    versions.save(version)
+    assert store(tmp_path).open(1).facts.numbers == {"gamma": 0.5, "life/x": 3.0}
