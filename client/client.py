@@ -83,6 +83,7 @@ class Client:
         self._keep = Keep(folder / "keep" if folder is not None else None)
         self._keep.retain([update for _, update in self._outbox.waiting()])
         self._settling: set[str] = set()  # updates whose outcome private state is taking in
+        self._settles: set[asyncio.Task[None]] = set()
         node = self._outbox.memory.node
         self._session = machine.Session(
             seed=node, give_up_seconds=patience_seconds, first_seconds=first_seconds
@@ -140,6 +141,8 @@ class Client:
 
     async def _close(self) -> None:
         self._training.close()
+        if self._settles:  # a moment of work, which the next life need not do again
+            await asyncio.wait(self._settles, timeout=5)
         if self._line is not None:
             await asyncio.sleep(0.05)  # let a goodbye or an acknowledgement out
         if self._line is not None:
@@ -177,7 +180,9 @@ class Client:
                 self.report.discarded += fate != "used"
                 if self._keep.announce(update) and self._training.bench is not None:
                     self._settling.add(update)
-                    self._spawn(self._settle(self._training.bench, update, fate))
+                    settling = self._spawn(self._settle(self._training.bench, update, fate))
+                    self._settles.add(settling)
+                    settling.add_done_callback(self._settles.discard)
                 else:
                     self._outbox.drop(update)
             case machine.Quit():

@@ -129,8 +129,8 @@ def pending(epoch: int, commits: int) -> Named:
 
 
 def test_the_client_commits_by_the_servers_rule() -> None:
-    rule, held = Variate(), {}
-    held = rule.used(held, pending(0, 0), sent(dc=2.0))
+    rule = Variate()
+    held = rule.used({}, pending(0, 0), sent(dc=2.0))
     assert (float(held["c"]), int(held["commits"])) == (2.0, 1)
     assert rule.used(held, pending(0, 0), sent(dc=5.0)) is held  # rests on what was before
     held = rule.used(held, pending(0, 1), sent(dc=1.0))
