@@ -46,6 +46,7 @@ from atoll.server.run import (
 logger = logging.getLogger(__name__)
 
 LAZY = 0.005  # seconds an input may wait for others when all that waits for it is a receipt
+AT_ONCE = 2 << 20  # bytes of payloads that are copied without another thread
 BEHIND = 0.2  # seconds what was derived may wait for an input to be written with
 
 
@@ -282,10 +283,14 @@ class Driver:
         if not self._unsaid and not self.journal.behind:
             return
         assert self._loop is not None
-        payloads = [one.input.payload for one in self._unsaid if one.input.payload is not None]
-        batch = self.journal.take(payloads, *self.world.spent())
-        writing = self._loop.run_in_executor(self._disk, self.journal.commit, batch)
         said, self._unsaid = self._unsaid, []
+        payloads = [one.input.payload for one in said if one.input.payload is not None]
+        batch = self.journal.take(payloads, *self.world.spent())
+        if batch.size <= AT_ONCE:
+            self.journal.write(batch)  # into memory: handing it over would take longer
+            writing = self._loop.run_in_executor(self._disk, self.journal.seal)
+        else:
+            writing = self._loop.run_in_executor(self._disk, self.journal.commit, batch)
         try:
             followed = self._follow(said)
         finally:

@@ -97,6 +97,11 @@ class Batch:
     forget: list[str]  # payloads no longer needed
     meta: list[tuple[str, str]]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the payloads."""
+        return sum(len(p.data) for p in self.payloads if p.data is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -134,6 +139,8 @@ class Journal:
         self._entered: list[Entry] = []
         self._decided: list[tuple[str, int]] = []
         self._written = self.seq
+        self._writing: Batch | None = None
+        self._dropped: list[tuple[int | None]] = []  # segments of payloads it forgets
         self._lost = False  # a batch could not be written: nothing that followed from it may be
 
     def note(self, key: str, value: str) -> None:
@@ -177,24 +184,33 @@ class Journal:
     def commit(self, batch: Batch) -> None:
         """Write it down, durably. ServerError FL-S203 where the disk does not take it: then what
         was entered since is forgotten with it."""
-        dropped: list[tuple[int | None]] = []
-        try:
-            with self._transaction():
-                self._many(EVENT, [entry.row(self.run) for entry in batch.entries])
-                self._many(DECIDED, batch.decided)
-                rows = [(p.id, self.run, _info(p), *self._put(p)) for p in batch.payloads]
-                self._many(PAYLOAD, rows)
-                if self._durable:
-                    self._log.sync()
-                for update in batch.forget:
-                    dropped += self.base.execute(FORGET, (update,)).fetchall()
-                self._many(META, batch.meta)
-        except BaseException:
-            self._lost = True
-            self._decided = batch.decided + self._decided
-            raise
-        if batch.entries:
-            self._written = batch.entries[-1].seq
+        self.write(batch)
+        self.seal()
+
+    def write(self, batch: Batch) -> None:
+        """The first half of `commit`: nothing is durable, and nothing waits for the disk."""
+        assert self._writing is None, "a batch is being written"
+        self._writing = batch
+        with self._transaction():
+            self.base.execute("BEGIN IMMEDIATE")
+            self._many(EVENT, [entry.row(self.run) for entry in batch.entries])
+            self._many(DECIDED, batch.decided)
+            rows = [(p.id, self.run, _info(p), *self._put(p)) for p in batch.payloads]
+            self._many(PAYLOAD, rows)
+            for update in batch.forget:
+                self._dropped += self.base.execute(FORGET, (update,)).fetchall()
+            self._many(META, batch.meta)
+
+    def seal(self) -> None:
+        """The second half: what was written is durable."""
+        with self._transaction():
+            if self._durable:
+                self._log.sync()
+            self.base.execute("COMMIT")
+        assert self._writing is not None, "write a batch first"
+        if self._writing.entries:
+            self._written = self._writing.entries[-1].seq
+        dropped, self._dropped, self._writing = self._dropped, [], None
         for (segment,) in dropped:
             if segment is not None:
                 self._log.drop(segment)
@@ -233,12 +249,14 @@ class Journal:
         """A state from which reading may start, instead of from the beginning. FL-S203."""
         self.flush()
         with self._transaction():
+            self.base.execute("BEGIN IMMEDIATE")
             self.base.execute(
                 "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?, ?)",
                 (self.seq, self.run, now, text),
             )
             self.base.execute("DELETE FROM snapshot WHERE seq < ?", (self.seq,))
             self.base.execute("DELETE FROM meta WHERE key LIKE ?", (ACKS + "%",))
+            self.base.execute("COMMIT")
 
     def last(self) -> float:
         """Run clock of the newest input; minus infinity where there is none."""
@@ -295,12 +313,14 @@ class Journal:
     def _transaction(self) -> Iterator[None]:
         """All of it or nothing. ServerError FL-S203 where the disk does not take it."""
         try:
-            self.base.execute("BEGIN IMMEDIATE")
             yield
-            self.base.execute("COMMIT")
         except BaseException as error:
             if self.base.in_transaction:
                 self.base.execute("ROLLBACK")
+            if self._writing is not None:
+                self._lost = True
+                self._decided = self._writing.decided + self._decided
+                self._writing, self._dropped = None, []
             if not isinstance(error, sqlite3.OperationalError | OSError):
                 raise
             raise ServerError(

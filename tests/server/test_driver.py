@@ -727,13 +727,13 @@ def test_inputs_for_which_only_receipts_wait_are_written_together(tmp_path: Path
     with driven(tmp_path, FedAvg(steps=1, min_clients=3), Careful()) as driver:
         receipts: list[str] = []
         commits: list[int] = []
-        commit = driver.journal.commit
+        write = driver.journal.write
 
         def counted(batch: Batch) -> None:
-            commit(batch)
+            write(batch)
             commits.append(len(batch.entries))
 
-        driver.journal.commit = counted  # type: ignore[method-assign]
+        driver.journal.write = counted  # type: ignore[method-assign]
 
         async def three() -> None:
             driver.attach()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,12 @@ def test_clients_killed_anywhere_leave_c_the_mean_of_what_they_keep(
     options = ["--strategy", ROUNDS, *SCAFFOLD, "--versions", "14"]
     server = federation.server(*options)
     clients = {name: client(federation, name, place) for place, name in enumerate("ab")}
+
+    def reached(version: int) -> bool:
+        return federation.merged() >= version
+
     for version, name in ((2, "a"), (4, "b"), (6, "a")):
-        federation.until(lambda v=version: federation.merged() >= v, 60, f"version {version}")
+        federation.until(partial(reached, version), 60, f"version {version}")
         clients[name].kill()
         clients[name] = client(federation, name, "ab".index(name))
     federation.until(lambda: federation.merged() >= 8, 60, "version 8")
