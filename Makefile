@@ -17,7 +17,7 @@ BENCHMARKS := batched_trainer codecs fedlaw merge rate round simulator time_to_t
 # One thread a process: the tests' models are small, and processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check lint bench proto prove-processes prove-packaging prove-science clean
+.PHONY: help setup demo test check lint bench proto prove-processes prove-packaging prove-peers prove-science clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ prove-processes: $(STAMP)  ## Slow proofs: real sockets, real processes, kills
 
 prove-packaging: $(STAMP)  ## Slow proof: wheel from sdist, and nothing but atoll/ in it
 	@$(PYTEST) -m slow tests/test_packaging.py $(ARGS)
+
+prove-peers: $(STAMP)  ## Slow proof: 10,000 swarms with faults in virtual time; no fork, no stall
+	@$(PYTEST) -m slow tests/aggregation/test_storms.py $(ARGS)
 
 prove-science: $(STAMP)  ## Slow proof: the methods' effects on real data; writes docs/science.md (ARGS=fedlaw)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/science/page.py $(ARGS)

@@ -26,11 +26,16 @@ COMPOSE = {"cli.py", "demo.py"}  # may bring server, p2p and the connecting clie
 CONNECTING = {"cli", "client", "outbox", "session", "transfer", "work"}  # half of client/
 
 MACHINES = [
+    "aggregation/allreduce.py",
     "aggregation/compass_groups.py",
     "aggregation/dp_fedavg.py",
     "aggregation/fedavg.py",
     "aggregation/fedbuff.py",
     "aggregation/fedcompass.py",
+    "aggregation/quorum.py",
+    "aggregation/rendezvous.py",
+    "aggregation/rendezvous_events.py",
+    "aggregation/shares.py",
     "aggregation/staleness.py",
     "aggregation/strategy.py",
     "client/session.py",

@@ -1,0 +1,296 @@
+"""What peers say to each other to meet, and what a rendezvous hears and says. Plain values.
+
+Every message names the model it is about by `chain`, a hash over all commits that made it, so that
+one about another model, an older one or another branch's, can never be taken for ours.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+from atoll.aggregation.allreduce import Plan
+
+Ballot = tuple[int, str]  # (count, who proposes); the higher one holds
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What an epoch decides: one group's mean."""
+
+    ballot: Ballot  # of the attempt that made it
+    group: tuple[str, ...]  # the members of the next epoch
+    weights: tuple[float, ...]
+    digest: str  # of the mean, over its parts
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """Where a peer's model stands. The greater (heavy, chain) is the better one."""
+
+    epoch: int = -1  # commits so far; -1: no model yet
+    chain: str = ""  # hash over all of them
+    heavy: float = -1.0  # weight of all of them together
+
+    @property
+    def rank(self) -> tuple[float, str]:
+        return self.heavy, self.chain
+
+    def next(self, value: Value) -> "Stand":
+        text = f"{self.chain} {value.digest} {value.group} {value.weights}"
+        chain = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return Stand(self.epoch + 1, chain, self.heavy + sum(value.weights))
+
+
+# ---- messages between peers ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Decided: the mean that follows the model `base`."""
+
+    base: str
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """I am here, with this model; `ready`: my work on it is done. Said at every beat."""
+
+    stand: Stand
+    ready: bool
+    last: Commit | None  # that made the model, for who missed it
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    chain: str
+    ballot: Ballot
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """I take part, and vote for nothing below `ballot` any more."""
+
+    chain: str
+    ballot: Ballot
+    ready: bool
+    accepted: tuple[Ballot, Value] | None  # what I voted for last
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    chain: str
+    ballot: Ballot  # a higher one that was promised
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    chain: str
+    ballot: Ballot
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    chain: str
+    ballot: Ballot
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    chain: str
+    ballot: Ballot
+    reason: str
+    missing: tuple[str, ...]
+    spoiled: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Vote for `value`; who lacks its mean gets it from `holders` first."""
+
+    chain: str
+    ballot: Ballot
+    value: Value
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    chain: str
+    ballot: Ballot
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """I leave, and will never vote again: this is what I voted for."""
+
+    stand: Stand
+    accepted: tuple[Ballot, Value] | None
+
+
+Message = (
+    Announce | Prepare | Promise | Refuse | Begin | Reduced | Failed | Accept | Accepted | Commit
+    | Goodbye
+)  # fmt: skip
+
+# ---- heard ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """This peer is up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The roster has a peer, or knows it better. `weight`: by the run's rule, not by its word."""
+
+    peer: str
+    weight: float
+    bandwidth: float  # any unit; 0: it cannot accept connections, and reduces nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The roster has a peer no longer: what it says is ignored."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    peer: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class StepsDone:
+    """The local work on the model `chain` is done."""
+
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class MeanMade:
+    """The attempt that `Reduce` began has its mean, or `Get` has brought one: it lies here."""
+
+    chain: str
+    digest: str
+    ballot: Ballot | None = None  # of the attempt; None: it was fetched
+
+
+@dataclass(frozen=True, slots=True)
+class MeanFailed:
+    """The attempt failed (`allreduce.Fail`), or, without a ballot, nobody had what `Get` wants."""
+
+    chain: str
+    reason: str
+    ballot: Ballot | None = None
+    missing: tuple[str, ...] = ()
+    spoiled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Downloaded:
+    """A donor's model and its outer state lie here, checked; trained from next."""
+
+    donor: str
+    stand: Stand
+    members: tuple[str, ...]
+    last: Commit | None
+
+
+@dataclass(frozen=True, slots=True)
+class NotDownloaded:
+    donor: str
+
+
+@dataclass(frozen=True, slots=True)
+class BeatDue:
+    """The time that `Wake` named has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """This peer's owner wants it to end."""
+
+
+PeerEvent = (
+    Started | Admitted | Removed | Heard | StepsDone | MeanMade | MeanFailed | Downloaded
+    | NotDownloaded | BeatDue | Leaving
+)  # fmt: skip
+
+# ---- said ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Send a message; it may be lost."""
+
+    peer: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Begin an all-reduce; hear `MeanMade` or `MeanFailed` with its ballot, once."""
+
+    chain: str
+    ballot: Ballot
+    plan: Plan
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Stop that all-reduce."""
+
+    chain: str
+    ballot: Ballot
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """Fetch a mean from any of these; hear `MeanMade` or `MeanFailed` without a ballot."""
+
+    chain: str
+    digest: str
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """The outer step along the mean `value.digest`. Keep that mean for who missed it."""
+
+    value: Value
+    used: bool  # this peer's own work is in it
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """Get the model from `donor`; hear `Downloaded` or `NotDownloaded`."""
+
+    donor: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOn:
+    """Train from the model that `stand` names."""
+
+    stand: Stand
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The attempts are used up: the anchor is as it was, work goes on and is tried again later."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    at: float
+
+
+PeerAction = Say | Reduce | Drop | Get | Apply | Download | TrainOn | Abort | Wake

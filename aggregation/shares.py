@@ -1,0 +1,42 @@
+"""Shares: which part of the vector each peer of a group reduces, by its bandwidth.
+
+DeDLOC (Diskin et al. 2021, https://arxiv.org/abs/2106.10207) solves a linear program; hivemind's
+form of it, min over shares f of the slowest peer's (1 + (n - 2) f) / b, has a closed solution. The
+leader computes it once and ships whole elements, so nobody's floats can differ from another's.
+"""
+
+from collections.abc import Sequence
+
+
+def shares(bandwidths: Sequence[float]) -> list[float]:
+    """The fraction that each peer reduces; they sum to 1, and 0 bandwidth reduces nothing.
+
+    `bandwidths`: any unit, 0 for one that cannot accept connections. ValueError where all are 0.
+    Where the slowest sender alone sets the time, solutions are many: ours is proportional.
+    """
+    able = [b for b in bandwidths if b > 0]
+    if not able:
+        raise ValueError("nobody in the group can reduce: all bandwidths are 0")
+    n = len(bandwidths)
+    time = max(1 / min(able), (n - 2 + len(able)) / sum(able))
+    raw = [max(0.0, time * b - 1) if b > 0 else 0.0 for b in bandwidths]
+    if sum(raw) <= 1e-12 * n:
+        raw = [max(0.0, b) for b in bandwidths]
+    total = sum(raw)
+    return [f / total for f in raw]
+
+
+def split(total: int, fractions: Sequence[float], least: int = 1) -> list[int]:
+    """`total` elements by Hagenbach-Bischoff: each next one to the largest fraction / (held + 1).
+
+    Parts below `least` elements are given to the others; the largest fraction is always kept. Ties
+    go to the first. The seats that are certain are dealt at once, so it is quick for any `total`.
+    """
+    top = max(range(len(fractions)), key=lambda i: (fractions[i], -i))
+    kept = [f if f * total >= least or i == top else 0.0 for i, f in enumerate(fractions)]
+    whole = sum(kept)
+    parts = [max(0, int(f / whole * total)) for f in kept]  # nobody gets fewer than its floor
+    for _ in range(total - sum(parts)):
+        first = max(range(len(kept)), key=lambda i: (kept[i] / (parts[i] + 1), -i))
+        parts[first] += 1
+    return parts

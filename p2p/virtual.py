@@ -1,0 +1,404 @@
+"""A swarm in virtual time: the peers' machines, a network that fails, small vectors, and no forks.
+
+    print(Swarm([PeerModel("a"), PeerModel("b", dies=3.0)], Weather(loss=0.1), seed=7).run(5))
+
+It drives `rendezvous.py` and `allreduce.py` as a real transport would, and checks at every commit
+what a swarm promises: one successor to each model, the exact mean of those who are in it, the same
+bits with all who have it. The same seed gives the same run.
+"""
+
+import hashlib
+import heapq
+import math
+import random
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from atoll.aggregation import allreduce
+from atoll.aggregation.allreduce import AllReduce, ReduceEvent
+from atoll.aggregation.quorum import quorum
+from atoll.aggregation.rendezvous import Patience, Rendezvous
+from atoll.aggregation.rendezvous_events import (
+    Abort,
+    Admitted,
+    Apply,
+    BeatDue,
+    Download,
+    Downloaded,
+    Drop,
+    Get,
+    Heard,
+    Leaving,
+    MeanFailed,
+    MeanMade,
+    NotDownloaded,
+    PeerAction,
+    PeerEvent,
+    Reduce,
+    Say,
+    Stand,
+    Started,
+    StepsDone,
+    TrainOn,
+    Wake,
+)
+
+Vector = list[float]
+Listen = Callable[[float, str, PeerEvent, list[PeerAction]], None]
+
+START = Stand(0, "start", 0.0)
+
+
+@dataclass(frozen=True)
+class PeerModel:
+    name: str
+    pace: float = 1.0  # seconds of local work in a round, give or take a fifth
+    weight: float = 1.0  # by the roster
+    bandwidth: float = 100.0  # 0: it cannot accept connections
+    joins: float = 0.0  # later than 0: it has no model yet
+    dies: float = math.inf
+    dies_after: int = 0  # events it has handled; 0: it does not die of that
+    leaves: float = math.inf  # with a goodbye
+    dies_applying: int = 0  # the epoch whose mean it applies last, with some of its words unsaid
+    spoils: int = -1  # the epoch in which its work is not finite, until it is done again
+
+
+@dataclass(frozen=True)
+class Weather:
+    """The network. `parted`: (from, until, those on one side); the rest is on the other."""
+
+    delay: tuple[float, float] = (0.01, 0.05)  # seconds, of each message by itself
+    loss: float = 0.0  # of messages, and of fetches
+    twice: float = 0.0  # messages that arrive two times
+    calm: float = math.inf  # when loss ends
+    parted: tuple[tuple[float, float, frozenset[str]], ...] = ()
+
+    def cut(self, a: str, b: str, now: float) -> bool:
+        return any(lo <= now < hi and (a in side) != (b in side) for lo, hi, side in self.parted)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a swarm."""
+
+    seconds: float  # virtual
+    epochs: int  # of the slowest living peer
+    forks: int  # models with two successors, or peers with different bits of one
+    wrong: int  # means that were not exactly that of their group
+    stalled: tuple[str, ...]  # living peers that did not come so far, though a quorum lives
+    headless: bool  # too many of one group died at once, or all who can reduce: the rest waits
+    aborts: int
+    commits: dict[int, tuple[tuple[str, ...], tuple[float, ...]]]  # epoch -> group, weights
+
+    @property
+    def good(self) -> bool:
+        return not (self.forks or self.wrong or self.stalled)
+
+
+@dataclass
+class _Peer:
+    model: PeerModel
+    machine: Rendezvous
+    anchor: Vector
+    alive: bool = False
+    handled: int = 0
+    trained: str = ""  # the model it works on
+    reduces: dict[str, AllReduce] = field(default_factory=dict)  # attempt -> its machine
+    inputs: dict[str, dict[int, dict[str, Vector]]] = field(default_factory=dict)
+    parts: dict[str, dict[int, Vector]] = field(default_factory=dict)  # reduced here, or fetched
+    means: dict[str, Vector] = field(default_factory=dict)  # digest -> mean
+
+
+class Swarm:
+    """`run` it once."""
+
+    def __init__(
+        self,
+        peers: Sequence[PeerModel],
+        weather: Weather | None = None,
+        seed: int = 0,
+        *,
+        patience: Patience | None = None,
+        size: int = 7,
+        listen: Listen | None = None,
+    ) -> None:
+        self._weather, self._listen = weather or Weather(), listen
+        self._rng = random.Random(f"swarm {seed}")
+        self._size, self._now, self._count = size, 0.0, 0
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._next: dict[str, str] = {}  # chain -> the chain that followed
+        self._epochs = {START.chain: 0}
+        self._bits: dict[str, str] = {}  # chain -> SHA-256 of the model
+        self._commits: dict[int, tuple[tuple[str, ...], tuple[float, ...]]] = {}
+        self._again: set[tuple[str, str]] = set()  # (peer, chain): work that was done twice
+        self._forks = self._wrong = self._aborts = 0
+        founders = tuple(sorted(p.name for p in peers if p.joins == 0))
+        self._peers: dict[str, _Peer] = {}
+        for model in peers:
+            first = model.joins == 0
+            machine = Rendezvous(
+                model.name,
+                size,
+                founders if first else (),
+                START if first else Stand(),
+                patience or Patience(),
+            )
+            for other in peers:
+                machine.handle(Admitted(other.name, other.weight, other.bandwidth), 0.0)
+            self._peers[model.name] = _Peer(model, machine, [0.0] * size)
+            self._at(model.joins, partial(self._start, model.name))
+            self._at(model.dies, partial(self._die, model.name))
+            self._at(model.leaves, partial(self._hear, model.name, Leaving()))
+
+    def run(self, epochs: int, until: float = 300.0) -> Outcome:
+        """Until all who live have made so many epochs, or `until` seconds have passed."""
+        while self._heap and self._heap[0][0] < until:
+            self._now, _, happen = heapq.heappop(self._heap)
+            happen()
+            if self._now > 0 and not self._short(epochs):
+                break
+        short, headless = self._short(epochs), self._headless()
+        living = [p.machine.stand.epoch for p in self._peers.values() if p.alive]
+        return Outcome(
+            self._now, min(living, default=0), self._forks, self._wrong,
+            () if headless else tuple(short), headless and bool(short), self._aborts, self._commits,
+        )  # fmt: skip
+
+    def _short(self, epochs: int) -> list[str]:
+        """Who is not there yet: the living, and those who are still to come."""
+        return sorted(
+            name
+            for name, p in self._peers.items()
+            if (p.alive or self._now < p.model.joins) and p.machine.stand.epoch < epochs
+        )
+
+    def _headless(self) -> bool:
+        living = [p.machine for p in self._peers.values() if p.alive]
+        if not living:
+            return True
+        newest = max(living, key=lambda m: m.stand.rank)
+        names = [machine.me for machine in living]
+        reducers = len(names) == 1 or any(self._peers[n].model.bandwidth for n in names)
+        return not (reducers and quorum(names, newest.members, newest.gone()))
+
+    # ---- time and the network ------------------------------------------------------------------
+
+    def _at(self, when: float, happen: Callable[[], None]) -> None:
+        if when < math.inf:
+            self._count += 1
+            heapq.heappush(self._heap, (when, self._count, happen))
+
+    def _after(self, seconds: float, happen: Callable[[], None]) -> None:
+        self._at(self._now + seconds, happen)
+
+    def _delay(self) -> float:
+        return self._rng.uniform(*self._weather.delay)
+
+    def _lost(self, a: str, b: str) -> bool:
+        weather = self._weather
+        noisy = self._now < weather.calm and self._rng.random() < weather.loss
+        return noisy or weather.cut(a, b, self._now) or not self._peers[b].alive
+
+    def _send(self, sender: str, to: str, happen: Callable[[], None]) -> None:
+        times = 2 if self._rng.random() < self._weather.twice else 1
+        for _ in range(times):
+            if not self._lost(sender, to):
+                self._after(self._delay(), happen)
+
+    def _start(self, name: str) -> None:
+        self._peers[name].alive = True
+        self._hear(name, Started())
+
+    def _die(self, name: str) -> None:
+        self._peers[name].alive = False
+
+    # ---- a peer --------------------------------------------------------------------------------
+
+    def _hear(self, name: str, event: PeerEvent) -> None:
+        peer = self._peers[name]
+        if not peer.alive:
+            return
+        peer.handled += 1
+        actions = peer.machine.handle(event, self._now)
+        if self._listen is not None:
+            self._listen(self._now, name, event, actions)
+        if self._dies_now(peer, actions):
+            # They are carried out side by side: any of them may be cut off, or all.
+            done = self._rng.choice((0.0, 0.5))
+            for action in actions:
+                if self._rng.random() < done or isinstance(action, Apply):
+                    self._do(peer, action)
+            self._die(name)
+            return
+        for action in actions:
+            self._do(peer, action)
+        if isinstance(event, BeatDue):
+            for attempt in sorted(peer.reduces):
+                self._reduce(name, attempt, allreduce.Beat())
+        if peer.machine.left:
+            self._die(name)
+
+    def _dies_now(self, peer: _Peer, actions: list[PeerAction]) -> bool:
+        applies = any(isinstance(action, Apply) for action in actions)
+        last = applies and peer.machine.stand.epoch == peer.model.dies_applying
+        return last or peer.handled == peer.model.dies_after
+
+    def _do(self, peer: _Peer, action: PeerAction) -> None:
+        name = peer.model.name
+        match action:
+            case Say(to, message):
+                self._send(name, to, lambda: self._hear(to, Heard(name, message)))
+            case Reduce(chain, ballot, plan, deadline):
+                attempt = _attempt(chain, ballot)
+                peer.reduces[attempt] = AllReduce(name, plan, deadline)
+                self._reduce(name, attempt, allreduce.Go())
+            case Drop(chain, ballot):
+                peer.reduces.pop(_attempt(chain, ballot), None)
+            case Get(chain, digest, holders):
+                self._after(2 * self._delay(), lambda: self._got(name, chain, digest, holders))
+            case Apply(value):
+                self._apply(peer, value.digest, value.group, value.weights)
+            case Download(donor):
+                self._after(4 * self._delay(), lambda: self._download(name, donor))
+            case TrainOn(stand):
+                pace = peer.model.pace * self._rng.uniform(0.8, 1.2)
+                if stand.chain == peer.trained:
+                    self._again.add((name, stand.chain))
+                peer.trained = stand.chain
+                self._after(pace, lambda: self._hear(name, StepsDone(stand.chain)))
+            case Abort():
+                self._aborts += 1
+            case Wake(at):
+                self._at(at, lambda: self._hear(name, BeatDue()))
+
+    def _got(self, name: str, chain: str, digest: str, holders: tuple[str, ...]) -> None:
+        for holder in holders:
+            if digest in self._peers[holder].means and not self._lost(name, holder):
+                self._peers[name].means[digest] = self._peers[holder].means[digest]
+                self._hear(name, MeanMade(chain, digest))
+                return
+        self._hear(name, MeanFailed(chain, "nobody has it"))
+
+    def _download(self, name: str, donor: str) -> None:
+        giver = self._peers[donor]
+        if self._lost(name, donor):
+            self._hear(name, NotDownloaded(donor))
+            return
+        machine, mine = giver.machine, self._peers[name]
+        if machine.stand.rank > mine.machine.stand.rank:
+            mine.anchor = list(giver.anchor)
+        self._hear(name, Downloaded(donor, machine.stand, machine.members, machine.last))
+
+    # ---- its vectors ---------------------------------------------------------------------------
+
+    def delta(self, name: str, chain: str) -> Vector:
+        """What a peer's work on a model comes to. Its sums differ with their order."""
+        model = self._peers[name].model
+        if model.spoils == self._epochs.get(chain) and (name, chain) not in self._again:
+            return [math.nan] * self._size
+        rng = random.Random(f"{name} {chain}")
+        return [rng.uniform(-1, 1) * 10.0 ** rng.randrange(8) for _ in range(self._size)]
+
+    def _apply(
+        self, peer: _Peer, digest: str, group: tuple[str, ...], weights: tuple[float, ...]
+    ) -> None:
+        last, stand = peer.machine.last, peer.machine.stand
+        self._epochs[stand.chain] = stand.epoch
+        assert last is not None, "it has just been applied"
+        mean = peer.means[digest]
+        order = [(p, w) for p, w in zip(group, weights, strict=True) if w > 0]
+        deltas = [(self.delta(p, last.base), w) for p, w in order]
+        self._wrong += mean != _mean(deltas)
+        peer.anchor = [a - m for a, m in zip(peer.anchor, mean, strict=True)]
+        self._forks += self._next.setdefault(last.base, stand.chain) != stand.chain
+        bits = _sha256(peer.anchor)
+        self._forks += self._bits.setdefault(stand.chain, bits) != bits
+        self._commits[stand.epoch] = (group, weights)
+        peer.means = {digest: mean}
+        peer.reduces.clear()
+        for kept in (peer.inputs, peer.parts):
+            for attempt in [a for a in kept if not a.startswith(last.base)]:
+                del kept[attempt]
+
+    def _reduce(self, name: str, attempt: str, event: ReduceEvent) -> None:
+        peer = self._peers[name]
+        machine = peer.reduces.get(attempt)
+        if machine is None or not peer.alive:
+            return
+        chain, ballot = attempt.split("/")[0], _ballot(attempt)
+        for action in machine.handle(event, self._now):
+            match action:
+                case allreduce.Pull(giver, what, part):
+                    pulled = partial(self._pulled, name, attempt, giver, what, part)
+                    self._after(2 * self._delay(), pulled)
+                case allreduce.Combine(part, order):
+                    self._after(0.001, partial(self._combined, name, attempt, part, order))
+                case allreduce.Tell(to, message):
+                    self._send(name, to, partial(self._reduce, to, attempt, message))
+                case allreduce.Done(digest):
+                    parts = peer.parts[attempt]
+                    peer.means[digest] = [x for i in sorted(parts) for x in parts[i]]
+                    self._hear(name, MeanMade(chain, digest, ballot))
+                case allreduce.Fail(reason, missing, spoiled):
+                    failed = MeanFailed(chain, reason, ballot, missing, spoiled)
+                    self._hear(name, failed)
+
+    def _pulled(self, name: str, attempt: str, giver: str, what: allreduce.What, part: int) -> None:
+        peer, other = self._peers[name], self._peers[giver]
+        machine = peer.reduces.get(attempt)
+        if machine is None:
+            return
+        result = other.parts.get(attempt, {}).get(part)
+        if self._lost(name, giver) or (what == "result" and result is None):
+            self._reduce(name, attempt, allreduce.Missed(giver, what, part))
+            return
+        digest = ""
+        if what == "result":
+            assert result is not None
+            digest = _sha256(result)
+            peer.parts.setdefault(attempt, {})[part] = result
+        else:
+            place = machine.plan.parts[part]
+            given = self.delta(giver, attempt.split("/")[0])[place.start : place.stop]
+            peer.inputs.setdefault(attempt, {}).setdefault(part, {})[giver] = given
+        self._reduce(name, attempt, allreduce.Arrived(giver, what, part, digest))
+
+    def _combined(
+        self, name: str, attempt: str, part: int, order: tuple[tuple[str, float], ...]
+    ) -> None:
+        peer = self._peers[name]
+        machine = peer.reduces.get(attempt)
+        if machine is None:
+            return
+        place = machine.plan.parts[part]
+        given = dict(peer.inputs.get(attempt, {}).get(part, {}))
+        given[name] = self.delta(name, attempt.split("/")[0])[place.start : place.stop]
+        spoiled = tuple(p for p, _ in order if not all(map(math.isfinite, given[p])))
+        mean = _mean([(given[p], w) for p, w in order])
+        if not spoiled:
+            peer.parts.setdefault(attempt, {})[part] = mean
+        self._reduce(name, attempt, allreduce.Combined(part, _sha256(mean), spoiled))
+
+
+def _mean(weighted: Sequence[tuple[Vector, float]]) -> Vector:
+    """The weighted mean, summed in the order given."""
+    total = sum(weight for _, weight in weighted)
+    sums = [0.0] * len(weighted[0][0])
+    for vector, weight in weighted:
+        sums = [s + weight * x for s, x in zip(sums, vector, strict=True)]
+    return [s / total for s in sums]
+
+
+def _sha256(vector: Vector) -> str:
+    return hashlib.sha256(struct.pack(f"<{len(vector)}d", *vector)).hexdigest()
+
+
+def _attempt(chain: str, ballot: tuple[int, str]) -> str:
+    return f"{chain}/{ballot[0]}/{ballot[1]}"
+
+
+def _ballot(attempt: str) -> tuple[int, str]:
+    _, count, proposer = attempt.split("/")
+    return int(count), proposer

@@ -1,0 +1,67 @@
+"""Shares and their split: the numbers of DeDLOC's closed form, and what must hold for any group."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atoll.aggregation.shares import shares, split
+
+
+@pytest.mark.parametrize(
+    ("bandwidths", "fractions"),
+    [
+        ((100, 100, 100, 100), (0.25, 0.25, 0.25, 0.25)),
+        ((1000, 100, 100, 100), (1, 0, 0, 0)),
+        ((400, 200, 100, 100), (0.75, 0.25, 0, 0)),
+        ((200, 100, 100, 0), (0.75, 0.125, 0.125, 0)),
+        ((100, 100, 0, 0), (0.5, 0.5, 0, 0)),
+        ((5,), (1,)),
+    ],
+)
+def test_shares_are_those_of_the_closed_form(
+    bandwidths: tuple[float, ...], fractions: tuple[float, ...]
+) -> None:
+    assert shares(bandwidths) == pytest.approx(fractions)
+
+
+@given(st.lists(st.floats(0.5, 1000), min_size=2, max_size=8))
+def test_no_other_shares_are_faster(bandwidths: list[float]) -> None:
+    """The time of a round is that of the slowest: max over peers of (1 + (n - 2) f) / b."""
+    n = len(bandwidths)
+
+    def time(fractions: list[float]) -> float:
+        return max((1 + (n - 2) * f) / b for f, b in zip(fractions, bandwidths, strict=True))
+
+    ours = shares(bandwidths)
+    assert sum(ours) == pytest.approx(1)
+    least = max(1 / min(bandwidths), (n - 2 + n) / sum(bandwidths))  # bounds of the program
+    assert time(ours) == pytest.approx(least)
+
+
+def test_a_group_that_nobody_can_connect_to_has_no_shares() -> None:
+    with pytest.raises(ValueError, match="nobody in the group"):
+        shares((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("total", "fractions", "parts"),
+    [
+        (1000, (0.75, 0.25, 0, 0), [750, 250, 0, 0]),
+        (7, (0.5, 0.3, 0.2), [4, 2, 1]),
+        (10, (1 / 3, 1 / 3, 1 / 3), [4, 3, 3]),
+    ],
+)
+def test_elements_are_split_as_hagenbach_and_bischoff_do(
+    total: int, fractions: tuple[float, ...], parts: list[int]
+) -> None:
+    assert split(total, fractions) == parts
+
+
+def test_a_part_that_is_too_small_goes_to_the_others() -> None:
+    assert split(100, (0.6, 0.37, 0.03), least=5) == [62, 38, 0]
+    assert split(3, (0.4, 0.3, 0.3), least=50) == [3, 0, 0]
+
+
+@given(st.integers(1, 5000), st.lists(st.floats(0.01, 1), min_size=1, max_size=6))
+def test_every_element_has_one_owner(total: int, raw: list[float]) -> None:
+    assert sum(split(total, [f / sum(raw) for f in raw])) == total
