@@ -277,8 +277,11 @@ class Rendezvous:
         """Why this peer takes no part in such a plan: nobody's weight is taken at its word."""
         if self.me not in plan.group or len(plan.group) != len(plan.weights):
             return f"{self.me} is not in the group"
-        if sum(part.stop - part.start for part in plan.parts) != self.size:
+        ends = [0, *(part.stop for part in plan.parts)]
+        if [part.start for part in plan.parts] + [self.size] != ends:
             return "the parts are not the whole"
+        if not all(part.reducer in plan.group and part.start < part.stop for part in plan.parts):
+            return "a part has no reducer in the group"
         for peer, weight in zip(plan.group, plan.weights, strict=True):
             if peer not in self.roster:
                 return f"{peer} is not in the roster"
@@ -366,12 +369,11 @@ class Rendezvous:
             yield from self._owe(last.value, peer)
         elif not self.loading:
             near = [p for p in self._near(now) if self.doubted.get(p, now) <= now]
-            best = max((self.roster[p].stand.rank for p in near), default=self.stand.rank)
+            best = max(self.roster[p].stand.rank for p in near)  # `peer` is one of them
             donors = [p for p in near if self.roster[p].stand.rank == best]
-            if best > self.stand.rank:
-                self.loading = donors[sum(self.me.encode()) % len(donors)]  # not all to one
-                self.loading_at = now
-                yield Download(self.loading)
+            self.loading = donors[sum(self.me.encode()) % len(donors)]  # not all to one
+            self.loading_at = now
+            yield Download(self.loading)
 
     def _doubt(self, donor: str, now: float) -> None:
         self.doubted[donor] = now + self.patience.silence

@@ -70,7 +70,7 @@ def main(count: int, first: int = 0) -> Counter[str]:
         found["forks"] += outcome.forks
         found["wrong means"] += outcome.wrong
         found["stalls"] += bool(outcome.stalled)
-        found["no quorum left"] += outcome.headless
+        found["without a quorum or a reducer"] += outcome.headless
         found["aborts"] += outcome.aborts
         if not outcome.good:
             print(f"seed {seed}: {outcome}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from atoll.p2p.storms import EPOCHS, storm, try_storm
+from atoll.p2p.storms import EPOCHS, main, storm, try_storm
 from atoll.p2p.virtual import Outcome, PeerModel, Swarm, Weather
 
 FAST, ALL = 120, 10_000  # seeds
@@ -30,6 +30,12 @@ def test_ten_thousand_storms(tenth: int) -> None:
 
 def test_the_same_seed_gives_the_same_run() -> None:
     assert storm(5).run(EPOCHS) == storm(5).run(EPOCHS)
+
+
+def test_the_search_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
+    found = main(2)
+    assert (found["swarms"], found["forks"], found["wrong means"], found["stalls"]) == (2, 0, 0, 0)
+    assert capsys.readouterr().out.startswith("2 swarms, 0 forks, 0 wrong means, 0 stalls")
 
 
 def test_four_peers_average_all_of_their_work_each_round() -> None:

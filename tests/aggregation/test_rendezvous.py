@@ -1,0 +1,420 @@
+"""Rendezvous, one peer's side: who proposes when, what is refused, and what is never done twice."""
+
+import pytest
+
+from atoll.aggregation.allreduce import Part, Plan
+from atoll.aggregation.rendezvous import Rendezvous
+from atoll.aggregation.rendezvous_events import (
+    Abort,
+    Accept,
+    Accepted,
+    Admitted,
+    Announce,
+    Apply,
+    Ballot,
+    BeatDue,
+    Begin,
+    Commit,
+    Download,
+    Downloaded,
+    Drop,
+    Failed,
+    Get,
+    Goodbye,
+    Heard,
+    Leaving,
+    MeanFailed,
+    MeanMade,
+    Message,
+    NotDownloaded,
+    PeerAction,
+    PeerEvent,
+    Prepare,
+    Promise,
+    Reduce,
+    Reduced,
+    Refuse,
+    Removed,
+    Say,
+    Stand,
+    Started,
+    StepsDone,
+    TrainOn,
+    Value,
+    Wake,
+)
+from atoll.protocols import state
+
+S = Stand(0, "s", 0.0)
+PLAN = Plan(("a", "b", "c"), (1.0, 1.0, 1.0), (Part("a", 0, 4), Part("b", 4, 7), Part("c", 7, 10)))
+ONE = (1, "a")
+VALUE = Value(ONE, PLAN.group, PLAN.weights, "d")
+
+
+def up(me: str, members: str = "abc", others: str = "abcq") -> Rendezvous:
+    """A peer that has started at 0 and heard of all others, which are at the same model."""
+    first = me in members
+    machine = Rendezvous(me, 10, tuple(members) if first else (), S if first else Stand())
+    for peer in others:
+        machine.handle(Admitted(peer, 1.0, 100.0), 0.0)
+    machine.handle(Started(), 0.0)
+    for peer in members.replace(me, ""):
+        machine.handle(Heard(peer, Announce(S, False, None)), 0.1) if first else None
+    return machine
+
+
+def hear(machine: Rendezvous, peer: str, message: Message, now: float = 1.0) -> list[PeerAction]:
+    """What it does but for its announcements."""
+    return quiet(machine.handle(Heard(peer, message), now))
+
+
+def quiet(actions: list[PeerAction]) -> list[PeerAction]:
+    return [a for a in actions if not (isinstance(a, Say) and isinstance(a.message, Announce))]
+
+
+def to(message: Message, peers: str) -> list[PeerAction]:
+    return [Say(peer, message) for peer in peers]
+
+
+def ready(machine: Rendezvous, peers: str, now: float = 1.0) -> list[PeerAction]:
+    actions: list[PeerAction] = []
+    for peer in peers:
+        event: PeerEvent = Heard(peer, Announce(S, True, None))
+        actions += machine.handle(StepsDone("s") if peer == machine.me else event, now)
+    return quiet(actions)
+
+
+def reducing(machine: Rendezvous, ballot: Ballot = ONE) -> Rendezvous:
+    """The proposer `a`, when its group has begun."""
+    for peer in "bc":
+        hear(machine, peer, Promise("s", ballot, True, None))
+    assert machine.lead is not None
+    assert machine.lead.phase == "reduce"
+    return machine
+
+
+@pytest.fixture
+def a() -> Rendezvous:
+    """It has proposed."""
+    machine = up("a")
+    assert ready(machine, "abc") == to(Prepare("s", ONE), "bc")
+    return machine
+
+
+@pytest.fixture
+def b() -> Rendezvous:
+    return up("b")
+
+
+# ---- a round -------------------------------------------------------------------------------
+
+
+def test_the_first_proposes_when_all_are_ready_and_commits_what_a_quorum_holds(
+    a: Rendezvous,
+) -> None:
+    assert hear(a, "b", Promise("s", ONE, True, None)) == []
+    begin = hear(a, "c", Promise("s", ONE, True, None))
+    plan = Plan(PLAN.group, PLAN.weights, (Part("a", 0, 4), Part("b", 4, 7), Part("c", 7, 10)))
+    assert begin == [Reduce("s", ONE, plan, 11.0), *to(Begin("s", ONE, plan), "bc")]
+    assert quiet(a.handle(MeanMade("s", "d", ONE), 2.0)) == []
+    hear(a, "b", Reduced("s", ONE, "d"))
+    accept = Accept("s", ONE, VALUE, ("a", "b", "c"))
+    assert hear(a, "c", Reduced("s", ONE, "d")) == to(accept, "bc")
+    done = hear(a, "b", Accepted("s", ONE))
+    after = S.next(VALUE)
+    assert done == [*to(Commit("s", VALUE), "bcq"), Apply(VALUE, used=True), TrainOn(after)]
+    assert a.stand == after == Stand(1, after.chain, 3.0)
+    assert a.members == ("a", "b", "c")
+
+
+def test_nobody_else_proposes_while_the_first_is_near(b: Rendezvous) -> None:
+    assert ready(b, "abc") == []
+    later = [b.handle(BeatDue(), 0.5 * i) for i in range(2, 8)]  # a is silent since 1.0
+    assert quiet(later[-2]) == [Wake(3.5)]
+    assert later[-1][0] == Wake(4.0)
+    # a was heard at 1.0 and is lost at 3.5; c was heard then, too, so b has no quorum any more.
+    assert quiet(later[-1]) == [Wake(4.0)]
+    proposed = hear(b, "c", Announce(S, True, None), 3.6)
+    assert proposed == to(Prepare("s", (1, "b")), "c")
+
+
+def test_the_slow_are_waited_for_until_patience_is_over() -> None:
+    machine = up("a")
+    assert ready(machine, "ab") == []
+    for now in (2.0, 4.0, 5.9):
+        hear(machine, "b", Announce(S, True, None), now)
+        assert hear(machine, "c", Announce(S, False, None), now) == []
+    assert quiet(machine.handle(BeatDue(), 6.0)) == [Wake(6.5), *to(Prepare("s", ONE), "bc")]
+    for peer in "bc":
+        begin = hear(machine, peer, Promise("s", ONE, peer == "b", None), 6.1)
+    assert isinstance(begin[0], Reduce)
+    assert begin[0].plan.weights == (1.0, 1.0, 0.0)
+
+
+# ---- what is refused -----------------------------------------------------------------------
+
+
+def test_what_a_stranger_says_is_ignored(b: Rendezvous) -> None:
+    assert b.handle(Heard("z", Prepare("s", ONE)), 1.0) == []
+    b.handle(Removed("c"), 1.0)
+    assert b.handle(Heard("c", Prepare("s", ONE)), 1.0) == []
+    assert not b.left
+
+
+def test_one_that_the_roster_removes_ends(b: Rendezvous) -> None:
+    b.handle(Removed("b"), 1.0)
+    assert b.handle(BeatDue(), 1.0) == []
+
+
+def test_a_proposal_about_another_model_is_answered_with_where_this_one_stands(
+    b: Rendezvous,
+) -> None:
+    here = Announce(S, False, None)
+    assert b.handle(Heard("a", Prepare("old", ONE)), 1.0) == [Say("a", here)]
+    assert b.handle(Heard("a", Reduced("old", ONE, "d")), 1.0) == []
+
+
+def test_a_lower_ballot_is_refused_in_every_phase(b: Rendezvous) -> None:
+    promise = Promise("s", (2, "c"), False, None)
+    assert hear(b, "c", Prepare("s", (2, "c"))) == [Say("c", promise)]
+    refuse = [Say("a", Refuse("s", (2, "c")))]
+    assert hear(b, "a", Prepare("s", ONE)) == refuse
+    assert hear(b, "a", Begin("s", ONE, PLAN)) == refuse
+    assert hear(b, "a", Accept("s", ONE, VALUE, ("a",))) == refuse
+
+
+def test_a_vote_is_told_to_whoever_proposes_next(b: Rendezvous) -> None:
+    hear(b, "a", Begin("s", ONE, PLAN))
+    b.handle(MeanMade("s", "d", ONE), 1.0)
+    assert hear(b, "a", Accept("s", ONE, VALUE, ("a",))) == [Say("a", Accepted("s", ONE))]
+    promise = Promise("s", (2, "c"), False, (ONE, VALUE))
+    assert hear(b, "c", Prepare("s", (2, "c"))) == [Say("c", promise)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (Plan(("a", "c"), (1.0, 1.0), PLAN.parts), "b is not in the group"),
+        (Plan(PLAN.group, (1.0, 1.0), PLAN.parts), "b is not in the group"),
+        (Plan(PLAN.group, PLAN.weights, (Part("a", 0, 9),)), "the parts are not the whole"),
+        (Plan(PLAN.group, PLAN.weights, (Part("z", 0, 10),)), "a part has no reducer in the group"),
+        (Plan(("b", "z"), (1.0, 1.0), (Part("b", 0, 10),)), "z is not in the roster"),
+        (
+            Plan(PLAN.group, (1.0, 1.0, 1e9), PLAN.parts),
+            "the weight of c is not the roster's",
+        ),
+    ],
+)
+def test_a_plan_that_is_wrong_is_not_carried_out(b: Rendezvous, plan: Plan, reason: str) -> None:
+    failed = Failed("s", ONE, reason, (), ())
+    assert hear(b, "a", Begin("s", ONE, plan)) == [Say("a", failed)]
+
+
+def test_a_plan_is_carried_out_once_and_its_mean_reported_again(b: Rendezvous) -> None:
+    assert hear(b, "a", Begin("s", ONE, PLAN)) == [Reduce("s", ONE, PLAN, 11.0)]
+    assert hear(b, "a", Begin("s", ONE, PLAN)) == []
+    reduced = [Say("a", Reduced("s", ONE, "d"))]
+    assert b.handle(MeanMade("s", "d", ONE), 2.0) == reduced
+    assert hear(b, "a", Begin("s", ONE, PLAN)) == reduced
+
+
+def test_news_of_an_attempt_that_was_dropped_changes_nothing(b: Rendezvous) -> None:
+    hear(b, "a", Begin("s", ONE, PLAN))
+    dropped = hear(b, "a", Prepare("s", (2, "a")))
+    assert dropped[0] == Drop("s", ONE)
+    assert b.handle(MeanMade("s", "d", ONE), 2.0) == []
+    assert b.handle(MeanFailed("s", "late", ONE), 2.0) == []
+    assert b.handle(MeanMade("old", "d"), 2.0) == []
+    assert b.handle(MeanFailed("old", "late"), 2.0) == []
+    assert not b.held
+
+
+def test_a_proposer_that_is_refused_gives_way(a: Rendezvous) -> None:
+    hear(a, "b", Refuse("s", (5, "c")))
+    assert a.lead is None
+    assert hear(a, "b", Promise("s", ONE, True, None)) == []
+    assert quiet(a.handle(BeatDue(), 2.4)) == [Wake(2.9)]
+    hear(a, "b", Announce(S, True, None), 2.5)
+    again = hear(a, "c", Announce(S, True, None), 2.5)
+    assert again == []  # c's own proposal has time to end
+    hear(a, "b", Refuse("s", (3, "c")), 2.6)  # an old one
+    assert a.promised == (5, "c")
+
+
+# ---- faults ----------------------------------------------------------------------------------
+
+
+def test_a_death_in_the_reduce_begins_another_attempt_with_the_survivors(a: Rendezvous) -> None:
+    reducing(a)
+    hear(a, "b", Announce(S, True, None), 3.0)
+    again = quiet(a.handle(BeatDue(), 3.6))  # c was heard of at 1.0
+    assert again[-1] == Say("b", Prepare("s", (2, "a")))
+    assert Drop("s", ONE) in again
+
+
+def test_work_that_is_not_finite_weighs_nothing_in_the_next_attempt(a: Rendezvous) -> None:
+    reducing(a)
+    again = hear(a, "b", Failed("s", ONE, "not finite: c", (), ("c",)))
+    assert again[-2:] == to(Prepare("s", (2, "a")), "bc")
+    hear(a, "b", Promise("s", (2, "a"), True, None))
+    begin = hear(a, "c", Promise("s", (2, "a"), True, None))
+    assert isinstance(begin[0], Reduce)
+    assert begin[0].plan.weights == (1.0, 1.0, 0.0)
+
+
+def test_where_nobodys_work_is_finite_it_is_done_again(a: Rendezvous) -> None:
+    reducing(a)
+    again = hear(a, "b", Failed("s", ONE, "not finite", (), ("a", "b", "c")))
+    assert Abort("nobody's work is finite") in again
+    assert TrainOn(S) in again
+    assert not a.ready
+    assert a.stand == S
+
+
+def test_two_that_cannot_reach_each_other_are_not_in_one_group(a: Rendezvous) -> None:
+    reducing(a)
+    hear(a, "b", Failed("s", ONE, "still without c", ("c",), ()))
+    for peer in "bc":
+        begin = hear(a, peer, Promise("s", (2, "a"), True, None))
+    assert isinstance(begin[0], Reduce)
+    assert begin[0].plan.group == ("a", "b")
+
+
+def test_after_some_attempts_the_round_is_put_off_with_the_model_as_it_was(a: Rendezvous) -> None:
+    for count in range(1, 5):
+        reducing(a, (count, "a"))
+        said = hear(a, "b", Failed("s", (count, "a"), "its disk is full", (), ()))
+    assert Abort("b: its disk is full") in said
+    assert (a.stand, a.lead, a.ready) == (S, None, True)
+    for now in (3.0, 5.0):  # and tried again when its patience is over
+        assert ready(a, "bc", now) == []
+    again = ready(a, "bc", 6.0)
+    assert again == [Drop("s", (4, "a")), *to(Prepare("s", (5, "a")), "bc")]
+
+
+def test_digests_that_differ_are_no_mean(a: Rendezvous) -> None:
+    a.patience.attempts = 1
+    reducing(a)
+    a.handle(MeanMade("s", "x", ONE), 1.0)
+    hear(a, "b", Reduced("s", ONE, "y"))
+    assert hear(a, "c", Reduced("s", ONE, "z")) == [Abort("the digests differ")]
+
+
+def test_an_attempt_of_which_nothing_is_heard_ends(a: Rendezvous) -> None:
+    a.patience.attempts = 1
+    reducing(a)
+    for now in (3.0, 5.0, 7.0, 9.0, 11.0, 12.4):
+        for peer in "bc":
+            hear(a, peer, Announce(S, True, None), now)
+    assert Abort("it took too long") in a.handle(BeatDue(), 12.5)
+
+
+def test_a_vote_that_does_not_come_ends_the_proposal_and_the_next_keeps_its_value(
+    a: Rendezvous,
+) -> None:
+    reducing(a)
+    a.handle(MeanMade("s", "d", ONE), 1.0)
+    for peer in "bc":
+        hear(a, peer, Reduced("s", ONE, "d"))
+    assert a.accepted == (ONE, VALUE)
+    accept = Accept("s", ONE, VALUE, ("a", "b", "c"))
+    assert quiet(a.handle(BeatDue(), 1.5)) == [Wake(2.0), *to(accept, "bc")]
+    for now in (3.0, 5.0, 6.0, 7.4):
+        assert ready(a, "bc", now) == []
+    assert ready(a, "bc", 7.5) == to(Prepare("s", (2, "a")), "bc")
+    for peer in "bc":
+        said = hear(a, peer, Promise("s", (2, "a"), True, None), 7.7)
+    assert said == to(Accept("s", (2, "a"), VALUE, ("a", "b", "c")), "bc")
+
+
+def test_no_quorum_no_proposal(a: Rendezvous) -> None:
+    """Promises that do not come end it; a beat says it again before."""
+    assert quiet(a.handle(BeatDue(), 1.5)) == [Wake(2.0), *to(Prepare("s", ONE), "bc")]
+    a.handle(BeatDue(), 2.6)
+    assert a.lead is None
+
+
+def test_a_group_that_nobody_can_connect_to_does_not_begin(a: Rendezvous) -> None:
+    for peer in "abc":
+        a.handle(Admitted(peer, 1.0, 0.0), 1.0)
+    for peer in "bc":
+        hear(a, peer, Promise("s", ONE, True, None))
+    assert a.lead is None
+
+
+# ---- leaving, and being left behind ----------------------------------------------------------
+
+
+def test_one_that_leaves_says_what_it_voted_for_and_no_more(b: Rendezvous) -> None:
+    hear(b, "a", Begin("s", ONE, PLAN))
+    said = b.handle(Leaving(), 1.0)
+    assert said == [*to(Goodbye(S, None), "acq"), Drop("s", ONE)]
+    assert b.handle(Heard("a", Prepare("s", (2, "a"))), 1.0) == []
+
+
+def test_the_last_goes_on_when_the_others_have_left() -> None:
+    b = up("b", "ab", "ab")
+    assert ready(b, "b") == []
+    said = hear(b, "a", Goodbye(S, None))
+    assert said == [Reduce("s", (1, "b"), Plan(("b",), (1.0,), (Part("b", 0, 10),)), 11.0)]
+
+
+def test_what_one_voted_for_before_it_left_is_brought_to_its_end() -> None:
+    b = up("b", "ab", "ab")
+    value = Value(ONE, ("a", "b"), (1.0, 1.0), "d")
+    ready(b, "b")
+    assert hear(b, "a", Goodbye(S, (ONE, value))) == [Get("s", "d", ("a",))]
+
+
+def test_one_that_left_after_a_commit_still_counts_for_who_missed_it() -> None:
+    """Its vote on that commit is unknown: without it, b would decide again, and differently."""
+    b = up("b", "ab", "ab")
+    ready(b, "b")
+    assert hear(b, "a", Goodbye(S.next(VALUE), None)) == []
+    assert b.gone() == []
+
+
+def test_a_peer_that_missed_the_end_fetches_the_mean_and_applies_it(b: Rendezvous) -> None:
+    after = S.next(VALUE)
+    assert hear(b, "c", Commit("old", VALUE)) == []
+    assert hear(b, "c", Announce(after, False, Commit("s", VALUE))) == [Get("s", "d", ("c", "a"))]
+    assert b.handle(MeanFailed("s", "nobody has it"), 1.0) == []
+    assert hear(b, "a", Commit("s", VALUE)) == [Get("s", "d", ("a", "c"))]
+    assert quiet(b.handle(MeanMade("s", "d"), 1.1)) == [Apply(VALUE, used=True), TrainOn(after)]
+    assert b.handle(StepsDone("s"), 1.2) == []  # of the former model
+
+
+def test_a_vote_waits_for_the_mean(b: Rendezvous) -> None:
+    assert hear(b, "a", Accept("s", ONE, VALUE, ("a", "c"))) == [Get("s", "d", ("a", "c"))]
+    assert b.handle(MeanMade("s", "d"), 1.1) == [Say("a", Accepted("s", ONE))]
+
+
+def test_a_joiner_downloads_the_best_model_and_asks_another_where_that_fails() -> None:
+    q = up("q")
+    far = Stand(5, "far", 15.0)
+    assert hear(q, "a", Announce(far, False, None)) == [Download("a")]
+    assert hear(q, "b", Announce(far, False, None)) == []  # it is on its way
+    assert q.handle(Downloaded("c", far, ("a",), None), 1.1) == []  # nobody asked it
+    assert q.handle(NotDownloaded("c"), 1.1) == []
+    q.handle(NotDownloaded("a"), 1.2)
+    assert hear(q, "a", Announce(far, False, None)) == []  # not again so soon
+    assert hear(q, "b", Announce(far, False, None), 1.3) == [Download("b")]
+    q.handle(BeatDue(), 21.3)  # too long
+    assert hear(q, "a", Announce(far, False, None), 21.4) == [Download("a")]
+    had = quiet(q.handle(Downloaded("a", far, ("a", "b"), None), 22.0))
+    assert had == [TrainOn(far)]
+    assert (q.stand, q.members) == (far, ("a", "b"))
+
+
+def test_a_download_that_is_no_better_than_what_is_here_is_not_taken(b: Rendezvous) -> None:
+    assert hear(b, "a", Announce(Stand(5, "far", 15.0), False, None)) == [Download("a")]
+    assert b.handle(Downloaded("a", S, ("a",), None), 1.1) == []
+    assert b.members == ("a", "b", "c")
+
+
+def test_a_peer_is_dumped_and_loaded_in_the_middle_of_a_round(a: Rendezvous) -> None:
+    """A promise that is forgotten could be broken: a peer may come back only with its state."""
+    reducing(a)
+    again = state.loads(Rendezvous, state.dumps(a))
+    assert again == a
+    assert again.handle(MeanMade("s", "d", ONE), 1.0) == a.handle(MeanMade("s", "d", ONE), 1.0)
