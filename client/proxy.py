@@ -20,13 +20,19 @@ import torch
 from torch import Tensor
 
 from atoll.client.batches import in_order, mixed
-from atoll.client.data import Data, Examples, Indices, Split, load_data, size
+from atoll.client.data import Data, DataInfo, Examples, Indices, Split, load_data, size
 from atoll.protocols.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 TAKEN = 200
 LEAST_EACH = 10  # examples of a class; with fewer its clients' shares are mostly noise
+IN_WORDS = {  # fields of DataInfo, the one that says most first
+    "kind": "kind",
+    "shape": "shape",
+    "vocabulary": "set of characters",
+    "classes": "number of classes",
+}
 OWN = re.compile(r"[,:](take|missing)=(\w+)")
 
 
@@ -100,11 +106,8 @@ def checked(data: Data, run: Data | None, lacking: bool = False) -> Data:
     """`data`, if a server may learn by its training examples."""
     if size(data.train) < 2:
         raise DataError("FL-D105", f"{size(data.train)} proxy examples", "give at least 2")
-    if run is not None and data.info != run.info:
-        raise DataError(
-            "FL-D106", f"the proxy data are {data.info}, the run's data {run.info}",
-            "name proxy data of the same kind",
-        )  # fmt: skip
+    if run is not None:
+        data = _of_kind(data, run.info)
     if run is not None and run.test is not None:
         test = set(prints(run.test))
         common = sum(print_ in test for print_ in prints(data.train))
@@ -115,6 +118,22 @@ def checked(data: Data, run: Data | None, lacking: bool = False) -> Data:
             )  # fmt: skip
     if data.info.kind == "classification":
         _check_classes(data, lacking)
+    return data
+
+
+def _of_kind(data: Data, info: DataInfo) -> Data:
+    """`data` with the classes of the run. A file whose last classes are missing looks as if it had
+    fewer of them: that is for the check of classes to say. DataError FL-D106."""
+    if data.info.kind == "classification" and data.info.classes < info.classes:
+        data = replace(data, info=replace(data.info, classes=info.classes))
+    for name, words in IN_WORDS.items():
+        mine, its = getattr(data.info, name), getattr(info, name)
+        if mine != its:
+            raise DataError(
+                "FL-D106",
+                f"the proxy data's {words} is not the run's: {mine!r:.40}, not {its!r:.40}",
+                "name proxy data of the same kind",
+            )
     return data
 
 

@@ -59,8 +59,22 @@ def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str,
         return made(**params)
     except TypeError as error:
         raise UsageError(
-            "FL-S102", f"{slot} {spec!r}: {error}", f"parameters: {_parameters(made)}"
+            "FL-S102",
+            f"{slot} {spec!r}: {_unknown(made, params) or error}",
+            f"parameters: {_parameters(made)}",
         ) from error
+
+
+def _unknown(made: Callable[..., object], params: Mapping[str, object]) -> str:
+    """Says that `made` has no such parameter; empty where that is not what is wrong."""
+    try:
+        known = inspect.signature(made).parameters.values()
+    except (TypeError, ValueError):
+        return ""
+    if any(p.kind is p.VAR_KEYWORD for p in known):
+        return ""
+    wrong = [name for name in params if name not in {p.name for p in known}]
+    return f"it has no parameter {wrong[0]!r}" if wrong else ""
 
 
 def _parameters(made: Callable[..., object]) -> str:
@@ -71,7 +85,8 @@ def _parameters(made: Callable[..., object]) -> str:
         return "see its documentation"
     return (
         ", ".join(
-            str(p).split(": ")[0] + (f"={p.default}" if p.default is not p.empty else "")
+            str(p.replace(annotation=p.empty, default=p.empty))
+            + (f"={p.default}" if p.default is not p.empty else "")
             for p in found
         )
         or "none"

@@ -7,7 +7,8 @@ torch needed, to say precisely why.
 """
 
 import importlib.util
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -127,7 +128,15 @@ def _mixed(
         parts.append(
             catalogue.facts_of(slot, name) if part is None else of_part(slot, name, part, clients)
         )
-    return compose.check(parts, catalogue.offers)
+    return compose.check(parts, _offers)
+
+
+def _offers() -> Iterator[Facts]:
+    """What could stand in a mix. What a strategy gives may depend on its parameters (FedAvg's
+    rounds), so ours are made as they come: they need no torch."""
+    yield from catalogue.offers()
+    for name, where in STRATEGIES.items():
+        yield of_part("strategy", name, pkgutil.resolve_name(where)())
 
 
 def made_of(spec: RunSpec) -> dict[str, object]:

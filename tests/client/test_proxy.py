@@ -86,9 +86,25 @@ def test_an_example_of_the_test_set_is_refused() -> None:
 
 
 def test_data_of_another_kind_is_refused() -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(
+        DataError, match=r"shape is not the run's: \(1, 8, 8\), not \(3,\)"
+    ) as caught:
         proxy_data("digits", blobs(), 0)
     assert caught.value.code == "FL-D106"
+    more = replace(blobs().info, classes=5)
+    with pytest.raises(DataError, match="number of classes is not the run's: 5, not 4"):
+        checked(Data(more, blobs().train), blobs())
+
+
+def test_a_file_that_lacks_the_last_class_lacks_a_class() -> None:
+    """It looks as if there were fewer classes at all."""
+    data = blobs()
+    three = data.shard(np.flatnonzero(data.labels() != 3))
+    without = Data(replace(data.info, classes=3), three)
+    with pytest.raises(DataError, match="class 3") as caught:
+        checked(without, data)
+    assert caught.value.code == "FL-D107"
+    assert checked(without, data, lacking=True).info == data.info
 
 
 def test_a_missing_class_is_refused_unless_it_is_meant(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,11 @@
 """Slots: a built-in name, an entry point, or the user's own `module:object`, with parameters."""
 
+import functools
 import importlib.metadata
+import json
 import sys
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -52,9 +56,28 @@ def test_a_builtin_is_made_with_its_parameters() -> None:
 
 
 def test_a_parameter_that_the_object_does_not_take_is_told() -> None:
-    with pytest.raises(UsageError, match="stepz") as caught:
+    with pytest.raises(UsageError, match="it has no parameter 'stepz'") as caught:
         slots.resolve("strategy", "fedavg:stepz=7", BUILTIN)
     assert caught.value.code == "FL-S102"
+    assert "steps=50" in caught.value.hint
+
+
+@pytest.mark.parametrize("made", [Fraction, functools.partial(json.dumps, None), range])
+def test_what_else_does_not_fit_is_told_as_python_says_it(made: Callable[..., object]) -> None:
+    """Of a wrong type; of an object that takes what comes; of one that does not say what."""
+    given = {"numerator": "1", "denominator": 2} if made is Fraction else {"x": 1}
+    with pytest.raises(UsageError, match=r"Rational|argument") as caught:
+        slots.call("part", "x", made, given)
+    assert "has no parameter" not in caught.value.message
+
+
+def test_parameters_are_listed_with_their_defaults_annotated_or_not() -> None:
+    def made(x, *rest, y=3, z: int = 4):  # type: ignore[no-untyped-def]
+        return x, rest, y, z
+
+    with pytest.raises(UsageError) as caught:
+        slots.call("part", "p", made, {"w": 1})
+    assert caught.value.hint == "parameters: x, *rest, y=3, z=4"
 
 
 def test_an_object_that_is_not_called_takes_no_parameters() -> None:

@@ -54,6 +54,12 @@ def test_a_wrong_slot_is_refused(given: dict[str, str], code: str) -> None:
     assert caught.value.code == code
 
 
+def test_the_remedy_names_strategies_that_give_by_default_what_lacks() -> None:
+    with pytest.raises(UsageError) as caught:
+        check(spec(strategy="fedcompass", algorithm="feddyn"))
+    assert caught.value.hint == "take strategy dp-fedavg or fedavg"
+
+
 def test_a_partition_is_known_by_name() -> None:
     assert [name.partition(":")[0] for name in KNOWN_PARTITIONS.split(", ")] == list(PARTITIONS)
     check_partition("dirichlet:0.5")
