@@ -17,7 +17,7 @@ BENCHMARKS := batched_trainer codecs fedlaw merge rate round simulator time_to_t
 # One thread a process: the tests' models are small, and processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check lint bench proto prove-processes prove-packaging prove-peers prove-science clean
+.PHONY: help setup demo test check lint bench proto prove-processes prove-long prove-packaging prove-peers prove-science clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -64,7 +64,10 @@ build/proto/.installed: Makefile
 	@touch $@
 
 prove-processes: $(STAMP)  ## Slow proofs: real sockets, real processes, kills
-	@$(PYTEST) -m slow $(ARGS)
+	@$(PYTEST) -m "slow and not long" $(ARGS)
+
+prove-long: $(STAMP)  ## Slow proof: what takes minutes: all pairs of parts, 200 cases a codec, 10,000 swarms
+	@$(PYTEST) -m long $(ARGS)
 
 prove-packaging: $(STAMP)  ## Slow proof: wheel from sdist, and nothing but atoll/ in it
 	@$(PYTEST) -m slow tests/test_packaging.py $(ARGS)

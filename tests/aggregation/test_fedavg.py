@@ -343,7 +343,7 @@ def test_stragglers_are_told_to_drop_when_the_run_finishes() -> None:
 
 def variants() -> list[tuple[Callable[[], FedAvg], int]]:
     return [
-        (lambda: FedAvg(3), 100),
+        (lambda: FedAvg(3), 40),
         (lambda: FedAvg(3, cohort=3, over_select=1.4, deadline=4.0, rounds=9), 30),
         (lambda: FedAvg(3, fraction=0.5, deadline=3.0, min_results=2, late="stale"), 30),
     ]

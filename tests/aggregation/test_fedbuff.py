@@ -243,7 +243,7 @@ def test_work_of_a_client_that_comes_back_without_examples_has_weight_zero() -> 
 
 def variants() -> list[tuple[Callable[[], FedBuff], int]]:
     return [
-        (lambda: FedBuff(3, 2), 100),
+        (lambda: FedBuff(3, 2), 40),
         (lambda: FedBuff(1, 2, max_staleness=2, staleness="hinge:10:4"), 30),
         (lambda: FedBuff(3, 2, unique_per_buffer=True, max_age=2.0), 30),
         (lambda: FedBuff(2, 2, concurrency=2, weighting="examples"), 30),

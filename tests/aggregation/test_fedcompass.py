@@ -254,7 +254,7 @@ def test_t11_few_groups_remain() -> None:
 
 def variants() -> list[tuple[Callable[[], FedCompass], int]]:
     return [
-        (lambda: FedCompass(2, 10), 100),
+        (lambda: FedCompass(2, 10), 40),
         (lambda: FedCompass(2, 10, staleness_at="arrival", client_weight="equal"), 30),
         (lambda: FedCompass(2, 10, time_model="two_part", normalised=True, min_clients=3), 30),
         (lambda: FedCompass(5, 5, slack=1.0, dead_after=1.0, singles_plain=True), 30),

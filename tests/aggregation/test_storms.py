@@ -22,6 +22,7 @@ def test_no_storm_forks_stalls_or_makes_a_wrong_mean() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("tenth", range(10))
 def test_ten_thousand_storms(tenth: int) -> None:
     for seed in range(tenth * A_TENTH, (tenth + 1) * A_TENTH):

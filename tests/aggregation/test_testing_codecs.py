@@ -23,6 +23,7 @@ def test_our_codecs_pass(spec: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("spec", OURS)
 def test_our_codecs_pass_two_hundred_cases(spec: str) -> None:
     check_codec(lambda: codec(spec), cases=200)

@@ -193,6 +193,7 @@ def test_every_part_with_every_strategy(row: Row) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_part_with_every_other() -> None:
     for row in covering(CHOICES, PAIRS):
         try:
