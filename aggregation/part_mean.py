@@ -1,0 +1,43 @@
+"""Part mean: what a peer does with the parts of a vector that it reduces (`allreduce.Combine`).
+
+The weighted mean in the order given, as hivemind's reducers take it, and before that what they do
+not: an input that is not finite is refused by name, and no peer's part may be longer than `most`
+times the median of all, as Templar limits contributions (there by the whole vector).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def part_mean(
+    parts: Sequence[Tensor], weights: Sequence[float], most: float = math.inf
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The mean, fp32 of the parts' length, and the places of inputs that are not finite.
+
+    `parts`: flat, fp32, all of one length; `weights`: above 0. Where any input is not finite the
+    mean is all zeros and must not be used. Writes to none of its arguments; the same inputs in the
+    same order give the same bits. Not lengthened, only shortened: a zero part stays one.
+    """
+    assert parts, "nothing to reduce"
+    assert len(parts) == len(weights), f"{len(parts)} parts, {len(weights)} weights"
+    assert all(w > 0 for w in weights), f"weights {weights}"
+    bad = tuple(i for i, part in enumerate(parts) if not bool(torch.isfinite(part).all()))
+    total = torch.zeros_like(parts[0])
+    if bad:
+        return total, bad
+    factors = [1.0] * len(parts) if math.isinf(most) else _limit(parts, most)
+    share = math.fsum(weights)
+    for part, weight, factor in zip(parts, weights, factors, strict=True):
+        total.add_(part, alpha=weight * factor / share)
+    return total, ()
+
+
+def _limit(parts: Sequence[Tensor], most: float) -> list[float]:
+    """What each part is multiplied by, so that none is longer than `most` medians."""
+    norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts]
+    ordered, middle = sorted(norms), len(norms) // 2
+    median = ordered[middle] if len(norms) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return [min(1.0, most * median / norm) if norm > 0 else 1.0 for norm in norms]
