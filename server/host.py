@@ -216,6 +216,8 @@ class Host:
         greeted: asyncio.Future[Session] = asyncio.get_running_loop().create_future()
 
         def now() -> None:
+            if greeted.cancelled():  # it hung up while it waited
+                return
             try:
                 session = self.hello(hello)
             except Exception as error:  # noqa: BLE001  # whoever greets hears of it

@@ -21,8 +21,9 @@ from atoll.protocols.codecs import Fp32
 from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import ClientInfo, ClientJoined, Evaluated, Merged
+from atoll.protocols.ids import ulid
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.messages import Result
+from atoll.protocols.messages import Hello, Result
 from atoll.server.assembly import Assembly
 from atoll.server.merge import Merger
 from atoll.server.rules import Rules
@@ -298,6 +299,26 @@ def test_versions_that_were_not_saved_are_made_again(tmp_path: Path, elements: i
     again.live(2)
     assert again.host.run.published == 7
     again.die()
+
+
+def test_a_client_that_hangs_up_before_it_is_greeted_harms_nobody(tmp_path: Path) -> None:
+    life = Life(tmp_path, 4)
+    known = ("fp32", "fp16", "bf16")
+
+    async def hang_up() -> None:
+        hello = Hello(1, "", "hasty", ulid(), ClientInfo(1, None, known))
+        waiting = asyncio.create_task(life.host.greet(hello))
+        await asyncio.sleep(0)  # it has asked
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    async def stay() -> None:
+        session = await life.host.greet(Hello(1, "", "c2", ulid(), ClientInfo(1, None, known)))
+        assert life.host.sessions.of == {"c2": session}
+
+    life.live(1, hang_up, 1, stay)
+    assert life.host.run.published == 2
+    life.die()
 
 
 def test_a_version_sealed_but_not_journaled_is_made_again(
