@@ -60,6 +60,17 @@ def test_the_remedy_names_strategies_that_give_by_default_what_lacks() -> None:
     assert caught.value.hint == "take strategy dp-fedavg or fedavg"
 
 
+def test_one_of_each_goes_together() -> None:
+    """FedLAW's merge is a weighted sum, its weights being learned: control variates go with it."""
+    mix = {
+        "strategy": "fedcompass", "aggregator": "fedlaw", "proxy": "digits:take=200",
+        "outer": "nesterov", "algorithm": "scaffold-m", "codec_up": "topk:0.01+ef",
+    }  # fmt: skip
+    check(spec(**mix))
+    with pytest.raises(UsageError, match="weighted sum"):
+        check(spec(**{**mix, "aggregator": "rfa", "proxy": ""}))
+
+
 def test_a_partition_is_known_by_name() -> None:
     assert [name.partition(":")[0] for name in KNOWN_PARTITIONS.split(", ")] == list(PARTITIONS)
     check_partition("dirichlet:0.5")
