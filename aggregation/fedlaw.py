@@ -62,7 +62,7 @@ class FedLaw:
 
     algebra: ClassVar[Literal["set"]] = "set"
     private: ClassVar[bool] = False
-    gives: ClassVar[frozenset[str]] = frozenset({"weighted_sum"})  # its weights are learned
+    gives: ClassVar[frozenset[str]] = frozenset({"mixture"})  # by learned weights
     anchored: ClassVar[bool] = True  # the last row of the stack is the model
 
     def __post_init__(self) -> None:

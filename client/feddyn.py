@@ -48,9 +48,7 @@ class FedDyn(LocalAlgorithm):
     """Dynamic regularisation: drift is removed without an extra vector on the wire."""
 
     steers: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset(
-        {"plain_sgd", "client_state", "weighted_sum", "rounds"}
-    )
+    needs: ClassVar[frozenset[str]] = frozenset({"plain_sgd", "client_state", "mixture", "rounds"})
 
     gives: ClassVar[frozenset[str]] = frozenset({"control_variates"})  # its lambdas are such
 

@@ -55,7 +55,7 @@ class Scaffold(Steering):
     """Control variates against drift: for clients that hold unlike data, any participation."""
 
     momentum: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"plain_sgd", "client_state", "weighted_sum"})
+    needs: ClassVar[frozenset[str]] = frozenset({"plain_sgd", "client_state", "mixture"})
     gives: ClassVar[frozenset[str]] = frozenset({"control_variates"})
 
     def __init__(self) -> None:
@@ -115,9 +115,7 @@ class ScaffoldMVR(ScaffoldM):
     """Experimental: SCAFFOLD-M with variance reduction, which diverges unless steps are small."""
 
     reevaluates: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset(
-        {"plain_sgd", "client_state", "weighted_sum", "rounds"}
-    )
+    needs: ClassVar[frozenset[str]] = frozenset({"plain_sgd", "client_state", "mixture", "rounds"})
 
     def __init__(self, beta: float = 0.1, warm: bool = False) -> None:
         super().__init__(beta, warm)

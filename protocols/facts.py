@@ -23,9 +23,10 @@ TOKENS: Mapping[str, str] = {  # each reads well after "needs", "gives" or "refu
     # strategies
     "rounds": "that all updates of a version were trained from the version before it",
     "stale": "updates that were trained from older versions",
-    # aggregators; the first two follow from `private` and `algebra`
+    # aggregators; the first three follow from `private` and `algebra`
     "single_updates": "to see the update of every single client",
     "weighted_sum": "a merge that is a weighted sum",
+    "mixture": "a merge that adds up whole updates, each with a weight of its own",
     # codecs
     "lossy": "updates that were rounded or thinned out on their way",
     "sparse": "sparse updates, of which most values are 0",
@@ -67,7 +68,7 @@ def told(slot: str, name: str, of: Callable[[str], object]) -> Facts:
     if of("private") is False:
         gives |= {"single_updates"}
     if of("algebra") == "sum":
-        gives |= {"weighted_sum"}
+        gives |= {"weighted_sum", "mixture"}
     if slot == "codec down":
         gives = frozenset(f"down_{token}" for token in gives)
     least = of("min_results")

@@ -61,13 +61,13 @@ def test_the_remedy_names_strategies_that_give_by_default_what_lacks() -> None:
 
 
 def test_one_of_each_goes_together() -> None:
-    """FedLAW's merge is a weighted sum, its weights being learned: control variates go with it."""
+    """FedLAW adds up whole updates by learned weights: control variates go with it."""
     mix = {
         "strategy": "fedcompass", "aggregator": "fedlaw", "proxy": "digits:take=200",
         "outer": "nesterov", "algorithm": "scaffold-m", "codec_up": "topk:0.01+ef",
     }  # fmt: skip
     check(spec(**mix))
-    with pytest.raises(UsageError, match="weighted sum"):
+    with pytest.raises(UsageError, match="whole updates"):
         check(spec(**{**mix, "aggregator": "rfa", "proxy": ""}))
 
 
