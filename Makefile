@@ -37,8 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## The main job: a real federation on this machine (ARGS="--strategy fedavg ...")
 	@$(BIN)/fl-server demo $(ARGS)
 
-test: $(STAMP)  ## All fast tests (ARGS="tests/protocols -x ...")
-	@$(PYTEST) $(ARGS)
+test: $(STAMP)  ## All fast tests, on all cores (ARGS="tests/protocols -x ...")
+	@$(PYTEST) -n logical --dist loadfile $(ARGS)
 
 lint: $(STAMP)  ## Format, lint and types, without changing a file
 	@$(BIN)/ruff format --check .
