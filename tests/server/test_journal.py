@@ -127,6 +127,21 @@ def test_acknowledgements_are_kept_until_a_snapshot_holds_them(tmp_path: Path) -
     book.close()
 
 
+def test_a_payload_that_a_power_cut_spoiled_comes_back_empty(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.append(EVENTS[:1], payloads=[payload("o0.0"), payload("o1.0")])
+    book.close()
+    (segment,) = tmp_path.glob("*.payloads")
+    data = bytearray(segment.read_bytes())
+    data[5] ^= 1  # in the second
+    segment.write_bytes(data)
+    again = journal(tmp_path)
+    assert {p.id: p.data for p in again.payloads()} == {"o0.0": b"1234", "o1.0": b""}
+    segment.write_bytes(data[:2])
+    assert [p.data for p in again.payloads()] == [b"", b""]
+    again.close()
+
+
 def test_meta_rows_are_replaced(tmp_path: Path) -> None:
     book = journal(tmp_path)
     assert book.meta("limits") is None
