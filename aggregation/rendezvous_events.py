@@ -35,9 +35,20 @@ class Stand:
         return self.heavy, self.chain
 
     def next(self, value: Value) -> "Stand":
-        text = f"{self.chain} {value.digest} {value.group} {value.weights}"
-        chain = hashlib.sha256(text.encode()).hexdigest()[:32]
-        return Stand(self.epoch + 1, chain, self.heavy + sum(value.weights))
+        epoch, heavy = self.epoch + 1, self.heavy + sum(value.weights)
+        return Stand(epoch, _chain(epoch, heavy, Commit(self.chain, value)), heavy)
+
+    def follows(self, last: "Commit | None") -> bool:
+        """Whether `last` leads here: an announcement is not taken at its word. None: to a start."""
+        if last is None:
+            return self.epoch <= 0
+        return self.chain == _chain(self.epoch, self.heavy, last)
+
+
+def _chain(epoch: int, heavy: float, last: "Commit") -> str:
+    value = last.value
+    text = f"{epoch} {heavy!r} {last.base} {value.digest} {value.group} {value.weights}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 # ---- messages between peers ----------------------------------------------------------------
@@ -58,6 +69,7 @@ class Announce:
     stand: Stand
     ready: bool
     last: Commit | None  # that made the model, for who missed it
+    bits: str = ""  # digest of the model's values and the outer state's; empty: not known yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,18 +204,26 @@ class MeanFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Downloaded:
-    """A donor's model and its outer state lie here, checked; trained from next."""
+class Digested:
+    """The model `chain` lies here, and this is the digest of its values."""
 
-    donor: str
-    stand: Stand
-    members: tuple[str, ...]
-    last: Commit | None
+    chain: str
+    bits: str
+
+
+@dataclass(frozen=True, slots=True)
+class Downloaded:
+    """The model that `Download` wanted lies here, checked: `Load` says to use it."""
+
+    chain: str
 
 
 @dataclass(frozen=True, slots=True)
 class NotDownloaded:
-    donor: str
+    """`doubted`: those who sent nothing, or other bits than they should have."""
+
+    chain: str
+    doubted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +237,8 @@ class Leaving:
 
 
 PeerEvent = (
-    Started | Admitted | Removed | Heard | StepsDone | MeanMade | MeanFailed | Downloaded
-    | NotDownloaded | BeatDue | Leaving
+    Started | Admitted | Removed | Heard | StepsDone | MeanMade | MeanFailed | Digested
+    | Downloaded | NotDownloaded | BeatDue | Leaving
 )  # fmt: skip
 
 # ---- said ----------------------------------------------------------------------------------
@@ -269,9 +289,18 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """Get the model from `donor`; hear `Downloaded` or `NotDownloaded`."""
+    """Get the model `stand` from any of these; hear `Downloaded` or `NotDownloaded`."""
 
-    donor: str
+    stand: Stand
+    donors: tuple[str, ...]
+    bits: str  # what its values must hash to
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Use the model that was downloaded from now on."""
+
+    stand: Stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,4 +322,21 @@ class Wake:
     at: float
 
 
-PeerAction = Say | Reduce | Drop | Get | Apply | Download | TrainOn | Abort | Wake
+PeerAction = Say | Reduce | Drop | Get | Apply | Download | Load | TrainOn | Abort | Wake
+
+# ---- kept ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What binds a peer beyond its death: on disk before anything that follows from it is said.
+
+    With it a peer comes back as itself; without it, it must come back under another name.
+    """
+
+    stand: Stand
+    members: tuple[str, ...]
+    last: Commit | None
+    promised: Ballot
+    accepted: tuple[Ballot, Value] | None
+    farewells: dict[str, Goodbye]

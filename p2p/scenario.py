@@ -22,6 +22,7 @@ from atoll.aggregation.rendezvous_events import (
     Drop,
     Get,
     Leaving,
+    Load,
     MeanFailed,
     MeanMade,
     PeerAction,
@@ -102,8 +103,8 @@ def _heard(event: PeerEvent) -> str:
             return f"has the mean {digest[:6]} of {_name(ballot) if ballot else 'another'}"
         case MeanFailed(_, reason, ballot):
             return f"has no mean{' of ' + _name(ballot) if ballot else ''}: {reason}"
-        case Downloaded(donor, stand):
-            return f"has the model {stand.epoch} of {donor}"
+        case Downloaded():
+            return "has the model it wanted"
         case Leaving():
             return "leaves"
     return ""
@@ -136,8 +137,10 @@ def _decided(actions: list[PeerAction]) -> Iterator[str]:
                 yield f"fetches the mean {digest[:6]} from {', '.join(holders)}"
             case Apply(value, used):
                 yield f"applies {value.digest[:6]}{'' if used else ', which its work is not in'}"
-            case Download(donor):
-                yield f"downloads the model from {donor}"
+            case Download(stand, donors):
+                yield f"downloads the model {stand.epoch} from {', '.join(donors)}"
+            case Load(stand):
+                yield f"uses the model {stand.epoch}"
             case Abort(reason):
                 yield f"puts it off: {reason}"
 

@@ -6,6 +6,7 @@
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 
 from atoll.p2p.virtual import Outcome, PeerModel, Swarm, Weather
 
@@ -15,6 +16,7 @@ EPOCHS = 3  # that all must make, after the faults
 def storm(seed: int) -> Swarm:
     """2 to 6 founders: paces up to 4-fold apart, bad weather, late joiners, deaths, a goodbye.
 
+    Some of the dead come back as themselves; memories spoil, and donors give other bits.
     Fewer than half of the founders die. All faults may meet; the network heals at 12 s.
     """
     rng = random.Random(f"storm {seed}")
@@ -48,6 +50,13 @@ def storm(seed: int) -> Swarm:
         side = frozenset(p.name for p in peers if rng.random() < 0.5)
         start = rng.uniform(0, 8)
         parted.append((start, min(12.0, start + rng.uniform(0.5, 8)), side))
+    for i, peer in enumerate(peers):
+        peers[i] = replace(
+            peer,
+            returns=rng.choice([float("inf"), rng.uniform(0.1, 6)]),
+            flips=rng.choice([-1] * 12 + [1, 2]),
+            poisons=rng.random() < 0.1,
+        )
     weather = Weather(
         delay=(0.005, slow),
         loss=rng.choice([0.0, 0.05, 0.2]),

@@ -18,19 +18,23 @@ from functools import partial
 
 from atoll.aggregation import allreduce
 from atoll.aggregation.allreduce import AllReduce, ReduceEvent
+from atoll.aggregation.circle import Patience
 from atoll.aggregation.quorum import quorum
-from atoll.aggregation.rendezvous import Patience, Rendezvous
+from atoll.aggregation.rendezvous import Rendezvous
 from atoll.aggregation.rendezvous_events import (
     Abort,
     Admitted,
     Apply,
     BeatDue,
+    Bound,
+    Digested,
     Download,
     Downloaded,
     Drop,
     Get,
     Heard,
     Leaving,
+    Load,
     MeanFailed,
     MeanMade,
     NotDownloaded,
@@ -44,6 +48,7 @@ from atoll.aggregation.rendezvous_events import (
     TrainOn,
     Wake,
 )
+from atoll.protocols import state
 
 Vector = list[float]
 Listen = Callable[[float, str, PeerEvent, list[PeerAction]], None]
@@ -63,6 +68,9 @@ class PeerModel:
     leaves: float = math.inf  # with a goodbye
     dies_applying: int = 0  # the epoch whose mean it applies last, with some of its words unsaid
     spoils: int = -1  # the epoch in which its work is not finite, until it is done again
+    flips: int = -1  # the epoch whose model its memory spoils: other bits than the others'
+    poisons: bool = False  # what it gives for its model are other bits
+    returns: float = math.inf  # seconds from its first death until it is there again, as itself
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,10 @@ class _Peer:
     model: PeerModel
     machine: Rendezvous
     anchor: Vector
+    loaded: tuple[str, Vector] = ("", [])  # the chain of a model that was downloaded
     alive: bool = False
+    given: set[str] = field(default_factory=set)  # attempts that it has put its work out for
+    lives: int = 0  # so far: what was begun in another is nothing in this
     handled: int = 0
     trained: str = ""  # the model it works on
     reduces: dict[str, AllReduce] = field(default_factory=dict)  # attempt -> its machine
@@ -132,8 +143,10 @@ class Swarm:
         self._epochs = {START.chain: 0}
         self._bits: dict[str, str] = {}  # chain -> SHA-256 of the model
         self._commits: dict[int, tuple[tuple[str, ...], tuple[float, ...]]] = {}
+        self._gave: dict[tuple[str, str], int] = {}  # (attempt, peer) -> in which life
         self._again: set[tuple[str, str]] = set()  # (peer, chain): work that was done twice
         self._forks = self._wrong = self._aborts = 0
+        self._patience, self._flipped = patience or Patience(), False
         founders = tuple(sorted(p.name for p in peers if p.joins == 0))
         self._peers: dict[str, _Peer] = {}
         for model in peers:
@@ -141,9 +154,9 @@ class Swarm:
             machine = Rendezvous(
                 model.name,
                 size,
-                founders if first else (),
+                founders,
                 START if first else Stand(),
-                patience or Patience(),
+                self._patience,
             )
             for other in peers:
                 machine.handle(Admitted(other.name, other.weight, other.bandwidth), 0.0)
@@ -167,12 +180,22 @@ class Swarm:
         )  # fmt: skip
 
     def _short(self, epochs: int) -> list[str]:
-        """Who is not there yet: the living, and those who are still to come."""
+        """Who is not there yet: the living, those still to come, and who has other bits than the
+        others at its model."""
+        bits: dict[str, set[str]] = {}
+        for p in self._peers.values():
+            if p.alive:
+                bits.setdefault(p.machine.stand.chain, set()).add(_sha256(p.anchor))
         return sorted(
             name
             for name, p in self._peers.items()
-            if (p.alive or self._now < p.model.joins) and p.machine.stand.epoch < epochs
+            if (p.alive or self._now < p.model.joins or self._returning(p))
+            and (p.machine.stand.epoch < epochs or len(bits.get(p.machine.stand.chain, ())) > 1)
         )
+
+    def _returning(self, peer: _Peer) -> bool:
+        dead = peer.lives == 1 and not peer.alive and not peer.machine.left
+        return dead and peer.model.returns < math.inf
 
     def _headless(self) -> bool:
         living = [p.machine for p in self._peers.values() if p.alive]
@@ -208,17 +231,39 @@ class Swarm:
                 self._after(self._delay(), happen)
 
     def _start(self, name: str) -> None:
-        self._peers[name].alive = True
+        peer = self._peers[name]
+        peer.alive, peer.lives = True, peer.lives + 1
+        if peer.machine.stand.epoch >= 0:
+            self._digest(peer)
         self._hear(name, Started())
 
     def _die(self, name: str) -> None:
-        self._peers[name].alive = False
+        peer = self._peers[name]
+        if peer.alive and peer.lives == 1 and not peer.machine.left:
+            self._after(peer.model.returns, partial(self._return, name))
+        peer.alive = False
+
+    def _return(self, name: str) -> None:
+        """As after kill -9: what it was bound by, its model and the mean it voted for are left."""
+        peer = self._peers[name]
+        bound = state.loads(Bound, state.dumps(peer.machine.bound()))
+        voted = bound.accepted[1].digest if bound.accepted is not None else ""
+        peer.means = {d: m for d, m in peer.means.items() if d == voted}
+        for kept in (peer.reduces, peer.inputs, peer.parts, peer.given):
+            kept.clear()
+        peer.machine = Rendezvous.again(name, self._size, bound, self._patience)
+        for other in self._peers.values():
+            admitted = Admitted(other.model.name, other.model.weight, other.model.bandwidth)
+            peer.machine.handle(admitted, self._now)
+        peer.trained = ""
+        self._start(name)
 
     # ---- a peer --------------------------------------------------------------------------------
 
-    def _hear(self, name: str, event: PeerEvent) -> None:
+    def _hear(self, name: str, event: PeerEvent, life: int = 0) -> None:
+        """`life`: the one of the peer that this is from; 0: any."""
         peer = self._peers[name]
-        if not peer.alive:
+        if not peer.alive or life not in (0, peer.lives):
             return
         peer.handled += 1
         actions = peer.machine.handle(event, self._now)
@@ -246,50 +291,65 @@ class Swarm:
         return last or peer.handled == peer.model.dies_after
 
     def _do(self, peer: _Peer, action: PeerAction) -> None:
-        name = peer.model.name
+        name, life = peer.model.name, peer.lives
         match action:
             case Say(to, message):
                 self._send(name, to, lambda: self._hear(to, Heard(name, message)))
             case Reduce(chain, ballot, plan, deadline):
                 attempt = _attempt(chain, ballot)
                 peer.reduces[attempt] = AllReduce(name, plan, deadline)
+                peer.given.add(attempt)
                 self._reduce(name, attempt, allreduce.Go())
             case Drop(chain, ballot):
                 peer.reduces.pop(_attempt(chain, ballot), None)
             case Get(chain, digest, holders):
-                self._after(2 * self._delay(), lambda: self._got(name, chain, digest, holders))
+                got = partial(self._got, name, chain, digest, holders, life)
+                self._after(2 * self._delay(), got)
             case Apply(value):
                 self._apply(peer, value.digest, value.group, value.weights)
-            case Download(donor):
-                self._after(4 * self._delay(), lambda: self._download(name, donor))
+            case Download(stand, donors, bits):
+                self._download(peer, stand.chain, donors, bits)
+            case Load(stand):
+                chain, anchor = peer.loaded
+                assert chain == stand.chain, "another model than that which is to be used"
+                peer.anchor = anchor
             case TrainOn(stand):
                 pace = peer.model.pace * self._rng.uniform(0.8, 1.2)
                 if stand.chain == peer.trained:
                     self._again.add((name, stand.chain))
                 peer.trained = stand.chain
-                self._after(pace, lambda: self._hear(name, StepsDone(stand.chain)))
+                self._after(pace, lambda: self._hear(name, StepsDone(stand.chain), life))
             case Abort():
                 self._aborts += 1
             case Wake(at):
-                self._at(at, lambda: self._hear(name, BeatDue()))
+                self._at(at, lambda: self._hear(name, BeatDue(), life))
 
-    def _got(self, name: str, chain: str, digest: str, holders: tuple[str, ...]) -> None:
+    def _got(self, name: str, chain: str, digest: str, holders: tuple[str, ...], life: int) -> None:
         for holder in holders:
             if digest in self._peers[holder].means and not self._lost(name, holder):
                 self._peers[name].means[digest] = self._peers[holder].means[digest]
-                self._hear(name, MeanMade(chain, digest))
+                self._hear(name, MeanMade(chain, digest), life)
                 return
-        self._hear(name, MeanFailed(chain, "nobody has it"))
+        self._hear(name, MeanFailed(chain, "nobody has it"), life)
 
-    def _download(self, name: str, donor: str) -> None:
-        giver = self._peers[donor]
-        if self._lost(name, donor):
-            self._hear(name, NotDownloaded(donor))
-            return
-        machine, mine = giver.machine, self._peers[name]
-        if machine.stand.rank > mine.machine.stand.rank:
-            mine.anchor = list(giver.anchor)
-        self._hear(name, Downloaded(donor, machine.stand, machine.members, machine.last))
+    def _download(self, peer: _Peer, chain: str, donors: tuple[str, ...], bits: str) -> None:
+        """A donor keeps what it has begun to give."""
+        name, doubted = peer.model.name, []
+        event: PeerEvent = NotDownloaded(chain)
+        for donor in donors:
+            giver = self._peers[donor]
+            if self._lost(name, donor):
+                doubted.append(donor)
+            elif giver.machine.stand.chain == chain:
+                anchor = [x + 1 for x in giver.anchor] if giver.model.poisons else giver.anchor
+                if _sha256(anchor) == bits:
+                    peer.loaded, event = (chain, list(anchor)), Downloaded(chain)
+                    break
+                doubted.append(donor)
+        if isinstance(event, NotDownloaded):
+            event = NotDownloaded(chain, tuple(doubted))
+        life = peer.lives
+        self._after(4 * self._delay(), lambda: self._hear(name, event, life))
 
     # ---- its vectors ---------------------------------------------------------------------------
 
@@ -313,14 +373,23 @@ class Swarm:
         self._wrong += mean != _mean(deltas)
         peer.anchor = [a - m for a, m in zip(peer.anchor, mean, strict=True)]
         self._forks += self._next.setdefault(last.base, stand.chain) != stand.chain
+        if peer.model.flips == stand.epoch:
+            peer.anchor[0] += 1.0
+            self._flipped = True
         bits = _sha256(peer.anchor)
-        self._forks += self._bits.setdefault(stand.chain, bits) != bits
+        # Where one was flipped others may have loaded its model: all alike in the end is enough.
+        self._forks += not self._flipped and self._bits.setdefault(stand.chain, bits) != bits
+        self._after(0.001, partial(self._digest, peer))
         self._commits[stand.epoch] = (group, weights)
         peer.means = {digest: mean}
         peer.reduces.clear()
         for kept in (peer.inputs, peer.parts):
             for attempt in [a for a in kept if not a.startswith(last.base)]:
                 del kept[attempt]
+
+    def _digest(self, peer: _Peer) -> None:
+        digested = Digested(peer.machine.stand.chain, _sha256(peer.anchor))
+        self._hear(peer.model.name, digested)
 
     def _reduce(self, name: str, attempt: str, event: ReduceEvent) -> None:
         peer = self._peers[name]
@@ -351,7 +420,8 @@ class Swarm:
         if machine is None:
             return
         result = other.parts.get(attempt, {}).get(part)
-        if self._lost(name, giver) or (what == "result" and result is None):
+        begun = what == "result" or attempt in other.given
+        if self._lost(name, giver) or not begun or (what == "result" and result is None):
             self._reduce(name, attempt, allreduce.Missed(giver, what, part))
             return
         digest = ""
@@ -363,6 +433,8 @@ class Swarm:
             place = machine.plan.parts[part]
             given = self.delta(giver, attempt.split("/")[0])[place.start : place.stop]
             peer.inputs.setdefault(attempt, {}).setdefault(part, {})[giver] = given
+            # The work of two lives differs: one attempt must not have parts of both.
+            self._wrong += self._gave.setdefault((attempt, giver), other.lives) != other.lives
         self._reduce(name, attempt, allreduce.Arrived(giver, what, part, digest))
 
     def _combined(
@@ -375,6 +447,7 @@ class Swarm:
         place = machine.plan.parts[part]
         given = dict(peer.inputs.get(attempt, {}).get(part, {}))
         given[name] = self.delta(name, attempt.split("/")[0])[place.start : place.stop]
+        self._wrong += self._gave.setdefault((attempt, name), peer.lives) != peer.lives
         spoiled = tuple(p for p, _ in order if not all(map(math.isfinite, given[p])))
         mean = _mean([(given[p], w) for p, w in order])
         if not spoiled:

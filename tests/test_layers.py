@@ -27,11 +27,13 @@ CONNECTING = {"cli", "client", "outbox", "session", "transfer", "work"}  # half 
 
 MACHINES = [
     "aggregation/allreduce.py",
+    "aggregation/circle.py",
     "aggregation/compass_groups.py",
     "aggregation/dp_fedavg.py",
     "aggregation/fedavg.py",
     "aggregation/fedbuff.py",
     "aggregation/fedcompass.py",
+    "aggregation/proposing.py",
     "aggregation/quorum.py",
     "aggregation/rendezvous.py",
     "aggregation/rendezvous_events.py",

@@ -14,7 +14,9 @@ from atoll.aggregation.rendezvous_events import (
     Ballot,
     BeatDue,
     Begin,
+    Bound,
     Commit,
+    Digested,
     Download,
     Downloaded,
     Drop,
@@ -23,6 +25,7 @@ from atoll.aggregation.rendezvous_events import (
     Goodbye,
     Heard,
     Leaving,
+    Load,
     MeanFailed,
     MeanMade,
     Message,
@@ -389,27 +392,165 @@ def test_a_vote_waits_for_the_mean(b: Rendezvous) -> None:
     assert b.handle(MeanMade("s", "d"), 1.1) == [Say("a", Accepted("s", ONE))]
 
 
+FAR = Stand(5, "", 15.0).next(VALUE)
+LAST = Commit("", VALUE)
+
+
+def far(bits: str = "f") -> Announce:
+    return Announce(FAR, False, LAST, bits)
+
+
 def test_a_joiner_downloads_the_best_model_and_asks_another_where_that_fails() -> None:
     q = up("q")
-    far = Stand(5, "far", 15.0)
-    assert hear(q, "a", Announce(far, False, None)) == [Download("a")]
-    assert hear(q, "b", Announce(far, False, None)) == []  # it is on its way
-    assert q.handle(Downloaded("c", far, ("a",), None), 1.1) == []  # nobody asked it
-    assert q.handle(NotDownloaded("c"), 1.1) == []
-    q.handle(NotDownloaded("a"), 1.2)
-    assert hear(q, "a", Announce(far, False, None)) == []  # not again so soon
-    assert hear(q, "b", Announce(far, False, None), 1.3) == [Download("b")]
+    q.stand = S  # else it would be one mean away
+    assert hear(q, "a", far("")) == []  # nobody says yet what it must hash to
+    assert hear(q, "a", far()) == [Download(FAR, ("a",), "f")]
+    assert hear(q, "b", far()) == []  # it is on its way
+    assert q.handle(Downloaded("else"), 1.1) == []  # nobody asked for it
+    assert q.handle(NotDownloaded("else"), 1.1) == []
+    q.handle(NotDownloaded(FAR.chain, ("a",)), 1.2)
+    assert hear(q, "a", far()) == []  # not again so soon
+    assert hear(q, "b", far(), 1.3) == [Download(FAR, ("b",), "f")]
     q.handle(BeatDue(), 21.3)  # too long
-    assert hear(q, "a", Announce(far, False, None), 21.4) == [Download("a")]
-    had = quiet(q.handle(Downloaded("a", far, ("a", "b"), None), 22.0))
-    assert had == [TrainOn(far)]
-    assert (q.stand, q.members) == (far, ("a", "b"))
+    assert hear(q, "a", far(), 21.4) == [Download(FAR, ("a",), "f")]
+    assert quiet(q.handle(Downloaded(FAR.chain), 22.0)) == [Load(FAR), TrainOn(FAR)]
+    assert (q.stand, q.members, q.last, q.bits) == (FAR, VALUE.group, LAST, "f")
+
+
+def test_a_founder_gives_the_first_model_to_one_that_has_none() -> None:
+    q = up("q")
+    q.members = ("a",)
+    assert hear(q, "a", Announce(S, False, None, "f")) == [Download(S, ("a",), "f")]
+    assert quiet(q.handle(Downloaded("s"), 1.1)) == [Load(S), TrainOn(S)]
+    assert q.members == ("a",)
 
 
 def test_a_download_that_is_no_better_than_what_is_here_is_not_taken(b: Rendezvous) -> None:
-    assert hear(b, "a", Announce(Stand(5, "far", 15.0), False, None)) == [Download("a")]
-    assert b.handle(Downloaded("a", S, ("a",), None), 1.1) == []
-    assert b.members == ("a", "b", "c")
+    assert hear(b, "a", far()) == [Download(FAR, ("a",), "f")]
+    b.stand = Stand(7, "own", 20.0)
+    assert b.handle(Downloaded(FAR.chain), 1.1) == []
+    assert b.stand.chain == "own"
+
+
+def test_where_a_peer_stands_must_follow_from_the_commit_that_it_names(b: Rendezvous) -> None:
+    for claim in (Stand(6, FAR.chain, 99.0), Stand(6, "z", FAR.heavy)):
+        assert b.handle(Heard("a", Announce(claim, False, LAST, "f")), 1.0) == []
+    assert b.handle(Heard("a", Announce(FAR, False, None, "f")), 1.0) == []
+    assert b.roster["a"].stand == S
+
+
+def test_an_announcement_that_was_overtaken_changes_nothing(b: Rendezvous) -> None:
+    hear(b, "a", far())
+    b.handle(Heard("a", Announce(S, False, None)), 1.1)
+    assert b.roster["a"].stand == FAR
+
+
+# ---- other bits of one model -----------------------------------------------------------------
+
+
+def test_what_a_models_values_hash_to_is_said_once(b: Rendezvous) -> None:
+    said = b.handle(Digested("s", "x"), 1.0)
+    assert said == to(Announce(S, False, None, "x"), "acq")
+    assert b.handle(Digested("s", "x"), 1.0) == []
+    assert b.handle(Digested("old", "y"), 1.0) == []
+
+
+def test_the_light_side_of_one_model_loads_that_of_the_heavy_and_trains_anew() -> None:
+    b = up("b")
+    b.handle(Digested("s", "x"), 1.0)
+    b.handle(StepsDone("s"), 1.0)
+    assert hear(b, "a", Announce(S, False, None, "x")) == []
+    b.handle(Admitted("c", 3.0, 100.0), 1.0)
+    assert hear(b, "c", Announce(S, False, None, "y")) == [Download(S, ("c",), "y")]
+    assert quiet(b.handle(Downloaded("s"), 1.2)) == [Load(S)]  # its work is done: it counts
+    assert b.bits == "y"
+
+
+def test_the_heavy_side_of_one_model_keeps_it(b: Rendezvous) -> None:
+    b.handle(Digested("s", "x"), 1.0)
+    hear(b, "a", Announce(S, False, None, "x"))
+    assert hear(b, "c", Announce(S, False, None, "y")) == []
+    assert b.bits == "x"
+
+
+def test_of_two_sides_of_one_weight_one_is_chosen_by_all_alike() -> None:
+    for me, other, mine, its in (("b", "c", "x", "y"), ("c", "b", "y", "x")):
+        machine = up(me, "bc", "bc")
+        machine.handle(Digested("s", mine), 1.0)
+        said = hear(machine, other, Announce(S, False, None, its))
+        assert said == ([Download(S, ("c",), "y")] if me == "b" else [])
+        if me == "b":
+            loaded = quiet(machine.handle(Downloaded("s"), 1.2))
+            assert loaded == [Load(S), TrainOn(S)]
+
+
+# ---- a memory --------------------------------------------------------------------------------
+
+
+def again(machine: Rendezvous, others: str = "abc") -> Rendezvous:
+    """Killed, and there once more with what was on its disk."""
+    kept = state.loads(Bound, state.dumps(machine.bound()))
+    back = Rendezvous.again(machine.me, machine.size, kept, machine.patience)
+    for peer in others:
+        back.handle(Admitted(peer, 1.0, 100.0), 50.0)
+    return back
+
+
+def test_a_peer_that_comes_back_keeps_its_promise_and_ends_what_it_had_begun(
+    b: Rendezvous,
+) -> None:
+    hear(b, "a", Begin("s", ONE, PLAN))
+    back = again(b)
+    ended = Say("a", Failed("s", ONE, "b was started anew", (), ()))
+    assert quiet(back.handle(Started(), 50.0)) == [Wake(50.5), TrainOn(S), ended]
+    assert hear(back, "a", Begin("s", ONE, PLAN), 50.1) == [ended]  # its work is another now
+    assert hear(back, "c", Prepare("s", (0, "c")), 50.1) == [Say("c", Refuse("s", ONE))]
+    assert isinstance(hear(back, "c", Begin("s", (2, "c"), PLAN), 50.2)[0], Reduce)
+
+
+def test_a_peer_that_comes_back_stands_by_its_vote(b: Rendezvous) -> None:
+    hear(b, "a", Begin("s", ONE, PLAN))
+    b.handle(MeanMade("s", "d", ONE), 1.0)
+    hear(b, "a", Accept("s", ONE, VALUE, ("a",)))
+    back = again(b)
+    back.handle(Started(), 50.0)
+    promise = Promise("s", (2, "c"), False, (ONE, VALUE))
+    assert hear(back, "c", Prepare("s", (2, "c")), 50.1) == [Say("c", promise)]
+    applied = quiet(back.handle(Heard("c", Commit("s", VALUE)), 50.2))
+    assert isinstance(applied[0], Apply)  # that mean lies there
+
+
+def test_a_proposer_that_comes_back_counts_on_from_its_last_ballot(a: Rendezvous) -> None:
+    reducing(a)
+    back = again(a)
+    assert quiet(back.handle(Started(), 50.0)) == [Wake(50.5), TrainOn(S)]
+    for peer in "bc":
+        hear(back, peer, Announce(S, True, None), 50.1)
+    assert quiet(back.handle(StepsDone("s"), 50.2)) == to(Prepare("s", (2, "a")), "bc")
+
+
+def test_an_attempt_that_failed_here_is_not_begun_twice(b: Rendezvous) -> None:
+    hear(b, "a", Begin("s", ONE, PLAN))
+    failed = Say("a", Failed("s", ONE, "still without c", ("c",), ()))
+    assert b.handle(MeanFailed("s", "still without c", ONE, ("c",)), 2.0) == [failed]
+    assert hear(b, "a", Begin("s", ONE, PLAN)) == [failed]
+
+
+def test_the_last_of_all_leaves_without_a_goodbye_and_may_come_back_as_itself() -> None:
+    b = up("b", "ab", "abq")
+    hear(b, "a", Goodbye(S, None))
+    assert b.handle(Leaving(), 2.0) == []
+    assert (b.left, b.parted) == (True, False)
+
+
+def test_the_first_mean_waits_for_as_many_as_the_run_wants() -> None:
+    machine = up("a", "a", "abc")
+    machine.patience.first = 3
+    assert ready(machine, "ab") == []
+    assert quiet(machine.handle(BeatDue(), 20.0)) == [Wake(20.5)]
+    for peer in "bc":
+        said = hear(machine, peer, Announce(S, True, None), 20.1)
+    assert said == to(Prepare("s", ONE), "bc")
 
 
 def test_a_peer_is_dumped_and_loaded_in_the_middle_of_a_round(a: Rendezvous) -> None:

@@ -1,0 +1,178 @@
+"""Circle: what a peer of a rendezvous knows: of its model, of the epoch under way, of the others.
+
+The state of `rendezvous.py`, and the small questions that both its halves ask of it.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from atoll.aggregation.allreduce import Plan
+from atoll.aggregation.rendezvous_events import (
+    Accept,
+    Announce,
+    Ballot,
+    Commit,
+    Failed,
+    Goodbye,
+    Message,
+    PeerAction,
+    Promise,
+    Say,
+    Stand,
+    Value,
+)
+
+Actions = Iterator[PeerAction]
+
+
+@dataclass
+class Patience:
+    """Seconds and counts of a rendezvous. The defaults are for machines in one building."""
+
+    beat: float = 0.5  # between two announcements, and between two looks at the clock
+    silence: float = 2.5  # without a word, after which a peer is taken for lost
+    ready: float = 5.0  # that the first ready peer waits for the others
+    reply: float = 1.5  # that a proposer waits for a promise
+    reduce: float = 10.0  # for one all-reduce
+    fetch: float = 5.0  # for a vote, which may need a mean to be fetched
+    load: float = 20.0  # for a download of the model
+    attempts: int = 4  # all-reduces of one epoch until it is put off
+    first: int = 1  # peers, at least, whose work is in the first mean
+
+
+@dataclass
+class Known:
+    """What this peer knows of another."""
+
+    weight: float
+    bandwidth: float
+    heard: float = -1e9  # when it was heard of last
+    stand: Stand = field(default_factory=Stand)
+    ready: bool = False
+    last: Commit | None = None
+    bits: str = ""  # digest of its model, as it says
+
+
+@dataclass
+class Loading:
+    """A download on its way."""
+
+    stand: Stand
+    last: Commit | None
+    bits: str
+    donors: tuple[str, ...]
+    since: float
+
+
+@dataclass
+class Lead:
+    """A proposal of this peer's on its way."""
+
+    ballot: Ballot
+    since: float  # when this phase began
+    phase: str = "prepare"  # then "reduce", then "accept"; only the last two after a promise
+    promises: dict[str, Promise] = field(default_factory=dict)
+    plan: Plan | None = None
+    reports: dict[str, str] = field(default_factory=dict)  # peer -> digest it holds
+    failures: dict[str, Failed] = field(default_factory=dict)
+    value: Value | None = None
+    votes: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Circle:
+    """One peer. `members` made the model `stand` that it starts with. One without a model gives the
+    founders, who made the first."""
+
+    me: str
+    size: int  # elements of the vector that is averaged
+    members: tuple[str, ...] = ()  # who made the last commit: they decide the next
+    stand: Stand = field(default_factory=Stand)
+    patience: Patience = field(default_factory=Patience)
+    roster: dict[str, Known] = field(default_factory=dict)
+    last: Commit | None = None
+    bits: str = ""  # digest of this peer's model; empty: not known yet
+    # of the epoch under way
+    ready: bool = False
+    promised: Ballot = (0, "")
+    promised_at: float = -1e9
+    lost: Ballot = (0, "")  # attempts up to here ended when this peer was started anew
+    accepted: tuple[Ballot, Value] | None = None
+    reducing: Ballot | None = None
+    made: dict[str, str] = field(default_factory=dict)  # "count proposer" -> digest, of attempts
+    failed: dict[str, Failed] = field(default_factory=dict)  # in the same way
+    held: set[str] = field(default_factory=set)  # digests of means that lie here
+    asked: Accept | None = None  # to vote when its mean has come
+    owed: Value | None = None  # decided, its mean not here yet
+    getting: str = ""  # digest of the mean that is being fetched
+    lead: Lead | None = None
+    tries: int = 0
+    spoiled: set[str] = field(default_factory=set)  # weight 0 in this epoch
+    shunned: set[str] = field(default_factory=set)  # not in the group in this epoch
+    ripe: float | None = None  # when the first peer was ready
+    pause: float = -1e9  # until when this peer proposes nothing
+    # beyond it
+    farewells: dict[str, Goodbye] = field(default_factory=dict)
+    loading: Loading | None = None
+    doubted: dict[str, float] = field(default_factory=dict)  # donors that failed, and until when
+    up: bool = False  # since `Started`
+    left: bool = False
+    parted: bool = False  # with a goodbye: never again under this name
+
+    @abstractmethod
+    def _message(self, peer: str, message: Message, now: float) -> Actions:
+        """What to do about a message; a proposer's own words are among them."""
+
+    def _weight(self, peer: str) -> float:
+        """By the roster's rule; 0 for whose work on this model is not done, or was not finite."""
+        known = self.roster[peer]
+        done = self.ready if peer == self.me else known.ready
+        return known.weight if done and peer not in self.spoiled else 0.0
+
+    def gone(self, here: bool = False) -> list[str]:
+        """Who left at this model, or (not `here`) before it: they will never vote for its next.
+
+        Of one who left after it nobody knows what it voted for here: it still counts.
+        """
+        mine = self.stand.rank
+        ranks = {peer: goodbye.stand.rank for peer, goodbye in self.farewells.items()}
+        return sorted(p for p, r in ranks.items() if r == mine or (r < mine and not here))
+
+    def _near(self, now: float) -> list[str]:
+        """Others that were heard of lately, sorted."""
+        since = now - self.patience.silence
+        return sorted(p for p, k in self.roster.items() if k.heard > since and p != self.me)
+
+    def _here_too(self, now: float) -> list[str]:
+        """Those at the same model, this one among them, sorted."""
+        chain = self.stand.chain
+        here = [p for p in self._near(now) if self.roster[p].stand.chain == chain]
+        return sorted([*here, self.me])
+
+    def _here(self) -> Announce:
+        return Announce(self.stand, self.ready, self.last, self.bits)
+
+    def _sides(self, peers: list[str]) -> dict[str, float]:
+        """Digests that those of `peers` say who are at one model, with the weight behind each."""
+        sides: dict[str, float] = {}
+        for peer in peers:
+            bits = self.bits if peer == self.me else self.roster[peer].bits
+            weight = self.roster[peer].weight if peer in self.roster else 0.0
+            if bits:
+                sides[bits] = sides.get(bits, 0.0) + weight
+        return sides
+
+    def _announce(self) -> Actions:
+        yield from self._all(self._here())
+
+    def _all(self, message: Message) -> Actions:
+        for peer in sorted(self.roster):
+            if peer != self.me and peer not in self.farewells:
+                yield Say(peer, message)
+
+    def _say(self, peer: str, message: Message, now: float) -> Actions:
+        if peer == self.me:
+            yield from self._message(peer, message, now)
+        else:
+            yield Say(peer, message)
