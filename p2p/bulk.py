@@ -8,7 +8,7 @@ sender must know (that it arrived) is a call of its own. Frames are those of `fr
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from atoll.p2p.node import CALL_SECONDS, Node
 from atoll.protocols import frames
@@ -20,10 +20,16 @@ PATIENCE = 30.0  # seconds without any progress after which a transfer is given 
 PAUSE = 0.3  # seconds between a stream that broke and the next
 
 
-class Shelf:
-    """What this node gives to others: `find(peer, blob id)` is the blob, RemoteError where none."""
+Find = Callable[[str, str], Awaitable[Blob]]
 
-    def __init__(self, node: Node, find: Callable[[str, str], Blob]) -> None:
+
+class Shelf:
+    """What this node gives to others: `find(peer, blob id)` is the blob, RemoteError where none.
+
+    It may wait for one that is being made, but less long than `CALL_SECONDS`.
+    """
+
+    def __init__(self, node: Node, find: Find) -> None:
         self._node = node
         self._find = find
 
@@ -32,7 +38,7 @@ class Shelf:
 
     async def _give(self, peer: str, said: bytes) -> AsyncIterator[bytes]:
         blob, offset = _asked(said)
-        found = self._find(peer, blob)
+        found = await self._find(peer, blob)
         if offset % CHUNK or offset > len(found.view):
             raise RemoteError("FL-W111", f"offset {offset} of {blob}", "resume at a whole chunk")
         for frame in frames.chunks(
@@ -48,16 +54,18 @@ async def fetch(
     dest: memoryview,
     *,
     sha256: bytes = b"",
+    shorter: bool = False,
     seconds: float = CALL_SECONDS,
     patience: float = PATIENCE,
-) -> bytes:
-    """Fill `dest` with a peer's blob; its SHA-256. Goes on where a stream broke.
+) -> tuple[bytes, int]:
+    """Fill `dest` with a peer's blob; its SHA-256 and length. Goes on where a stream broke.
 
-    `seconds` may pass between two messages, `patience` without progress over several streams.
-    RemoteError FL-P203 where the peer stops answering, FL-W105 where the bytes are others than
-    `sha256` says, FL-W103 where there are more than `dest` holds.
+    `shorter`: it may end before `dest` does. `seconds` may pass between two messages, `patience`
+    without progress over several streams. RemoteError FL-P203 where the peer stops answering,
+    FL-W105 where the bytes are others than `sha256` says, FL-W103 where there are more than `dest`
+    holds, or too few.
     """
-    coming, clock = _Coming(dest), asyncio.get_running_loop().time
+    coming, clock = _Coming(dest, shorter), asyncio.get_running_loop().time
     until = clock() + patience
     while not coming.sha256:
         before = coming.held
@@ -69,17 +77,19 @@ async def fetch(
             if error.code not in ("FL-P203", "FL-W105") or clock() >= until:
                 raise
             await asyncio.sleep(PAUSE)
-    found = await asyncio.to_thread(lambda: hashlib.sha256(dest).digest())
+    whole = dest[: coming.held]
+    found = await asyncio.to_thread(lambda: hashlib.sha256(whole).digest())
     if found != coming.sha256 or (sha256 and found != sha256):
         raise RemoteError("FL-W105", f"{blob} has SHA-256 {found.hex()}", "ask another peer for it")
-    return found
+    return found, coming.held
 
 
 class _Coming:
     """A blob on its way: what has arrived whole, and at the end what it should hash to."""
 
-    def __init__(self, dest: memoryview) -> None:
+    def __init__(self, dest: memoryview, shorter: bool) -> None:
         self._dest = dest
+        self._shorter = shorter
         self.held = 0
         self.sha256 = b""
 
@@ -99,7 +109,7 @@ class _Coming:
     def _take(self, blob: str, chunk: frames.Chunk) -> None:
         chunk.verify()
         end = self.held + len(chunk.data)
-        whole = end == len(self._dest) and len(chunk.sha256) == 32
+        whole = len(chunk.sha256) == 32 and (self._shorter or end == len(self._dest))
         if chunk.offset != self.held or end > len(self._dest) or (chunk.last and not whole):
             where = f"{blob}: bytes {chunk.offset} to {end}, expected {self.held} on"
             raise RemoteError("FL-W103", f"{where}, {len(self._dest)} in all", "ask another peer")

@@ -60,6 +60,10 @@ CATALOGUE: dict[str, Entry] = {
     "FL-P201": Entry(69, "peer daemon does not start"),
     "FL-P202": Entry(69, "swarm not reachable"),
     "FL-P203": Entry(69, "peer does not answer"),
+    "FL-P401": Entry(64, "codec cannot be used among peers"),
+    "FL-P402": Entry(75, "a peer does not have it"),
+    "FL-P403": Entry(65, "a mean that is not finite"),
+    "FL-P404": Entry(75, "nobody has the mean"),
     # data
     "FL-D101": Entry(3, "data path not found"),
     "FL-D102": Entry(78, "data file malformed"),

@@ -86,7 +86,7 @@ def blob(name: str, size: int) -> Blob:
 
 
 def shelf_of(node: Node, *blobs: Blob) -> bulk.Shelf:
-    def find(_: str, name: str) -> Blob:
+    async def find(_: str, name: str) -> Blob:
         for one in blobs:
             if one.info.id == name:
                 return one
@@ -142,10 +142,14 @@ def test_a_blob_arrives_whole_or_not_at_all(tmp_path: Path) -> None:
     async def work(first: Node, second: Node) -> None:
         await shelf_of(first, big, empty, bad).open()
         dest = memoryview(bytearray(len(big.view)))
-        assert await bulk.fetch(second, first.id, "v7/fp32", dest) == big.info.sha256
+        assert await bulk.fetch(second, first.id, "v7/fp32", dest) == (big.info.sha256, len(dest))
         assert dest == big.view
         none = memoryview(bytearray(0))
-        assert await bulk.fetch(second, first.id, "v0/fp32", none) == empty.info.sha256
+        assert await bulk.fetch(second, first.id, "v0/fp32", none) == (empty.info.sha256, 0)
+        room = memoryview(bytearray(len(big.view) + 9))
+        shorter = await bulk.fetch(second, first.id, "v7/fp32", room, shorter=True)
+        assert shorter == (big.info.sha256, len(big.view))
+        assert room[: len(big.view)] == big.view
         for name, size, sha, code in (
             ("other", 9, b"", "FL-W107"),
             ("v7/fp32", 1 << 20, b"", "FL-W103"),
@@ -175,7 +179,7 @@ def test_a_transfer_goes_on_where_its_giver_broke_off(tmp_path: Path) -> None:
         assert not fetching.done()
         first.daemon.kill()
         await until(lambda: first.restarts == 1)
-        assert await fetching == big.info.sha256
+        assert await fetching == (big.info.sha256, len(dest))
         assert dest == big.view
 
     both(tmp_path, work)
