@@ -62,7 +62,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-P203": Entry(69, "peer does not answer"),
     "FL-P401": Entry(64, "codec cannot be used among peers"),
     "FL-P402": Entry(75, "a peer does not have it"),
-    "FL-P403": Entry(65, "a mean that is not finite"),
+    "FL-P403": Entry(76, "a mean that is not finite"),
     "FL-P404": Entry(75, "nobody has the mean"),
     # data
     "FL-D101": Entry(3, "data path not found"),

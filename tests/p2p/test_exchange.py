@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from atoll.aggregation.allreduce import Done, Fail, Part, PartReady, Plan
+from atoll.aggregation.allreduce import Done, Fail, Part, PartReady, Plan, whole
 from atoll.aggregation.part_mean import part_mean
 from atoll.p2p.contribution import Contribution, packer
 from atoll.p2p.exchange import Exchange
+from atoll.p2p.reducing import Mean
+from atoll.protocols.codecs import as_bytes
 from atoll.protocols.codecspec import Chain, parse
 from atoll.protocols.errors import RemoteError, UsageError
 
@@ -280,6 +282,20 @@ def test_results_that_do_not_decode_or_are_not_finite_are_never_used() -> None:
                     loop.peers[name].beat()
         assert isinstance(loop.ends["b"], Done)
         assert loop.ends["a"] == Fail("still without b", ("b",))
+
+    asyncio.run(work())
+
+
+def test_a_missed_mean_that_is_not_finite_is_never_used() -> None:
+    async def work() -> None:
+        loop, poison = Loop(), torch.full((SIZE,), math.nan)
+        payload = as_bytes(poison)
+        parts, digests = (Part("a", 0, SIZE),), (hashlib.sha256(payload).hexdigest(),)
+        digest = whole(iter(digests))
+        loop.peers["a"]._means[digest] = Mean(digest, parts, digests, (payload,), poison)
+        with pytest.raises(RemoteError) as refused:
+            await loop.peers["b"].get(digest, ("a",))
+        assert refused.value.code == "FL-P403"
 
     asyncio.run(work())
 
