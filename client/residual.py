@@ -4,6 +4,9 @@ Error feedback (`protocols/feedback.py`) over orders that overlap: what an updat
 at once, so the next one already carries it; where an `Outcome` says that an update was not used,
 all that it had carried is given back. A kill between any two steps changes nothing
 (`client/keep.py`): with decay 1, what was used and what is kept add up to all that was learned.
+
+A codec that remembers something from one encoding to the next (PowerSGD's Q) has it kept here too,
+with feedback or without. It only makes the next encoding better, so it stays whatever the outcome.
 """
 
 from collections.abc import Mapping
@@ -31,6 +34,8 @@ class Residual(Rule):
 
     def discarded(self, held: Named, pending: Named, sent: Sent) -> Named:
         state = dict(self.seen(held, pending))
+        if CHANGE not in pending:  # sent without feedback: nothing of it was to come back
+            return state
         try:
             carried = sent("trainable")
         except KeyError:  # packed by a codec of a former life, which nobody reads any more

@@ -73,12 +73,13 @@ class Workbench:
     def agree(self, up: Codec, down: Codec, rule: ErrorFeedback | None = None) -> None:
         """Pack and read so from the next order on; one that is at work keeps to its own codec.
 
-        `rule`: what `up` leaves out is kept and sent later.
+        `rule`: what `up` leaves out is kept and sent later. What `up` itself remembers is kept too.
         """
         self._rule = rule
-        if rule is not None:
-            self.keep.register(residual.KIND, residual.Residual())
         self.up, self.down = (tensors.fit_to(self.manifest, one) for one in (up, down))
+        self._remembers = rule is not None or hasattr(self.up, "encode_from")
+        if self._remembers:
+            self.keep.register(residual.KIND, residual.Residual())
         self._packs[self.up.name] = self.up
 
     def load(self, sent: Sent, fetch: Fetch) -> Payload:
@@ -160,7 +161,7 @@ class Workbench:
     ) -> Result:
         update = f"{order.id}.{order.attempt}" + (f".s{snapshot}" if snapshot else "")
         rule = None if snapshot else self._rule  # a snapshot's work comes again with the whole
-        state = self.keep.now(residual.KIND) if rule is not None else {}
+        state = self.keep.now(residual.KIND) if self._remembers else {}
         made = Made(base, trained.tensors, self._extras_of(trained), self._protect)
         packed = pack(
             self.manifest, made, tensors.extra_sections(self._extras.up), up, rule, state,
@@ -185,7 +186,7 @@ class Workbench:
         assert result.update == update, f"{result.update} is not {update}"
         tensors.finite(self.manifest, Payload(packed.sections, packed.view, up))
         kept = dict(trained.state)
-        if rule is not None:
+        if self._remembers and not snapshot:
             kept[residual.KIND] = residual.change(state, packed.after)
         self.keep.hold(update, kept)  # before the result: see `client/keep.py`
         self.outbox.put(result, packed.view)

@@ -82,8 +82,8 @@ class PowerSGD:
 
     def start(self, count: int) -> dict[str, Tensor]:
         """The first Q of every matrix, end to end: numbers drawn from the seed."""
-        total = sum(p.cols * p.rank for p in self.parts(count) if p.rank)
-        return {Q: torch.randn(total, generator=torch.Generator().manual_seed(self.seed))}
+        drawn = torch.Generator().manual_seed(self.seed)
+        return {Q: torch.randn(self._length(count), generator=drawn)}
 
     def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
         return self.encode_from(values, self.start(values.numel()), out)[0]
@@ -94,7 +94,7 @@ class PowerSGD:
         """Section and state; where `values` are not finite the state stays what it was."""
         out, count = room(self, values, out), values.numel()
         numbers = as_tensor(out, DTYPES[self.bits])
-        before = state[Q] if Q in state else self.start(count)[Q]
+        before = self._remembered(state, count)
         if not all_finite(values):
             numbers.fill_(torch.nan)  # a product would spread it, or a factorisation fail
             return out, {Q: before}
@@ -113,6 +113,16 @@ class PowerSGD:
             after.append(q.reshape(-1).cpu())
             at += size
         return out, {Q: torch.cat(after)}
+
+    def _remembered(self, state: Mapping[str, Tensor], count: int) -> Tensor:
+        """The Q of the time before; the first one where there is none, or one of another rank."""
+        if Q in state and state[Q].shape == (self._length(count),):
+            return state[Q]
+        return self.start(count)[Q]
+
+    def _length(self, count: int) -> int:
+        """Numbers in all Q together."""
+        return sum(p.cols * p.rank for p in self.parts(count) if p.rank)
 
     def decoder(self, payload: memoryview, count: int) -> Decoder:
         numbers, parts = as_tensor(payload, DTYPES[self.bits]), self.parts(count)

@@ -15,6 +15,7 @@ from atoll.client.trainer import Task, Trained
 from atoll.client.work import Workbench
 from atoll.protocols import tensors
 from atoll.protocols.blobs import INLINE, BlobInfo
+from atoll.protocols.codec_powersgd import PowerSGD
 from atoll.protocols.codecs import Codec
 from atoll.protocols.codecspec import parse
 from atoll.protocols.events import Then
@@ -26,7 +27,7 @@ from atoll.protocols.tensors import Payload
 COUNT = 5000
 MANIFEST = Manifest(
     (
-        TensorSpec("w", (COUNT,), "float32", "trainable"),
+        TensorSpec("w", (50, 100), "float32", "trainable"),
         TensorSpec("mean", (3,), "float32", "buffers_float"),
     )
 )
@@ -68,7 +69,7 @@ class Drift:
         return torch.randn(COUNT, generator=noise)
 
     def train(self, task: Task) -> Trained:
-        local = {"w": self.loaded["w"] - self.delta(), "mean": torch.full((3,), 7.0)}
+        local = {"w": self.loaded["w"] - self.delta().view(50, 100), "mean": torch.full((3,), 7.0)}
         if task.asked() == "continue":
             task.snapshot(Trained(local, 1, 1, {}))
         return Trained(local, 1, 1, {})
@@ -215,3 +216,49 @@ def test_a_decay_forgets_and_a_codec_of_a_former_life_gives_nothing_back(tmp_pat
     life.settle(first, "discarded")
     torch.testing.assert_close(life.keep.now(KIND)[RESIDUAL], left, rtol=0, atol=1e-5)
     assert 4 * COUNT < INLINE
+
+
+def test_a_codec_without_feedback_goes_on_from_what_it_remembers(tmp_path: Path) -> None:
+    """PowerSGD's Q gets better from order to order, over kills and whatever became of the update;
+    a snapshot leaves none of its own, and nothing is given back that was never kept."""
+    life = Life(tmp_path, "powersgd:1,bits=32")
+    life.trainer.delta = steady = lambda: torch.randn(  # type: ignore[method-assign]
+        COUNT, generator=torch.Generator().manual_seed(5)
+    )
+    life.codec = life.bench.up
+
+    def lost(fate: str, asked: Then | None = None) -> float:
+        """How far the next update is from what was learned."""
+        update = life.do(asked)
+        kept = life.outbox.get(update)
+        assert kept is not None
+        payload = Payload(kept[0].payload.sections, kept[1], life.codec)
+        found = float((payload.read("trainable") - steady()).norm())
+        life.settle(update, fate)
+        return found
+
+    one = life.codec
+    assert isinstance(one, PowerSGD)
+    state, expected = one.start(COUNT), list[float]()
+    for _ in range(5):
+        packed, state = one.encode_from(steady(), state)
+        got = one.decoder(packed, COUNT)(0, COUNT, torch.empty(COUNT))
+        expected.append(float((got - steady()).norm()))
+    assert expected == sorted(expected, reverse=True)
+    assert expected[0] > expected[4]
+    found = [lost("used"), lost("discarded"), lost("used", "continue")]
+    life.kill()
+    life.trainer.delta = steady  # type: ignore[method-assign]
+    life.codec = life.bench.up
+    found += [lost("superseded"), lost("used")]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert set(life.keep.now(KIND)) == {"codec/q"}
+
+
+def test_another_rank_begins_with_another_q(tmp_path: Path) -> None:
+    life = Life(tmp_path, "powersgd:1+ef")
+    life.do()
+    other = parse("powersgd:3+ef")
+    life.bench.agree(tensors.codec_for(MANIFEST, other), life.bench.down, other.feedback)
+    life.do()
+    assert life.keep.now(KIND)["codec/q"].numel() == 3 * 100
