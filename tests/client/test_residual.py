@@ -140,6 +140,10 @@ class Life:
         return float((self.learned - self.used - way - residual).abs().max())
 
 
+def steady() -> Tensor:
+    return torch.randn(COUNT, generator=torch.Generator().manual_seed(5))
+
+
 def no_fetch(info: BlobInfo, dest: memoryview) -> None:
     raise AssertionError(f"{info.id} lies in the order")
 
@@ -222,9 +226,7 @@ def test_a_codec_without_feedback_goes_on_from_what_it_remembers(tmp_path: Path)
     """PowerSGD's Q gets better from order to order, over kills and whatever became of the update;
     a snapshot leaves none of its own, and nothing is given back that was never kept."""
     life = Life(tmp_path, "powersgd:1,bits=32")
-    life.trainer.delta = steady = lambda: torch.randn(  # type: ignore[method-assign]
-        COUNT, generator=torch.Generator().manual_seed(5)
-    )
+    life.trainer.delta = steady  # type: ignore[method-assign]
     life.codec = life.bench.up
 
     def lost(fate: str, asked: Then | None = None) -> float:
