@@ -146,7 +146,9 @@ class Node:
         with contextlib.suppress(Exception):
             if p2p is not None:
                 await asyncio.wait_for(p2p.shutdown(), 2.0)
-        await asyncio.sleep(0)  # the tasks that were cancelled close their sockets
+                await asyncio.wait_for(_ended(p2p), 2.0)
+        for _ in range(3):
+            await asyncio.sleep(0)  # sockets that were closed are gone a turn of the loop later
         if daemon is not None:
             await daemon.stop()
 
@@ -297,6 +299,15 @@ class Node:
         if self._dht is None:
             raise _no_answer("this peer's daemon", "it is being restarted")
         return self._dht
+
+
+async def _ended(p2p: Any) -> None:
+    """hivemind cancels its tasks and leaves them; they close their sockets when they end, and what
+    they failed with, their daemon being gone, is no news."""
+    control = getattr(getattr(p2p, "_client", None), "control", None)
+    found = [getattr(control, name, None) for name in ("_read_task", "_write_task")]
+    found += [getattr(p2p, name, None) for name in ("_listen_task", "_reader_task")]
+    await asyncio.gather(*(t for t in found if isinstance(t, asyncio.Task)), return_exceptions=True)
 
 
 async def _within(seconds: float, work: Awaitable[T], who: str) -> T:

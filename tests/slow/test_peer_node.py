@@ -1,13 +1,14 @@
 """Nodes over real hivemind: what is said arrives, daemons are replaced, nothing is left behind."""
 
 import asyncio
+import gc
 import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -30,6 +31,13 @@ pytest.importorskip("hivemind")
 
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 NOBODY = "12D3KooWQkLh9T4mXWf8oyRiLb3r4uhcXnVC1Uwqhq1A8wQa1dXb"
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """What it collects, it collects here: found in another test it would count against that one."""
+    yield
+    gc.collect()
 
 
 @asynccontextmanager
