@@ -1,8 +1,9 @@
 """Part mean: what a peer does with the parts of a vector that it reduces (`allreduce.Combine`).
 
-The weighted mean in the order given, as hivemind's reducers take it, and before that what they do
-not: an input that is not finite is refused by name, and no peer's part may be longer than `most`
-times the median of all, as Templar limits contributions (there by the whole vector).
+The weighted mean in the order given, by the sum that a server's merge takes (`mean.py`), so that
+both give the same bits; and before it what hivemind's reducers lack: an input that is not finite is
+refused by name, and no peer's part may be longer than `most` times the median of all, as Templar
+limits contributions (there by the whole vector).
 """
 
 import math
@@ -10,6 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from atoll.aggregation.mean import Mean
+
+MEAN = Mean()
 
 
 def part_mean(
@@ -25,13 +30,12 @@ def part_mean(
     assert len(parts) == len(weights), f"{len(parts)} parts, {len(weights)} weights"
     assert all(w > 0 for w in weights), f"weights {weights}"
     bad = tuple(i for i, part in enumerate(parts) if not bool(torch.isfinite(part).all()))
-    total = torch.zeros_like(parts[0])
     if bad:
-        return total, bad
+        return torch.zeros_like(parts[0]), bad
     factors = [1.0] * len(parts) if math.isinf(most) else _limit(parts, most)
-    share = math.fsum(weights)
-    for part, weight, factor in zip(parts, weights, factors, strict=True):
-        total.add_(part, alpha=weight * factor / share)
+    share, total = math.fsum(weights), torch.empty_like(parts[0])
+    for i, (part, weight, factor) in enumerate(zip(parts, weights, factors, strict=True)):
+        MEAN.add(total, part, weight * factor / share, first=i == 0)
     return total, ()
 
 

@@ -30,6 +30,7 @@ BUILTIN = {
     "mnist": "atoll.client.sources:mnist",
     "cifar10": "atoll.client.sources:cifar10",
     "text": "atoll.client.sources:text",
+    "topics": "atoll.client.topics:topics",
     "npz": "atoll.client.sources:npz",
     "synthetic": "atoll.client.sources:synthetic",
     "csv": "atoll.client.tabular:table",

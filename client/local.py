@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from atoll.client.adam import Adam
 from atoll.client.algorithm import FedProx, LocalAlgorithm, Plain, local_algorithm
 from atoll.client.batches import Batch, batches, in_order, mixed
 from atoll.client.data import Data, Examples, Kind, load_data, size
@@ -21,12 +22,13 @@ from atoll.client.keep import Rule
 from atoll.client.models import build, manifest_of, named_tensors
 from atoll.client.objective import loss_of, score
 from atoll.client.partition import shard_of
+from atoll.client.schedule import schedule
 from atoll.client.sgd import SGD
 from atoll.client.trainer import Task, Tensors, Trained
 from atoll.protocols.errors import ClientError, UsageError
 from atoll.protocols.manifest import TRAVELLING
 
-Optimizer = SGD | torch.optim.Optimizer
+Optimizer = SGD | Adam
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVAL_BATCH = 1024
@@ -42,6 +44,8 @@ class LocalConfig:
     optimizer: str = "sgd"  # "sgd", "adam", "adamw"
     momentum: float = 0.0  # of sgd
     weight_decay: float = 0.0
+    schedule: str = "constant"  # of lr, over the run's steps: see `client/schedule.py`
+    warm: int = 0  # own steps over which a fresh adam or adamw rises to lr
     clip: float | None = None  # largest norm of the whole gradient; None: as it is
     autocast: str = "none"  # "none", "bf16", "fp16" (with loss scaling)
     prox: float = 0.0  # FedProx's mu; the same as local algorithm fedprox:mu=...
@@ -60,6 +64,7 @@ class LocalConfig:
             ("autocast", self.autocast not in AUTOCAST, f"one of {', '.join(AUTOCAST)}"),
             ("prox", not 0 <= self.prox < math.inf, "at least 0"),
             ("workers", self.workers < 0, "at least 0"),
+            ("warm", self.warm < 0, "at least 0"),
         ]
         for name, bad, want in wrong:
             if bad:
@@ -95,6 +100,13 @@ class TorchTrainer:
         self.manifest = manifest_of(model)
         self.examples = size(examples)
         self.algorithm = algorithm or (FedProx(config.prox) if config.prox else Plain())
+        self._factor = schedule(config.schedule)
+        if self.algorithm.rules and config.schedule != "constant":
+            raise UsageError(
+                "FL-S104",
+                f"schedule={config.schedule!r} with {type(self.algorithm).__name__}",
+                "it reckons with one lr: leave the schedule out",
+            )
         self.kind = kind
         self._test = test
         self.batches = batches(examples, config.batch, seed, client, self.device, config.workers)
@@ -190,7 +202,9 @@ class TorchTrainer:
     def _run(self, task: Task) -> Trained:
         total, steps = torch.zeros((), device=self.device), 0
         every = 1 if self.device.type == "cpu" else LOOK_EVERY
+        first = int(task.extra.get("run_step", task.done))
         for batch in self.batches.stream(task.done, task.steps):
+            self._optimizer.lr = self.config.lr * self._factor(first + steps)
             total += self._step(batch)
             steps += 1
             if steps % every == 0 or steps == task.steps:
@@ -210,7 +224,7 @@ class TorchTrainer:
         random = self._random_state() if self.algorithm.reevaluates else None
         loss = self._gradients(batch, self._scaler, self.algorithm.view_weights(self._params))
         if self._scaler is not None:
-            self._scaler.unscale_(self._optimizer)  # type: ignore[arg-type]  # SGD is like one
+            self._scaler.unscale_(self._optimizer)  # type: ignore[arg-type]  # it is like torch's
         if self.algorithm.steers:
             self._decay_and_clip()
         self.algorithm.transform_grad(self._params, functools.partial(self._again, batch, random))
@@ -392,5 +406,5 @@ def _optimizer(config: LocalConfig, params: Mapping[str, nn.Parameter]) -> Optim
     values, decay = list(params.values()), config.weight_decay
     if config.optimizer == "sgd":
         return SGD(values, config.lr, config.momentum, decay)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(values, config.lr, weight_decay=decay)
+    decoupled = config.optimizer == "adamw"
+    return Adam(values, config.lr, decay, decoupled, config.warm)

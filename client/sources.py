@@ -93,20 +93,24 @@ def text(path: str, options: Options, seed: int) -> Data:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise _malformed(file, f"not UTF-8 at byte {error.start}") from error
-    cut = len(content) * 9 // 10
-    if min(cut, len(content) - cut) <= context:
-        raise DataError(
-            "FL-D105",
-            f"{file} has {len(content)} characters, windows of {context} need {11 * context}",
-            "give a longer file or a smaller context",
-        )
     codes, tokens = np.unique(
         np.frombuffer(content.encode("utf-32-le"), "<u4"), return_inverse=True
     )
     vocabulary = "".join(map(chr, codes))
-    flat = torch.from_numpy(tokens.astype(np.int64))
+    return windowed(str(file), torch.from_numpy(tokens.astype(np.int64)), vocabulary, context)
+
+
+def windowed(source: str, tokens: torch.Tensor, vocabulary: str, context: int) -> Data:
+    """The first 90 % to train, the rest to test, in windows end to end. DataError FL-D105."""
+    cut = len(tokens) * 9 // 10
+    if min(cut, len(tokens) - cut) <= context:
+        raise DataError(
+            "FL-D105",
+            f"{source} has {len(tokens)} characters, windows of {context} need {11 * context}",
+            "give a longer file or a smaller context",
+        )
     info = DataInfo((context,), len(vocabulary), "text", vocabulary)
-    return Data(info, _windows(flat[:cut], context), _windows(flat[cut:], context))
+    return Data(info, _windows(tokens[:cut], context), _windows(tokens[cut:], context))
 
 
 def npz(path: str, options: Options, seed: int) -> Data:

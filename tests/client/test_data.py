@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from atoll.client.data import Data, DataInfo, Split, from_user, load_data
+from atoll.client.topics import ALPHABET, library_text
 from atoll.protocols.errors import DataError, UsageError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -187,6 +188,21 @@ def test_text_is_windows_of_characters_and_the_next_ones(tmp_path: Path) -> None
     assert "".join(words[i] for i in data.train.x.flatten().tolist()) == content[:215]
     assert "".join(words[i] for i in data.train.y.flatten().tolist()) == content[1:216]
     assert "".join(words[i] for i in data.test.x[0].tolist()) == content[216:221]
+
+
+def test_topics_are_there_without_a_file_in_letters_that_no_version_of_python_changes() -> None:
+    data = load_data("topics:context=32")
+    assert isinstance(data.train, Split)
+    assert isinstance(data.test, Split)
+    assert data.info.shape == (32,)
+    assert data.info.vocabulary == ALPHABET
+    assert len(set(ALPHABET)) == data.info.classes == 96
+    first = "".join(ALPHABET[i] for i in data.train.raw[:20].flatten().tolist())
+    assert first[:300] in library_text()
+    assert library_text().startswith('The "assert" statement')
+    assert len(data.train) > 8 * len(data.test) > 8000
+    assert refused("topics:contex=3").code == "FL-D103"
+    assert refused("topics:context=60000").code == "FL-D105"
 
 
 def test_text_that_is_short_or_not_utf8_is_refused(tmp_path: Path) -> None:
