@@ -19,7 +19,9 @@ OTHER = "?"  # stands for all others
 def topics(path: str, options: Options, seed: int) -> Data:
     """The first 90 % to train, the rest to test, in windows of `context` characters."""
     context = whole("topics", take_options("topics", options, ("context",)), "context", 64, least=2)
-    tokens = torch.tensor([ALPHABET.index(c) for c in library_text()])
+    token = torch.zeros(128, dtype=torch.int64)
+    token[list(ALPHABET.encode())] = torch.arange(len(ALPHABET))
+    tokens = token[torch.frombuffer(bytearray(library_text().encode()), dtype=torch.uint8).int()]
     return windowed("topics", tokens, ALPHABET, context)
 
 
