@@ -32,6 +32,7 @@ from atoll.server.host import Host
 from atoll.server.journal import Journal
 from atoll.server.links import Links
 from atoll.server.merge import Buffers, Merger
+from atoll.server.momenta import suited
 from atoll.server.outgoing import Traffic
 from atoll.server.past import Past
 from atoll.server.privacy import Privacy
@@ -127,7 +128,10 @@ class Assembly:
         return Merger(
             self.manifest,
             self._aggregator(module),
-            cast("Outer", self.slots.get("outer") or outer(self.spec.outer)),
+            cast(
+                "Outer",
+                self.slots.get("outer") or outer(suited(self.spec.outer, self.spec.algorithm)),
+            ),
             cast("Buffers", self.spec.buffers),
             privacy=self._privacy(strategy),
             half=local_algorithm(self.spec.algorithm).server_half(),

@@ -19,7 +19,7 @@ from atoll.protocols import codecspec, facts, slots
 from atoll.protocols.errors import UsageError
 from atoll.protocols.facts import Facts
 from atoll.protocols.links import Allowed
-from atoll.server import catalogue, dp
+from atoll.server import catalogue, dp, momenta
 from atoll.server.spec import STRATEGIES, RunSpec
 
 PARTITIONS = ("iid", "contiguous", "classes", "dirichlet", "quantity", "column")
@@ -105,9 +105,11 @@ def mixed(
 ) -> list[str]:
     """Judge the mix: by the parts in `made`, by slot, and by what can be read of the others.
 
-    With every pair of codecs that a client may get.
+    With every pair of codecs that a client may get, and of two momenta.
     """
     found = [warning for one in each_pair(spec) for warning in _mixed(one, clients, made, gives)]
+    swings = momenta.remark(spec.outer, spec.algorithm)
+    found += [swings] if swings else []
     return list(dict.fromkeys(found))
 
 

@@ -145,7 +145,7 @@ def demo(
 
 
 def _check(spec: "DemoSpec", run: "RunSpec", lr: float | None) -> None:
-    """What cannot be is refused before a word is said or a process started."""
+    """What cannot be is refused before a process is started."""
     from atoll.server.check import check, check_clients, check_partition
     from atoll.server.rules import Rules
 
@@ -153,7 +153,8 @@ def _check(spec: "DemoSpec", run: "RunSpec", lr: float | None) -> None:
     Rules(target=spec.target)
     check_partition(spec.partition)
     check_clients(run)
-    check(run, clients=spec.clients)
+    for warning in check(run, clients=spec.clients):
+        console.say(f"warning: {warning}")
 
 
 def wait_for_all(strategy: str, clients: int) -> str:

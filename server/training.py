@@ -45,6 +45,7 @@ from atoll.server.dp import central_dp
 from atoll.server.learner import learning, learning_in
 from atoll.server.learning import Worked
 from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
+from atoll.server.momenta import suited
 from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order
 from atoll.server.simlinks import SimLinks
@@ -162,7 +163,7 @@ class Training:
             trainers.make, judge.manifest, judge.export(),
             judge=judge if left.test is not None else None,
             examples={name: len(rows) for name, rows in trainers.parts.items()},
-            aggregator=rule, outer=outer(step),
+            aggregator=rule, outer=outer(suited(step, algorithm)),
             buffers=cast("Buffers", buffers), feedback=chain.feedback, down=down,
             codec=tensors.codec_for(judge.manifest, chain), attacks=trainers.hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
