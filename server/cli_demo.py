@@ -1,5 +1,6 @@
 """`fl-server demo`: a federation of real processes on this machine, with a live table."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,12 +8,13 @@ import click
 
 from atoll.protocols import console, slots
 from atoll.protocols.errors import ServerError
-from atoll.server.options import check_numbers, data_of
+from atoll.server.options import check_numbers, data_of, private, private_options
 
 if TYPE_CHECKING:
     from atoll.server.demo import DemoSpec
     from atoll.server.spec import RunSpec
 
+MOST_ROWS = 12  # clients that are told of one by one
 EXIT_MISSED = 5  # the target was not reached: the run itself went well
 
 
@@ -96,11 +98,13 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
     help="int8, or up=topk:0.01+ef,down=int8: see `fl-server codecs`.",
 )  # fmt: skip
 @click.option("--lr", type=float, default=None, help="Local learning rate.")
+@private_options
 @console.json_option
 def demo(
     clients: int, speeds: tuple[float, ...], strategy: str, data: str, model: str, trainer: str,
     partition: str, target_accuracy: float, timeout: float, seed: int, out: Path, aggregator: str,
     proxy: str, outer: str, algorithm: str, codec: str, lr: float | None, as_json: bool,
+    **noise: Any,
 ) -> None:  # fmt: skip
     """Watch a federation train: one server and several clients, each its own process.
 
@@ -117,6 +121,8 @@ def demo(
     passed = ["--aggregator", aggregator, "--outer", outer, "--local", algorithm, "--codec", codec]
     proxy = proxy or (data if wants_proxy(aggregator) else "")
     passed += ["--proxy", proxy] if proxy else []
+    dp, local_dp = private(noise)
+    passed += ["--dp", dp, "--local-dp", local_dp]
     passed += ["--lr", str(lr)] if lr is not None else _good_settings(data, algorithm)
     spec = DemoSpec(
         clients, speeds or tuple((1.0, 1.0, 2.0, 4.0)[i % 4] for i in range(clients)),
@@ -127,7 +133,7 @@ def demo(
     wanted = RunSpec(
         ulid(), strategy=spec.strategy, aggregator=aggregator, outer=outer, algorithm=algorithm,
         model=spec.model, data=data_of(data), trainer=trainer, proxy=proxy,
-        codec_up=up, codec_down=down,
+        codec_up=up, codec_down=down, dp=dp, local_dp=local_dp,
     )  # fmt: skip
     _check(spec, wanted, lr)
     console.say(
@@ -182,6 +188,18 @@ def _good_settings(data: str, algorithm: str) -> list[str]:
     return ["--lr", "0.1", "--local-momentum", "0.9"]
 
 
+def _per_client(clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each did and what travelled for it; of a crowd the sums are enough."""
+    if len(clients) > MOST_ROWS:
+        return []
+    width = max(len(c["name"]) for c in clients)
+    return [
+        f"  {c['name']:<{width}}  {c['updates']:5} updates {c['steps']:7} steps  "
+        f"{console.size(c['bytes_up']):>8} up {console.size(c['bytes_down']):>8} down"
+        for c in clients
+    ]
+
+
 def _ending(spec: "DemoSpec", told: dict[str, Any]) -> str:
     files = told["files"]
     accuracy = told["accuracy"]
@@ -191,7 +209,14 @@ def _ending(spec: "DemoSpec", told: dict[str, Any]) -> str:
         else f"did not reach {spec.target:g} accuracy"
     )
     best = "" if accuracy is None else f", best {accuracy:.4f}"
-    lines = [f"{reached} ({told['versions']} versions{best})", ""]
+    paid = told["epsilon"]
+    lines = [
+        f"{reached} ({told['versions']} versions{best})",
+        f"{console.size(told['bytes_up'])} up, {console.size(told['bytes_down'])} down"
+        + ("" if paid is None else f", epsilon {paid:.4g}"),
+        *_per_client(told["clients"]),
+        "",
+    ]
     lines += [f"  {name:<9} {path}" for name, path in files.items()]
     other = "fedavg:steps=50" if spec.strategy.startswith("fedcompass") else "fedcompass"
     hints = (

@@ -281,6 +281,7 @@ class Demo:
         best = max(self.history.series("accuracy"), key=lambda p: p.value, default=None)
         losses = {v: m.get("loss") for _, v, m in self.history.evaluations}
         reached = self.history.seconds_to("accuracy", spec.target)
+        clients = [self._client_data(name) for name in self.names]
         return {
             "strategy": spec.strategy,
             "versions": self.history.version,
@@ -291,8 +292,11 @@ class Demo:
             "elapsed_s": round(time.monotonic() - self._began, 3),
             "seconds_to_target": None if reached is None else round(reached, 3),
             "model_sha256": hashlib.sha256(files["model"].read_bytes()).hexdigest(),
+            "bytes_up": sum(c["bytes_up"] for c in clients),
+            "bytes_down": sum(c["bytes_down"] for c in clients),
+            "epsilon": self.history.epsilon,
             "files": {name: str(path) for name, path in files.items()},
-            "clients": [self._client_data(name) for name in self.names],
+            "clients": clients,
         }
 
     def _model(self) -> Path:

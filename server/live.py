@@ -297,7 +297,8 @@ def event_line(row: Row) -> str | None:
         case "restart":
             told = f"{row['client']} restarted"
         case "update":
-            told = f"{row['client']} sent {row['steps']} steps on v{row['base']}"
+            sent = console.size(row["bytes"])
+            told = f"{row['client']} sent {row['steps']} steps on v{row['base']}, {sent}"
         case "merged":
             paid = row["stats"].get("epsilon")
             told = f"v{row['version']} merged" + ("" if paid is None else f", epsilon {paid:.4g}")

@@ -1,6 +1,6 @@
 """Options: what a run is, as said on a command line; the same for a real and a simulated one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from atoll.server.spec import RunSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+PRIVATE = (
+    click.option("--dp", default="", metavar="SPEC",
+                 help="Differential privacy by the server: clip=0.3,noise=1; "
+                 "see docs/privacy.md."),
+    click.option("--local-dp", default="", metavar="SPEC",
+                 help="Noise on every client, for a server nobody trusts: clip=0.3,noise=2."),
+    click.option("--max-epsilon", type=float, default=None,
+                 help="End before --dp or --local-dp has cost any client more."),
+)  # fmt: skip
 
 
 def run_options(command: F) -> F:
@@ -50,13 +60,7 @@ def run_options(command: F) -> F:
         click.option("--buffers", default="weighted_mean", show_default=True,
                      type=click.Choice(["weighted_mean", "keep_server", "personal"]),
                      help="What becomes of BatchNorm statistics."),
-        click.option("--dp", default="", metavar="SPEC",
-                     help="Differential privacy by the server: clip=0.3,noise=1; "
-                     "see docs/privacy.md."),
-        click.option("--local-dp", default="", metavar="SPEC",
-                     help="Noise on every client, for a server nobody trusts: clip=0.3,noise=2."),
-        click.option("--max-epsilon", type=float, default=None,
-                     help="End before --dp or --local-dp has cost any client more."),
+        *PRIVATE,
         click.option("--seed", default=0, show_default=True,
                      help="Of the model's start, the split of the data and the batches."),
         click.option("--target-accuracy", type=float, default=None, help="Stop when reached."),
@@ -67,6 +71,15 @@ def run_options(command: F) -> F:
         click.option("--patience", type=int, default=None,
                      help="Stop after so many evaluations without improvement."),
     ]  # fmt: skip
+    return _with(options, command)
+
+
+def private_options(command: F) -> F:
+    """Those of noise alone; `private` reads them."""
+    return _with(PRIVATE, command)
+
+
+def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
@@ -94,7 +107,7 @@ def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
     }
     local = {names[k]: given[k] for k in names if given[k] is not None}
     check_numbers({**given, **more})
-    dp, local_dp = _private(given)
+    dp, local_dp = private(given)
     kept = ("strategy", "aggregator", "outer", "algorithm", "model", "trainer", "proxy", "buffers")
     same = {k: given[k] for k in (*kept, "seed")}
     same["data"] = data_of(given["data"])
@@ -103,8 +116,8 @@ def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
     )
 
 
-def _private(given: dict[str, Any]) -> tuple[str, str]:
-    """`--max-epsilon` is a limit of whichever kind of noise there is. UsageError FL-S108."""
+def private(given: Mapping[str, Any]) -> tuple[str, str]:
+    """(dp, local dp), `--max-epsilon` a limit of whichever there is. UsageError FL-S108."""
     dp, local_dp, most = given["dp"], given["local_dp"], given["max_epsilon"]
     if most is None:
         return dp, local_dp

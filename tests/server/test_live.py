@@ -189,7 +189,7 @@ def test_every_kind_that_matters_has_its_line() -> None:
     assert [line for line in told if line] == [
         "    0.00s  c1 joined with 1,000 examples",
         "    0.00s  c2 joined with 500 examples",
-        "    1.90s  c1 sent 40 steps on v0",
+        "    1.90s  c1 sent 40 steps on v0, 400 B",
         "    2.50s  v1 merged",
         "    2.60s  v1 accuracy 0.5 loss 1.25",
     ]

@@ -73,3 +73,17 @@ def test_a_secret_that_is_gone_ends_the_start_with_its_remedy(federation: "Feder
     again = federation.server("--dp", "noise=1", wait=False)
     code, status, _ = again.failure()
     assert (code, status) == ("FL-S206", 78)
+
+
+@pytest.mark.parametrize("noise", ["--dp", "--local-dp"])
+def test_a_demo_with_noise_tells_its_price(federation: "Federation", noise: str) -> None:
+    out = federation.folder / "demo"
+    told = federation.command(
+        "demo", "fl-server", "demo", "--strategy", ROUNDS, "--clients", "2", "--speeds", "4,4",
+        noise, "clip=1,noise=0.5", "--max-epsilon", "5000", "--target-accuracy", "0.12",
+        "--timeout", "200", "--out", str(out), "--json",
+    ).data()  # fmt: skip
+    assert told["reached"]
+    assert told["epsilon"] > 0
+    assert told["bytes_up"] == sum(c["bytes_up"] for c in told["clients"]) > 0
+    assert told["bytes_down"] == sum(c["bytes_down"] for c in told["clients"]) > 0
