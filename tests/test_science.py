@@ -1,6 +1,7 @@
 """The recipes of benchmarks/science/: what they share, and that all of them fit in an hour."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +71,72 @@ def test_the_page_says_where_a_paper_is_not_met(page: ModuleType) -> None:
     assert "| [R](#r) | - | 0 of 1 held | 0.0 (1) |" in text
     assert "| a | 0.1235 |" in text
     assert "Mind this." in text
+
+
+RECIPES = {
+    "crash": "raise SystemExit('out of memory')",
+    "short": "return Finding(['n'], [['new']], [Claim('a', 'b', False)], lambda figure: None)",
+    "fine": "return Finding(['n'], [['new']], [Claim('a', 'b', True)], lambda figure: None)",
+    "dataless": "raise AssertionError('it was run')",
+}
+SOURCE = """'''Title.
+
+Setting.
+'''
+from pathlib import Path
+
+from recipe import Claim, Finding, Recipe, main
+
+def run(quick):
+    {body}
+
+RECIPE = Recipe({name!r}, {name!r}, 1.0, "https://x", run{needs})
+
+if __name__ == "__main__":
+    main(RECIPE)
+"""
+
+
+def folder_of_recipes(tmp_path: Path) -> Path:
+    """A checkout with made-up recipes, each of which was measured before."""
+    science, pages = tmp_path / "benchmarks" / "science", tmp_path / "docs" / "science"
+    science.mkdir(parents=True)
+    pages.mkdir(parents=True)
+    for name in ("recipe.py", "page.py"):
+        (science / name).write_text((FOLDER / name).read_text())
+    for name, body in RECIPES.items():
+        needs = ', needs=Path("absent.txt").resolve()' if name == "dataless" else ""
+        (science / f"{name}.py").write_text(SOURCE.format(name=name, body=body, needs=needs))
+        (pages / f"{name}.json").write_text(json.dumps({
+            "recipe": name, "ok": True, "minutes": 0.5, "budget_minutes": 1, "title": name,
+            "paper": "https://x", "setting": "", "columns": ["n"], "rows": [[f"old {name}"]],
+            "claims": [], "said": "",
+        }))  # fmt: skip
+    return science
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "code"),
+    [(["crash", "fine"], 1), (["short", "fine"], 1), (["dataless", "fine"], 0)],
+)
+def test_one_command_fails_with_any_recipe_and_keeps_what_was_measured(
+    tmp_path: Path, names: list[str], code: int
+) -> None:
+    science = folder_of_recipes(tmp_path)
+    command = [sys.executable, str(science / "page.py"), *names]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == code, done.stderr
+    text = (tmp_path / "docs" / "science.md").read_text()
+    assert ("old crash" in text, "old dataless" in text) == (True, True)
+    assert "old fine" not in text  # it ran
+    assert ("old short" in text) is ("short" not in names)
+    if "crash" in names:
+        assert "crash: FAILED, the page keeps what was measured before" in done.stderr
+        assert "out of memory" in done.stderr
+    if "short" in names:
+        assert "short: NOT HELD: a (b)" in done.stderr
+        assert "| a | - | b | **asserted** | **no** |" in text
+    if "dataless" in names:
+        assert "dataless: skipped: absent.txt is not there" in done.stderr
+        assert "1 of 2 recipes held, 1 skipped" in done.stderr

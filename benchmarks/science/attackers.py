@@ -103,6 +103,7 @@ RECIPE = Recipe(
     minutes=8,
     paper="https://arxiv.org/abs/1912.13445",
     run=run,
+    needs=mnist.FOLDER,
 )
 
 if __name__ == "__main__":

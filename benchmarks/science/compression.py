@@ -98,6 +98,7 @@ RECIPE = Recipe(
     minutes=8,
     paper="https://arxiv.org/abs/1901.09847",
     run=run,
+    needs=mnist.FOLDER,
 )
 
 if __name__ == "__main__":

@@ -228,6 +228,7 @@ RECIPE = Recipe(
     minutes=8,
     paper="https://arxiv.org/abs/2302.10911",
     run=run,
+    needs=mnist.FOLDER,
 )
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ def _pooled(split: Split) -> Split:
     return replace(split, raw=torch.nn.functional.avg_pool2d(split.raw.to(torch.float32), 2))
 
 
-def class_partition(data: Data, clients: int, fewest: int, most: int, seed: int) -> list[Indices]:
-    """FedCompass, appendix: each client draws `fewest` to `most` classes uniformly, until all are
-    covered; a class is split among its owners as |N(10, 3)| draws.
+def class_partition(
+    data: Data, clients: int, fewest: int, most: int, seed: int, owners: int = 1
+) -> list[Indices]:
+    """FedCompass, appendix: each client draws `fewest` to `most` classes uniformly, until each has
+    so many `owners` (the paper: 1); a class is split among them as |N(10, 3)| draws.
     """
     rng = np.random.default_rng(seed)
     labels = data.labels()
@@ -44,14 +46,15 @@ def class_partition(data: Data, clients: int, fewest: int, most: int, seed: int)
             rng.choice(classes, rng.integers(fewest, most + 1), replace=False)
             for _ in range(clients)
         ]
-        if len(np.unique(np.concatenate(owned))) == len(classes):
+        counts = [sum(value in some for some in owned) for value in classes]
+        if min(counts) >= owners:
             break
     parts: list[list[Indices]] = [[] for _ in range(clients)]
     for value in classes:
-        owners = [i for i in range(clients) if value in owned[i]]
-        shares = np.abs(rng.normal(10, 3, len(owners)))
+        holders = [i for i in range(clients) if value in owned[i]]
+        shares = np.abs(rng.normal(10, 3, len(holders)))
         rows = rng.permutation(np.flatnonzero(labels == value))
         cuts = (np.cumsum(shares / shares.sum())[:-1] * len(rows)).astype(np.int64)
-        for owner, piece in zip(owners, np.split(rows, cuts), strict=True):
+        for owner, piece in zip(holders, np.split(rows, cuts), strict=True):
             parts[owner].append(piece)
     return [np.sort(np.concatenate(pieces)) for pieces in parts]

@@ -176,6 +176,7 @@ RECIPE = Recipe(
     minutes=12,
     paper="https://arxiv.org/abs/2306.16504",
     run=run,
+    needs=mnist.FOLDER,
 )
 
 if __name__ == "__main__":

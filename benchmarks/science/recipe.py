@@ -5,7 +5,8 @@
 A recipe runs a method on real data with fixed seeds, and says for each thing that its paper or its
 spec expects what came of it here. What is asserted and does not hold makes it exit with 1; what is
 only compared stands on the page either way, with both numbers. It ends within its budget, minutes
-of one processor, or fails. `page.py` runs all of them and writes docs/science.md.
+of one processor, or fails; where its data are absent it is skipped. `page.py` runs all of them and
+writes docs/science.md.
 
     RECIPE = Recipe("fedlaw", "FedLAW: ...", minutes=4, paper="https://...", run=run)
 
@@ -70,6 +71,13 @@ class Recipe:
     minutes: float  # budget, of one processor
     paper: str  # URL
     run: Callable[[bool], Finding]  # True: as short as shows that it works; asserts nothing
+    needs: Path | None = None  # data without which there is nothing to run
+
+    def missing(self) -> str:
+        """Why it cannot run here; empty: it can."""
+        if self.needs is None or self.needs.exists():
+            return ""
+        return f"skipped: {os.path.relpath(self.needs, ROOT)} is not there"
 
     def described(self) -> str:
         """Its file's docstring without the first line: model, data, clients, seeds."""
@@ -83,6 +91,9 @@ def main(recipe: Recipe) -> None:
     parser.add_argument("--quick", action="store_true", help="a short look; asserts nothing")
     parser.add_argument("--out", type=Path, default=None, help="folder  [default: docs/science]")
     given = parser.parse_args()
+    if recipe.missing():
+        say(f"{recipe.name}: {recipe.missing()}")
+        sys.exit(0)
     told = carried_out(recipe, given.quick, given.out or (None if given.quick else PAGES))
     print(json.dumps(told), flush=True)
     sys.exit(0 if told["ok"] else 1)
