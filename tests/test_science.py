@@ -5,8 +5,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "science"
@@ -71,6 +72,21 @@ def test_the_page_says_where_a_paper_is_not_met(page: ModuleType) -> None:
     assert "| [R](#r) | - | 0 of 1 held | 0.0 (1) |" in text
     assert "| a | 0.1235 |" in text
     assert "Mind this." in text
+
+
+@pytest.mark.parametrize("owners", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_classes_have_their_owners_and_every_row_has_one(
+    page: ModuleType, seed: int, owners: int
+) -> None:
+    labels = np.repeat(np.arange(10), 60)
+    page.recipes()  # imports mnist
+    cut = sys.modules["mnist"].class_partition
+    parts = cut(SimpleNamespace(labels=lambda: labels), 5, 5, 6, seed, owners)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
+    held = [set(labels[rows]) for rows in parts]
+    assert all(len(classes) in (5, 6) for classes in held)
+    assert min(sum(value in classes for classes in held) for value in range(10)) >= owners
 
 
 RECIPES = {
