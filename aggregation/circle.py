@@ -117,6 +117,7 @@ class Circle:
     loading: Loading | None = None
     doubted: dict[str, float] = field(default_factory=dict)  # donors that failed, and until when
     up: bool = False  # since `Started`
+    loads_from: float = 0.0  # when it has had the time to hear of all donors
     left: bool = False
     parted: bool = False  # with a goodbye: never again under this name
 

@@ -91,7 +91,7 @@ class Rendezvous(Proposer):
     def _hear(self, event: PeerEvent, now: float) -> Actions:
         match event:
             case Started():
-                self.up = True
+                self.up, self.loads_from = True, now + self.patience.beat
                 for known in self.roster.values():
                     known.heard = now  # nobody has had the time to be silent
                 yield Wake(now + self.patience.beat)
@@ -242,6 +242,8 @@ class Rendezvous(Proposer):
         """Why this peer takes no part in such a plan: nobody's weight is taken at its word."""
         if self.me not in plan.group or len(plan.group) != len(plan.weights):
             return f"{self.me} is not in the group"
+        if list(plan.group) != sorted({*plan.group}) or not any(plan.weights):
+            return "the group is not in order, or has no work"
         ends = [0, *(part.stop for part in plan.parts)]
         if [part.start for part in plan.parts] + [self.size] != ends:
             return "the parts are not the whole"
@@ -339,7 +341,7 @@ class Rendezvous(Proposer):
             return
         if stand.rank > self.stand.rank and last is not None and last.base == self.stand.chain:
             yield from self._owe(last.value, peer)  # one mean away
-        elif self.loading is None and stand.rank >= self.stand.rank:
+        elif self.loading is None and now >= self.loads_from and stand.rank >= self.stand.rank:
             near = [p for p in self._near(now) if self.doubted.get(p, now) <= now]
             best = max(self.roster[p].stand.rank for p in near)  # `peer` is one of them
             there = [p for p in near if self.roster[p].stand.rank == best]

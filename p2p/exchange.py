@@ -93,6 +93,17 @@ class Exchange:
         """One that `over` or `get` brought."""
         return self._means[digest]
 
+    def keep(self, mean: Mean) -> None:
+        """One that was made in a former life."""
+        self._means[mean.digest] = mean
+
+    def digests(self) -> set[str]:
+        """Of the means that lie here."""
+        return set(self._means)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._means
+
     def turn(self, digest: str = "") -> None:
         """An epoch is over: all attempts end, and of the means only `digest` is kept."""
         for one in self._attempts.values():

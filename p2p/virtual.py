@@ -96,7 +96,8 @@ class Outcome:
     forks: int  # models with two successors, or peers with different bits of one
     wrong: int  # means that were not exactly that of their group
     stalled: tuple[str, ...]  # living peers that did not come so far, though a quorum lives
-    headless: bool  # too many of one group died at once, or all who can reduce: the rest waits
+    headless: bool  # too many of one group died at once, or all who can reduce: the rest waits.
+    # Or whoever has the model gives other bits for it.
     aborts: int
     commits: dict[int, tuple[tuple[str, ...], tuple[float, ...]]]  # epoch -> group, weights
 
@@ -204,6 +205,9 @@ class Swarm:
         newest = max(living, key=lambda m: m.stand.rank)
         names = [machine.me for machine in living]
         reducers = len(names) == 1 or any(self._peers[n].model.bandwidth for n in names)
+        best = [m.me for m in living if m.stand == newest.stand]
+        if all(self._peers[n].model.poisons for n in best):
+            return True
         return not (reducers and quorum(names, newest.members, newest.gone()))
 
     # ---- time and the network ------------------------------------------------------------------

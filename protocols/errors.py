@@ -64,6 +64,10 @@ CATALOGUE: dict[str, Entry] = {
     "FL-P402": Entry(75, "a peer does not have it"),
     "FL-P403": Entry(76, "a mean that is not finite"),
     "FL-P404": Entry(75, "nobody has the mean"),
+    "FL-P405": Entry(74, "peer's memory cannot be kept or read"),
+    "FL-P406": Entry(73, "peer directory in use"),
+    "FL-P407": Entry(78, "peer directory of another run"),
+    "FL-P408": Entry(78, "this machine makes another first model"),
     # data
     "FL-D101": Entry(3, "data path not found"),
     "FL-D102": Entry(78, "data file malformed"),

@@ -199,6 +199,14 @@ def test_a_vote_is_told_to_whoever_proposes_next(b: Rendezvous) -> None:
     [
         (Plan(("a", "c"), (1.0, 1.0), PLAN.parts), "b is not in the group"),
         (Plan(PLAN.group, (1.0, 1.0), PLAN.parts), "b is not in the group"),
+        (
+            Plan(("b", "b"), (1.0, 1.0), PLAN.parts),
+            "the group is not in order, or has no work",
+        ),
+        (
+            Plan(PLAN.group, (0.0, 0.0, 0.0), PLAN.parts),
+            "the group is not in order, or has no work",
+        ),
         (Plan(PLAN.group, PLAN.weights, (Part("a", 0, 9),)), "the parts are not the whole"),
         (Plan(PLAN.group, PLAN.weights, (Part("z", 0, 10),)), "a part has no reducer in the group"),
         (Plan(("b", "z"), (1.0, 1.0), (Part("b", 0, 10),)), "z is not in the roster"),

@@ -1,0 +1,513 @@
+"""Driver: a peer's machines on real time: the rendezvous, its all-reduces, its model and its disk.
+
+One task owns the rendezvous and everybody else posts to its queue. What binds the peer is on its
+disk before anything that follows from it is said. The model is changed by one task too, in the
+order of the rendezvous' words, so that no vote ever waits for an outer step.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from atoll.aggregation.allreduce import Done, Fail, PartReady, Plan
+from atoll.aggregation.circle import Patience
+from atoll.aggregation.rendezvous import Rendezvous
+from atoll.aggregation.rendezvous_events import (
+    Abort,
+    Apply,
+    BeatDue,
+    Bound,
+    Digested,
+    Download,
+    Downloaded,
+    Drop,
+    Get,
+    Heard,
+    Leaving,
+    Load,
+    MeanFailed,
+    MeanMade,
+    NotDownloaded,
+    PeerAction,
+    PeerEvent,
+    Reduce,
+    Say,
+    Stand,
+    Started,
+    StepsDone,
+    TrainOn,
+    Value,
+    Wake,
+)
+from atoll.aggregation.sync_engine import SyncEngine, SyncState
+from atoll.p2p.contribution import Contribution, packer
+from atoll.p2p.donor import Shelved, download
+from atoll.p2p.exchange import Exchange
+from atoll.p2p.memory import Memory
+from atoll.p2p.post import Letter, Part, Post
+from atoll.p2p.reducing import Fetch
+from atoll.protocols.blobs import Blob
+from atoll.protocols.codecspec import Ways
+from atoll.protocols.errors import RemoteError
+
+QUEUE = 10_000  # events that wait; what others say beyond is lost, as on a network
+AGAIN = 1.0  # seconds between work that must not count and the next
+
+logger = logging.getLogger(__name__)
+
+
+class Trained(Protocol):
+    """Local work, as `work.Trained`."""
+
+    @property
+    def delta(self) -> Tensor: ...
+    @property
+    def factor(self) -> float: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+
+
+class Training(Protocol):
+    """What does the local work, as `work.Work`."""
+
+    @property
+    def engine(self) -> SyncEngine: ...
+    async def train(self, steps: int) -> Trained: ...
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all peers of a run agree on, of its manifest."""
+
+    run: str  # hash of the manifest: the first model's chain begins with it
+    founder: str  # peer id of who decides the first commit
+    rounds: int  # 0: no end
+    ways: Ways
+    patience: Patience
+    most: float  # medians of length that a peer's part may have
+
+    @property
+    def start(self) -> Stand:
+        return Stand(0, self.run[:32], 0.0)
+
+
+@dataclass
+class Tally:
+    """What a peer has seen, for whoever watches it."""
+
+    round: int = 0
+    rounds_joined: int = 0  # whose mean this peer's work is in
+    aborts: int = 0
+    downloads: int = 0
+    healed: int = 0  # models with other bits than the group's, that were replaced
+    loss_first: float | None = None
+    loss: float | None = None
+    digest: str = ""  # of the model; empty where it is not known yet
+    group: tuple[str, ...] = ()  # of the last commit
+    weights: tuple[float, ...] = ()
+    steps: int = 0  # local ones, in all
+    tokens: int = 0
+    state: str = "starting"
+    why: str = ""  # the last round that was put off
+
+
+@dataclass
+class _Ready:
+    chain: str
+    given: Contribution
+
+
+@dataclass
+class _Jobs:
+    """Changes to the model, in order."""
+
+    queue: asyncio.Queue[Callable[[], Awaitable[None]]] = field(default_factory=asyncio.Queue)
+    saved: asyncio.Event = field(default_factory=asyncio.Event)  # the model is on disk
+
+
+class Driver:
+    """`run` it in a loop where `post` and the shelf are served. It ends when it has left, or some
+    time after the last round."""
+
+    def __init__(
+        self,
+        me: str,
+        terms: Terms,
+        work: Training,
+        memory: Memory,
+        *,
+        steps: Callable[[], int],
+        post: Post,
+        fetch: Fetch,
+        watch: Callable[[Tally], None] = lambda tally: None,
+    ) -> None:
+        """`steps()`: local steps of this peer in a round. `fetch`: as `bulk.fetch`, of a blob."""
+        self.me, self.terms, self.tally = me, terms, Tally()
+        self._work, self._memory, self._steps = work, memory, steps
+        self._post, self._fetch, self._watch = post, fetch, watch
+        loop = asyncio.get_running_loop()
+        self.clock = loop.time
+        self._events: asyncio.Queue[PeerEvent] = asyncio.Queue()
+        up, down = terms.ways.up[0], terms.ways.down[0]
+        self._up, self._codec = up, packer(down)
+        self.exchange = Exchange(
+            me, work.engine.state.anchor.numel(), up=up, down=down, fetch=fetch, clock=self.clock,
+            tell=lambda peer, attempt, ready: post.send(peer, Part.of(attempt, ready)),
+            over=self._over, most=terms.most,
+        )  # fmt: skip
+        self.shelved = Shelved(self.clock)
+        self._ready: _Ready | None = None
+        self._residual: Tensor | None = None
+        self._loaded: tuple[str, SyncState] | None = None
+        self._training: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._jobs = _Jobs()
+        self._failed: asyncio.Future[None] = loop.create_future()
+        self._machine: Rendezvous
+        self._bound: Bound
+        self._chain = ""  # the model as of the last `Apply` or `Load`
+        self._wanted = ""  # that is being downloaded
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    async def recall(self) -> bool:
+        """Take up what the disk remembers of this peer, if anything; False where that is not whole:
+        then it must come under another name, which its promises do not bind."""
+        kept = await asyncio.to_thread(self._memory.recall, self.terms.run)
+        size, patience = self._work.engine.state.anchor.numel(), self.terms.patience
+        if kept is None or kept.peer != self.me:
+            start, founders = self.terms.start, (self.terms.founder,)
+            self._machine = Rendezvous(self.me, size, founders, start, patience)
+        else:
+            model = await asyncio.to_thread(self._remembered, kept.bound)
+            if model is None:
+                return False
+            self._work.engine.load(model)
+            self._machine = Rendezvous.again(self.me, size, kept.bound, patience)
+        self._bound, self._chain = self._machine.bound(), self._machine.stand.chain
+        self.tally.round = self._machine.stand.epoch
+        return True
+
+    def _remembered(self, bound: Bound) -> SyncState | None:
+        """The model of `bound`, and its means in the exchange. None where it is not whole."""
+        engine, last = self._work.engine, bound.last
+        for value in [v for v in (last and last.value, bound.accepted and bound.accepted[1]) if v]:
+            mean = self._memory.mean(value.digest, self._codec)
+            if mean is not None:
+                self.exchange.keep(mean)
+            elif last is None or value != last.value:
+                return None  # it voted for what it does not hold any more
+        if last is None:
+            return engine.state
+        found = self._memory.model(bound.stand.chain)
+        if found is not None:
+            return found
+        first = last.base == self.terms.start.chain
+        before = engine.state if first else self._memory.model(last.base)
+        if before is None or last.value.digest not in self.exchange:
+            return None
+        engine.load(before)
+        with contextlib.suppress(ValueError):
+            engine.commit(self.exchange.mean(last.value.digest).values)
+        return engine.state
+
+    async def run(self) -> None:
+        """PeerError where its disk fails."""
+        model = self._work.engine.state
+        if self._machine.stand.epoch > 0:
+            await asyncio.to_thread(self._memory.keep_model, self._machine.stand.chain, model)
+        self._jobs.saved.set()
+        await self._bind(self._bound, anyway=True)
+        await self._digest(self._machine.stand, model)
+        self.say(Started())
+        jobs = asyncio.create_task(self._change())
+        turn = asyncio.create_task(self._turn())
+        try:
+            await self._any(turn, jobs)
+            settled = asyncio.create_task(self._settle())
+            self._tasks.add(settled)
+            await self._any(settled, jobs)
+        finally:
+            self.tally.state = "left" if self._machine.parted else "ended"
+            self._watch(self.tally)
+            tasks = [jobs, turn, *self._tasks, *([self._training] if self._training else [])]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.exchange.turn()
+            if not self._failed.done():
+                self._failed.cancel()
+        if self._machine.parted:
+            await asyncio.to_thread(self._memory.retire)
+
+    async def _any(self, *tasks: asyncio.Task[None]) -> None:
+        """Until one of them, or anything that runs beside, ends; what it raised is raised."""
+        ends = {*tasks, self._failed}
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for one in done:
+            one.result()
+
+    async def _settle(self) -> None:
+        """What was decided is applied and kept, what was said is out."""
+        await self._jobs.queue.join()
+        await self._jobs.saved.wait()
+        await self._post.flush(1.0)
+
+    def leave(self) -> None:
+        self.say(Leaving())
+
+    def say(self, event: PeerEvent) -> None:
+        """To the rendezvous."""
+        self._events.put_nowait(event)
+
+    def heard(self, peer: str, letter: Letter) -> None:
+        """From the post."""
+        if isinstance(letter, Part):
+            self.exchange.hear(letter.attempt, PartReady(peer, letter.part, letter.digest))
+        elif self._events.qsize() < QUEUE:
+            self.say(Heard(peer, letter))
+
+    async def find(self, peer: str, name: str) -> Blob:
+        """For a shelf: what this peer gives to another."""
+        if name.startswith("state/"):
+            return self.shelved.find(name)
+        return await self.exchange.find(peer, name)
+
+    # ---- the rendezvous ------------------------------------------------------------------------
+
+    async def _turn(self) -> None:
+        until: float | None = None
+        while not self._machine.left and (until is None or self.clock() < until):
+            event = await self._events.get()
+            actions = self._machine.handle(event, self.clock())
+            await self._bind(self._machine.bound())
+            self.tally.round = self._machine.stand.epoch
+            for action in actions:
+                self._do(action)
+            if isinstance(event, BeatDue):
+                self.exchange.beat()
+                self._watch(self.tally)
+            if until is None and self._done():
+                self.tally.state = "done"
+                until = self.clock() + 2 * self.terms.patience.silence
+            if until is not None and self._all_done():
+                break
+
+    def _done(self) -> bool:
+        return 0 < self.terms.rounds <= self._machine.stand.epoch
+
+    def _all_done(self) -> bool:
+        """Whether nobody near may still need the last mean of this peer."""
+        since = self.clock() - self.terms.patience.silence
+        others = [k for p, k in self._machine.roster.items() if p != self.me and k.heard > since]
+        return all(k.stand.rank >= self._machine.stand.rank for k in others)
+
+    async def _bind(self, bound: Bound, anyway: bool = False) -> None:
+        if bound == self._bound and not anyway:
+            return
+        if bound.stand != self._bound.stand:
+            # The new model can be made again from the one before, which must be there for that.
+            await self._jobs.saved.wait()
+            self._jobs.saved.clear()
+        self._bound = bound
+        await asyncio.to_thread(self._memory.bind, self.terms.run, self.me, bound)
+
+    def _do(self, action: PeerAction) -> None:
+        match action:
+            case Say(peer, message):
+                self._post.send(peer, message)
+            case Reduce(chain, ballot, plan, deadline):
+                self._reduce(chain, ballot, plan, deadline)
+            case Drop(chain, ballot):
+                self.exchange.drop(_attempt(chain, ballot))
+            case Get(chain, digest, holders):
+                self._spawn(self._get(chain, digest, holders))
+            case Apply(value, used):
+                self._apply(value, used)
+            case Download(stand, donors, bits):
+                self._spawn(self._download(stand, donors, bits))
+            case Load(stand):
+                self._load(stand)
+            case TrainOn(stand):
+                self._jobs.queue.put_nowait(lambda: self._train_on(stand))
+            case Abort(reason):
+                self.tally.aborts += 1
+                self.tally.why = reason
+                logger.warning("peer=%s round=%d put off: %s", self.me, self.tally.round, reason)
+            case Wake(at):
+                asyncio.get_running_loop().call_at(at, self.say, BeatDue())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) and not self._failed.done():
+            self._failed.set_exception(error)
+
+    # ---- means ---------------------------------------------------------------------------------
+
+    def _reduce(self, chain: str, ballot: tuple[int, str], plan: Plan, deadline: float) -> None:
+        mine: Contribution | None = None
+        if dict(plan.contributors()).get(self.me):
+            if self._ready is None or self._ready.chain != chain:
+                self.say(MeanFailed(chain, f"{self.me} has no work to give", ballot))
+                return
+            mine = self._ready.given
+        self.exchange.begin(_attempt(chain, ballot), plan, deadline, mine)
+
+    def _over(self, attempt: str, end: Done | Fail) -> None:
+        chain, count, proposer = attempt.split("/")
+        ballot = int(count), proposer
+        match end:
+            case Done(digest):
+                self._spawn(self._made(chain, digest, ballot))
+            case Fail(reason, missing, spoiled):  # pragma: no branch
+                logger.info("peer=%s attempt=%s failed: %s", self.me, attempt, reason)
+                self.say(MeanFailed(chain, reason, ballot, missing, spoiled))
+
+    async def _made(self, chain: str, digest: str, ballot: tuple[int, str] | None) -> None:
+        """On disk first: a vote for it must outlive this process."""
+        if digest in self.exchange:
+            await asyncio.to_thread(self._memory.keep_mean, self.exchange.mean(digest))
+            self.say(MeanMade(chain, digest, ballot))
+
+    async def _get(self, chain: str, digest: str, holders: Sequence[str]) -> None:
+        try:
+            await self.exchange.get(digest, holders)
+        except RemoteError as error:
+            self.say(MeanFailed(chain, str(error)))
+        else:
+            await self._made(chain, digest, None)
+
+    # ---- the model -----------------------------------------------------------------------------
+
+    async def _change(self) -> None:
+        while True:
+            job = await self._jobs.queue.get()
+            await job()
+            self._jobs.queue.task_done()
+
+    def _apply(self, value: Value, used: bool) -> None:
+        mean, stand = self.exchange.mean(value.digest), self._machine.stand
+        self._chain = stand.chain
+        parts, payloads = self.exchange.sent(value.digest)
+        ready, self._ready = self._ready, None
+        self.exchange.turn(value.digest)
+        self.tally.group, self.tally.weights = value.group, value.weights
+        self.tally.rounds_joined += used
+        logger.info(
+            "peer=%s round=%d group=%d mean=%s",
+            self.me,
+            stand.epoch,
+            len(value.group),
+            mean.digest[:12],
+        )
+
+        async def job() -> None:
+            if used and ready is not None and parts:
+                self._residual = await asyncio.to_thread(ready.given.left_out, parts, payloads)
+            try:
+                state = await asyncio.to_thread(self._work.engine.commit, mean.values)
+            except ValueError as error:
+                logger.warning("peer=%s round=%d changes nothing: %s", self.me, stand.epoch, error)
+                state = self._work.engine.state
+            await self._digest(stand, state)
+            self._spawn(self._save(stand, state))
+
+        self._jobs.queue.put_nowait(job)
+
+    def _load(self, stand: Stand) -> None:
+        assert self._loaded is not None, "nothing was downloaded"
+        chain, model = self._loaded
+        assert chain == stand.chain, "another model was downloaded"
+        self._loaded = None
+        if chain == self._chain:  # only its bits were others: work and attempts go on
+            self.tally.healed += 1
+        else:
+            self.exchange.turn()
+            self._ready, self._chain = None, chain
+            self.tally.downloads += 1
+
+        async def job() -> None:
+            self._work.engine.load(model)
+            await self._digest(stand, model)
+            self._jobs.saved.set()  # before it was offered
+
+        self._jobs.queue.put_nowait(job)
+
+    async def _digest(self, stand: Stand, model: SyncState) -> None:
+        bits = await asyncio.to_thread(lambda: model.digest)
+        self.shelved.put(stand.chain, model)
+        self.tally.digest = bits
+        self.say(Digested(stand.chain, bits))
+
+    async def _save(self, stand: Stand, model: SyncState) -> None:
+        await asyncio.to_thread(self._memory.keep_model, stand.chain, model)
+        self._jobs.saved.set()
+        if self._bound.stand == stand:
+            old = self._memory.old(self._bound, {self._wanted, *self.exchange.digests()})
+            await asyncio.to_thread(self._memory.remove, old)
+
+    async def _download(self, stand: Stand, donors: tuple[str, ...], bits: str) -> None:
+        self.tally.state, self._wanted = "downloading", stand.chain
+
+        async def fetch(peer: str, name: str, dest: memoryview) -> None:
+            await self._fetch(peer, name, dest, False)
+
+        like = self._work.engine.state
+        found = await download(fetch, like, stand.chain, stand.epoch, donors, bits)
+        if found.model is None:
+            self.say(NotDownloaded(stand.chain, tuple(found.doubted)))
+            return
+        await asyncio.to_thread(self._memory.keep_model, stand.chain, found.model)
+        self._loaded = stand.chain, found.model
+        self.say(Downloaded(stand.chain))
+
+    # ---- training ------------------------------------------------------------------------------
+
+    async def _train_on(self, stand: Stand) -> None:
+        if self._training is not None:
+            self._training.cancel()
+            await asyncio.gather(self._training, return_exceptions=True)
+            self._training = None
+        if not self.terms.rounds or stand.epoch < self.terms.rounds:
+            self._training = asyncio.create_task(self._train(stand))
+            self._training.add_done_callback(self._ended)
+
+    async def _train(self, stand: Stand) -> None:
+        self.tally.state = "training"
+        while True:
+            done = await self._work.train(self._steps())
+            self._count(done)
+            if done.factor > 0:
+                break
+            logger.warning("peer=%s round=%d: its work is not finite", self.me, stand.epoch)
+            await asyncio.sleep(AGAIN)
+        given = await asyncio.to_thread(Contribution, done.delta, self._up, self._residual)
+        self._ready = _Ready(stand.chain, given)
+        self.tally.state = "averaging"
+        self.say(StepsDone(stand.chain))
+
+    def _count(self, done: Trained) -> None:
+        self.tally.steps += done.steps
+        self.tally.tokens += done.tokens
+        if done.factor > 0:
+            self.tally.loss = done.loss
+            if self.tally.loss_first is None:
+                self.tally.loss_first = done.loss
+
+
+def _attempt(chain: str, ballot: tuple[int, str]) -> str:
+    return f"{chain}/{ballot[0]}/{ballot[1]}"

@@ -1,0 +1,173 @@
+"""Drivers on real disks and timers: the same bits for all, kills at any moment, no fork."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from atoll.aggregation.outer import Nesterov
+from atoll.aggregation.sync_engine import SyncState
+from atoll.p2p import donor
+from tests.p2p.swarm import SIZE, Swarm, work_of
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    async def inside() -> None:
+        async with asyncio.timeout(120):
+            await work()
+
+    asyncio.run(inside())
+
+
+def expected(rounds: int, names: str) -> SyncState:
+    """The model after so many rounds of all these, computed without any of the machines."""
+    outer, anchor = Nesterov(lr=0.7, momentum=0.9), torch.linspace(-1, 1, SIZE)
+    state = outer.initial(anchor)
+    for round_ in range(rounds):
+        mean = torch.zeros(SIZE)
+        for name in names:
+            mean.add_(work_of(name, round_), alpha=1 / len(names))
+        anchor, state = outer.step(anchor, mean, state)
+    return SyncState(anchor, state, rounds)
+
+
+def _beyond(swarm: Swarm, round_: int) -> bool:
+    return swarm.round > round_
+
+
+def test_three_peers_end_with_the_bits_that_the_arithmetic_gives(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with Swarm(tmp_path, rounds=4, first=3) as swarm:
+            for name in "abc":
+                await swarm.start(name)
+            await swarm.ended()
+            assert swarm.digests == {expected(4, "abc").digest}
+            assert {d.tally.rounds_joined for d in swarm.drivers.values()} == {4}
+
+    run(work)
+
+
+def test_codecs_that_lose_leave_all_with_the_same_bits(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with Swarm(tmp_path, rounds=3, first=3, codec="up=topk:0.05+ef,down=int8") as swarm:
+            for name in "abc":
+                await swarm.start(name)
+            await swarm.ended()
+            assert len(swarm.digests) == 1
+            assert swarm.digests != {expected(3, "abc").digest}
+
+    run(work)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_peer_that_is_killed_at_any_moment_comes_back_as_itself(
+    tmp_path: Path, seed: int
+) -> None:
+    """Three times one of three is killed, wherever its tasks stand then, and started again."""
+
+    async def work() -> None:
+        rng = random.Random(seed)
+        async with Swarm(tmp_path, rounds=0, first=3) as swarm:
+            for name in "abc":
+                await swarm.start(name, pause=0.02)
+            for _ in range(3):
+                name = rng.choice("abc")
+                at = swarm.round
+                handled = rng.randrange(40)
+                await swarm.until(partial(_beyond, swarm, at))
+                for _ in range(handled):
+                    await asyncio.sleep(0.001)
+                before = swarm.drivers[name].tally.round
+                await swarm.kill(name)
+                await asyncio.sleep(rng.choice((0.0, 0.1, 1.2)))
+                again = await swarm.start(name, pause=0.02)
+                assert again.tally.round >= before
+            last = swarm.end_in(3)
+            await swarm.ended()
+            assert len(swarm.digests) == 1
+            assert {d.tally.round for d in swarm.drivers.values()} == {last}
+            assert not any(d.tally.healed for d in swarm.drivers.values())
+
+    run(work)
+
+
+def test_a_late_joiner_downloads_from_all_and_finds_out_who_gives_other_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(donor, "PIECE", 4096)
+    poisoned = []
+
+    async def work() -> None:
+        async with Swarm(tmp_path, rounds=0, first=3, names=("a", "b", "c", "q")) as swarm:
+
+            def spoil(giver: str, what: str, data: memoryview) -> None:
+                if giver == "b" and what.startswith("state/"):
+                    data[0] ^= 1
+                    poisoned.append(what)
+
+            swarm.spoil = spoil
+            for name in "abc":
+                await swarm.start(name, pause=0.6)
+            await swarm.until(lambda: swarm.drivers["a"].tally.round >= 2)
+            q = await swarm.start("q")
+            await swarm.until(lambda: q.tally.rounds_joined >= 2)
+            swarm.end_in(2)
+            await swarm.ended()
+            assert q.tally.downloads >= 1
+            assert len(swarm.digests) == 1
+
+    run(work)
+    assert poisoned
+
+
+def test_a_spoiled_memory_is_healed_from_the_others(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with Swarm(tmp_path, rounds=8, first=3) as swarm:
+            for name in "abc":
+                await swarm.start(name, pause=0.2)
+            b = swarm.drivers["b"]
+            await swarm.until(lambda: b.tally.round >= 2)
+            state = swarm.trainees["b"].engine.state
+            swarm.trainees["b"].engine.load(
+                SyncState(state.anchor + 1e-6, state.outer, state.round)
+            )
+            await swarm.ended()
+            assert b.tally.healed + b.tally.downloads >= 1
+            assert len(swarm.digests) == 1
+
+    run(work)
+
+
+def test_work_that_is_not_finite_is_done_again_and_the_rest_goes_on(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with Swarm(tmp_path, rounds=3, first=3) as swarm:
+            for name in "abc":
+                await swarm.start(name)
+                swarm.trainees[name].spoiled = {1} if name == "b" else set()
+            await swarm.ended()
+            assert len(swarm.digests) == 1
+
+    run(work)
+
+
+def test_one_that_leaves_says_so_and_is_forgotten(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with Swarm(tmp_path, rounds=6, first=3) as swarm:
+            for name in "abc":
+                await swarm.start(name, pause=0.05)
+            await swarm.until(lambda: swarm.drivers["b"].tally.round >= 2)
+            swarm.drivers["b"].leave()
+            await swarm.runs["b"]
+            assert not (tmp_path / "b" / "state.json").exists()
+            left = swarm.drivers["b"]
+            await swarm.kill("b")
+            await swarm.ended()
+            assert left.tally.round < 6
+            assert {d.tally.round for d in swarm.drivers.values()} == {6}
+            assert len(swarm.digests) == 1
+
+    run(work)
