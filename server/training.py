@@ -33,7 +33,6 @@ from atoll.protocols import feedback as feedbacks
 from atoll.protocols import tensors
 from atoll.protocols.codecs import Codec, Fp32
 from atoll.protocols.codecspec import ErrorFeedback, parse
-from atoll.protocols.errors import UsageError
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.tensors import Payload
@@ -168,7 +167,7 @@ class Training:
             codec=tensors.codec_for(judge.manifest, chain), attacks=trainers.hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed, algorithm=method,
-            crew=engine(portable(trainers, method)) if engine else None,
+            crew=engine(trainers) if engine else None,
         )  # fmt: skip
 
     @classmethod
@@ -376,13 +375,3 @@ class Training:
 def simulated_key(seed: int) -> bytes:
     """Noise that comes again with the seed: right for a simulation, and protects nobody."""
     return derived(bytes(KEY), "simulated", seed)
-
-
-def portable(trainers: Trainers, algorithm: LocalAlgorithm) -> Trainers:
-    """UsageError FL-S104 where the algorithm sends more than a model, or keeps something."""
-    if algorithm.server_half() is not None or algorithm.rules:
-        raise UsageError(
-            "FL-S104", f"several workers, but {trainers.algorithm} keeps state or sends extras",
-            "train it in one process: leave --workers and --engine out",
-        )  # fmt: skip
-    return trainers

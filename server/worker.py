@@ -3,27 +3,29 @@
     python -m atoll.server.worker     frames on stdin, frames on stdout
 
 A frame is a line of JSON and so many bytes as it says under "bytes": a model's tensors one after
-another, in the order of its manifest.
+another, in the order of its manifest, and then those that it lists under "beside", by names such as
+"state/control/c": vectors that go with a model or an update, and a client's private state.
 """
 
 import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from atoll.client.algorithm import FedProx, Plain
+from atoll.client.algorithm import BUILTIN
 from atoll.client.local import TorchTrainer
-from atoll.client.trainer import Trained
+from atoll.client.trainer import Tensors, Trained
 from atoll.protocols.errors import AtollError
 from atoll.server.crew import Job, Together
 from atoll.server.trainers import Trainers
 
 Shapes = list[tuple[str, list[int], str]]  # name, shape, dtype of each tensor that travels
+State = Mapping[str, Tensors]  # by kind
 
 
 class Frame(NamedTuple):
@@ -35,7 +37,8 @@ class Worker:
     """What it is sent, and what it answers: no sockets, no clock, whatever carries the frames.
 
     `begin` an order, with its model where that is new; `go`: train ahead all that can be; `want`:
-    answer with this order; `forget` it. What was sent once is not sent again.
+    answer with this order; `forget` it. What was sent once is not sent again, unless it is wanted
+    `anew`, since its client's state has changed meanwhile.
     """
 
     def __init__(self, trainers: str, threads: int) -> None:
@@ -43,6 +46,7 @@ class Worker:
         self._crew = Together(Trainers.loads(trainers).make)
         self._shapes: Shapes = []
         self._models: dict[int, dict[str, Tensor]] = {}  # version -> tensors
+        self._extras: dict[int, Tensors] = {}  # version -> what came beside them
         self._begun: dict[str, Job] = {}
         self._sent: dict[str, Job] = {}
 
@@ -52,11 +56,14 @@ class Worker:
             case "shapes":
                 self._shapes = head["shapes"]
             case "model":
-                self._models[head["version"]] = unpacked(self._shapes, frame.body)
+                version, at = head["version"], length_of(self._shapes)
+                self._models[version] = unpacked(self._shapes, frame.body[:at])
+                self._extras[version] = opened(head, frame.body[at:])["extras"]
             case "drop":
                 self._models.pop(head["version"], None)
+                self._extras.pop(head["version"], None)
             case "begin":
-                job = Job(**head["job"])
+                job = self._job(frame)
                 self._begun[job.order] = job
                 self._crew.begin(job, lambda: self._models[job.version])
             case "forget":
@@ -67,40 +74,103 @@ class Worker:
                 ahead = [job for job in self._begun.values() if self._ahead(job)]
                 return [answer for job in ahead for answer in self._answer(job)]
             case "want":
-                return self._answer(Job(**head["job"]))
+                job = self._job(frame)
+                if head["anew"]:
+                    self._crew.forget(job.order)
+                    self._sent.pop(job.order, None)
+                return self._answer(job, head["anew"])
         return []
+
+    def _job(self, frame: Frame) -> Job:
+        """As it was told; its vectors came with its model, its state only where it has any."""
+        job = Job(**frame.head["job"])
+        own = opened(frame.head, frame.body)
+        state, latest = by_kind(own["state"]), by_kind(own["latest"])
+        return replace(
+            job, extras=self._extras.get(job.version, {}), state=state,
+            latest=latest if frame.head["newer"] else state, life=frame.head["life"],
+        )  # fmt: skip
 
     def _ahead(self, job: Job) -> bool:
         """Whether it may be trained before it is asked for: its trainer keeps nothing from order
-        to order.
+        to order but what is told here.
         """
         trainer = self._crew.trainer(job.client)
         return (
             isinstance(trainer, TorchTrainer)
-            and type(trainer.algorithm) in (Plain, FedProx)
+            and f"{type(trainer.algorithm).__module__}:{type(trainer.algorithm).__qualname__}"
+            in BUILTIN.values()
             and not trainer.config.keep_optimizer_state
         )
 
-    def _answer(self, job: Job) -> list[Frame]:
+    def _answer(self, job: Job, anew: int = 0) -> list[Frame]:
         if self._sent.get(job.order) == job:
             return []
+        self._sent[job.order] = job
+        head: dict[str, Any] = {"kind": "result", "job": told(job), "anew": anew}
         try:
             made = self._crew.trained(job, lambda: self._models[job.version])
         except AtollError as error:
-            said = [error.code, error.message, error.hint]
-            return [self._sending(job, Frame({"error": said}))]
-        head = {"steps": made.steps, "examples": made.examples, "metrics": dict(made.metrics)}
-        return [self._sending(job, Frame(head, packed(self._shapes, made.tensors)))]
-
-    def _sending(self, job: Job, frame: Frame) -> Frame:
-        self._sent[job.order] = job
-        return Frame({"kind": "result", "job": told(job)} | dict(frame.head), frame.body)
+            return [Frame(head | {"error": [error.code, error.message, error.hint]})]
+        head |= {"steps": made.steps, "examples": made.examples, "metrics": dict(made.metrics)}
+        head |= {"said": dict(made.said)}
+        beside, body = closed(extras=made.extras, state=flat_of(made.state))
+        return [Frame(head | beside, packed(self._shapes, made.tensors) + body)]
 
 
 def told(job: Job) -> dict[str, Any]:
     """All that makes it the same job."""
     made = {f.name: getattr(job, f.name) for f in fields(job) if f.compare}
     return made | {"extra": dict(job.extra)}
+
+
+def telling(job: Job) -> tuple[dict[str, Any], bytes]:
+    """Head and body that make the job on the other side, but for what goes with its model."""
+    newer = not alike(job.state, job.latest)
+    beside, body = closed(state=flat_of(job.state), latest=flat_of(job.latest) if newer else {})
+    return {"job": told(job), "life": job.life, "newer": newer} | beside, body
+
+
+def alike(one: State, other: State) -> bool:
+    """Whether two states are the same, number for number."""
+    return one.keys() == other.keys() and all(
+        one[kind].keys() == other[kind].keys()
+        and all(torch.equal(one[kind][n], other[kind][n]) for n in one[kind])
+        for kind in one
+    )
+
+
+def flat_of(state: State) -> Tensors:
+    return {f"{kind}/{name}": t for kind, named in state.items() for name, t in named.items()}
+
+
+def by_kind(tensors: Tensors) -> State:
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        kind, _, name = path.partition("/")
+        found.setdefault(kind, {})[name] = tensor
+    return found
+
+
+def closed(**groups: Tensors) -> tuple[dict[str, Any], bytes]:
+    """Tensors that go beside a model's: what a head says of them, and their bytes."""
+    named = {f"{group}/{name}": t for group, own in groups.items() for name, t in own.items()}
+    shapes = shapes_of(named)
+    return {"beside": shapes}, packed(shapes, named)
+
+
+def opened(head: Mapping[str, Any], body: bytes) -> Mapping[str, Tensors]:
+    """What `closed` was given; a group that is not there is empty."""
+    found: dict[str, dict[str, Tensor]] = {"extras": {}, "state": {}, "latest": {}}
+    for path, tensor in unpacked(head["beside"], body).items():
+        group, _, name = path.partition("/")
+        found[group][name] = tensor
+    return found
+
+
+def length_of(shapes: Shapes) -> int:
+    """Bytes of such tensors."""
+    return sum(math.prod(shape) * getattr(torch, dtype).itemsize for _, shape, dtype in shapes)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
@@ -128,9 +198,12 @@ def unpacked(shapes: Shapes, body: bytes) -> dict[str, Tensor]:
 
 
 def result_of(shapes: Shapes, frame: Frame) -> Trained:
-    head = frame.head
-    tensors = unpacked(shapes, frame.body)
-    return Trained(tensors, head["steps"], head["examples"], head["metrics"])
+    head, at = frame.head, length_of(shapes)
+    tensors, beside = unpacked(shapes, frame.body[:at]), opened(head, frame.body[at:])
+    return Trained(
+        tensors, head["steps"], head["examples"], head["metrics"], by_kind(beside["state"]),
+        beside["extras"], head["said"],
+    )  # fmt: skip
 
 
 # ---- frames ----------------------------------------------------------------------------------

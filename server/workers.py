@@ -17,7 +17,18 @@ from atoll.client.trainer import Trained
 from atoll.protocols.errors import ClientError, ServerError
 from atoll.server.crew import Job, Start
 from atoll.server.trainers import Trainers
-from atoll.server.worker import Frame, Shapes, packed, read, result_of, shapes_of, told, write
+from atoll.server.worker import (
+    Frame,
+    Shapes,
+    alike,
+    closed,
+    packed,
+    read,
+    result_of,
+    shapes_of,
+    telling,
+    write,
+)
 
 
 class Link(Protocol):
@@ -95,6 +106,7 @@ class Workers:
         self._worker = {name: i % len(links) for i, name in enumerate(clients)}
         self._shapes: Shapes = []
         self._begun: dict[str, Job] = {}
+        self._anew: dict[str, int] = {}  # order -> how often its client's state has changed since
         self._idle = [True] * len(links)  # nothing begun since it was last told to go
         self._models: list[dict[int, set[str]]] = [{} for _ in links]  # version -> its orders
         self._results: dict[str, tuple[Job, Trained | ClientError]] = {}
@@ -109,21 +121,29 @@ class Workers:
         at = self._worker[job.client]
         orders = self._models[at].get(job.version)
         if orders is None:
-            self._send_model(at, job.version, start)
+            self._send_model(at, job, start)
             orders = self._models[at].setdefault(job.version, set())
         orders.add(job.order)
         self._begun[job.order] = job
         self._idle[at] = False
-        self._links[at].send(Frame({"kind": "begin", "job": told(job)}))
+        head, body = telling(job)
+        self._links[at].send(Frame({"kind": "begin"} | head, body))
 
     def trained(self, job: Job, start: Start) -> Trained:
+        begun = self._begun[job.order]
+        if not alike(begun.latest, job.latest):  # what was made ahead measured by a former state
+            self._begun[job.order] = job
+            self._anew[job.order] = self._anew.get(job.order, 0) + 1
+            self._results.pop(job.order, None)
         if not self._has(job):
             for at, link in enumerate(self._links):
                 if not self._idle[at]:
                     link.send(Frame({"kind": "go"}))
                     self._idle[at] = True
             link = self._links[self._worker[job.client]]
-            link.send(Frame({"kind": "want", "job": told(job)}))
+            head, body = telling(job)
+            anew = self._anew.get(job.order, 0)
+            link.send(Frame({"kind": "want", "anew": anew} | head, body))
             while not self._has(job):
                 for frame in link.receive():
                     self._take(frame)
@@ -134,6 +154,7 @@ class Workers:
 
     def forget(self, order: str) -> None:
         self._results.pop(order, None)
+        self._anew.pop(order, None)
         job = self._begun.pop(order, None)
         if job is None:
             return
@@ -153,19 +174,20 @@ class Workers:
         found = self._results.get(job.order)
         return found is not None and found[0] == job
 
-    def _send_model(self, at: int, version: int, start: Start) -> None:
+    def _send_model(self, at: int, job: Job, start: Start) -> None:
         tensors = start()
         if not self._shapes:
             self._shapes = shapes_of(tensors)
             for link in self._links:
                 link.send(Frame({"kind": "shapes", "shapes": self._shapes}))
-        head = {"kind": "model", "version": version}
-        self._links[at].send(Frame(head, packed(self._shapes, tensors)))
+        beside, body = closed(extras=job.extras)
+        head = {"kind": "model", "version": job.version} | beside
+        self._links[at].send(Frame(head, packed(self._shapes, tensors) + body))
 
     def _take(self, frame: Frame) -> None:
         job = Job(**frame.head["job"])
-        if job.order not in self._begun:
-            return  # forgotten while it was being trained
+        if job.order not in self._begun or frame.head["anew"] != self._anew.get(job.order, 0):
+            return  # forgotten while it was being trained, or wanted anew
         if "error" in frame.head:
             self._results[job.order] = (job, ClientError(*frame.head["error"]))
         else:

@@ -160,9 +160,42 @@ def test_objects_of_this_process_cannot_be_named_to_another() -> None:
     assert Trainers.loads(spec.dumps()) == spec
 
 
-def test_what_keeps_state_is_trained_in_one_process() -> None:
-    with pytest.raises(UsageError, match=r"FL-S104.*scaffold keeps state"):
-        Training.of(NAMES, model="linear", data=DATA, algorithm="scaffold", engine=loopback)
+ALGORITHMS = ["fedavg-m:beta=0.3,warm=true", "scaffold", "scaffold-m", "feddyn", "fedprox"]
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "fedavg-m-vr", "scaffold-m-vr:beta=0.5"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_vectors_and_private_state_go_along(algorithm: str, asynchronous: bool) -> None:
+    """Clients die and come back; with FedBuff outcomes come while the next order is under way."""
+    if asynchronous and (algorithm == "feddyn" or "-vr" in algorithm):
+        pytest.skip("it needs rounds")
+    made = []
+    for engine in (None, loopback):
+        strategy = FedBuff(size=2, steps=8) if asynchronous else FedAvg(steps=8, min_clients=2)
+        made.append(run(strategy, engine, algorithm=algorithm))
+    assert made[0].versions > 3
+    assert made[0].hash == made[1].hash
+    assert made[0].accuracy == made[1].accuracy
+
+
+def test_what_was_made_ahead_is_made_again_where_the_state_has_changed() -> None:
+    spec = Trainers(NAMES, "linear", DATA, local=LOCAL, algorithm="scaffold")
+    link = Loopback(spec.dumps())
+    crew, start = Workers([link], spec.clients), spec.judge().export()  # type: ignore[attr-defined]
+    count = sum(t.numel() for t in start.values())
+    extras = {"control": torch.zeros(count)}
+    job = Job("o0", "a", 0, 4, 0, extras=extras)
+    crew.begin(job, lambda: start)
+    first = crew.trained(job, lambda: start)
+    c, number = torch.full((count,), 0.5), torch.tensor(1)
+    changed = {"control": {"c": c, "commits": number, "epoch": torch.tensor(0)}}
+    later = Job("o0", "a", 0, 4, 0, extras=extras, latest=changed)
+    second = crew.trained(later, lambda: start)
+    assert torch.equal(second.extras["dc"], first.extras["dc"] - c)
+    assert second.said["commits"] == first.said["commits"] + 1
+    assert all(torch.equal(first.tensors[n], second.tensors[n]) for n in start)
+    assert crew.trained(later, lambda: start).extras["dc"] is second.extras["dc"]
+    assert link.heard[-3:] == ["go", "want", "want"]
 
 
 def test_tensors_of_every_kind_travel_as_they_are() -> None:
