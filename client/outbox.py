@@ -109,15 +109,15 @@ class Outbox:
         self.remember()
 
     def spend(self) -> None:
-        """Another update with noise is to leave."""
+        """Another update with noise is to leave: it is paid for on the disk before it can."""
         self.memory = replace(self.memory, sent=self.memory.sent + 1)
-        self.remember()
+        self.remember(durable=True)
 
-    def remember(self) -> None:
+    def remember(self, durable: bool = False) -> None:
         if self.folder is not None:
             text = json.dumps(vars(self.memory))
             with disk(self.folder):
-                _replace(self.folder / "client.json", text.encode())
+                _replace(self.folder / "client.json", text.encode(), durable)
 
     def waiting(self) -> tuple[tuple[str, str], ...]:
         """(order, update) of each result, oldest first."""
@@ -207,8 +207,19 @@ class Outbox:
         return result.update
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside and rename, so that a reader finds all of it or the former one."""
+def _replace(path: Path, data: bytes, durable: bool = False) -> None:
+    """Write beside and rename, so that a reader finds all of it or the former one. `durable`: also
+    after a power cut."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(data)
+    with open(beside, "wb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(beside, path)
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -6,6 +6,11 @@ from typing import TYPE_CHECKING
 
 import dp_accounting
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from atoll.client.outbox import Outbox
+from tests.slow.test_kill import BIG
 
 if TYPE_CHECKING:
     from tests.slow.conftest import Federation
@@ -73,6 +78,63 @@ def test_a_secret_that_is_gone_ends_the_start_with_its_remedy(federation: "Feder
     again = federation.server("--dp", "noise=1", wait=False)
     code, status, _ = again.failure()
     assert (code, status) == ("FL-S206", 78)
+
+
+def test_noise_that_was_drawn_is_not_drawn_again_after_a_kill(federation: "Federation") -> None:
+    """A client killed in mid-upload sends the bytes that it had, and pays for them once: noise
+    drawn anew over the same work would tell, by their mean, twice as much of it."""
+    (federation.folder / "big.py").write_text(BIG)
+    model = ["--model", "big:Big"]
+    server = federation.server(
+        "--strategy", "fedavg:steps=5,min_clients=1", "--versions", "1", *model, "--data", "digits",
+        "--local-dp", "clip=0.5,noise=4",
+    )  # fmt: skip
+    gate = federation.gate(9 << 20)
+    first = federation.client("a", *model, address=gate.address)
+    federation.until(lambda: gate.shut, 90.0, "half of an upload")
+    first.kill()
+    outbox = Outbox(federation.folder / "client-a")
+    ((_, update),) = outbox.waiting()
+    kept = outbox.get(update)
+    assert kept is not None
+    drawn = torch.frombuffer(bytearray(kept[1][: 4 * 5_000_000]), dtype=torch.float32)
+    assert outbox.memory.sent == 1
+    outbox.close()
+    gate.open.set()
+    second = federation.client("a", *model, address=gate.address)
+    assert server.data(120.0)["versions"] == 1
+    second.data()
+    made = load_file(federation.state / "versions" / "1" / "model.safetensors")
+    assert torch.equal(made["ballast"], 0 - drawn)  # it begins as zeros, and is what noise moves
+    assert float(drawn.std()) == pytest.approx(0.5 * 4, rel=0.01)
+    (sent,) = federation.history("update")
+    assert sent["metrics"] == {"epsilon": pytest.approx(epsilon(1, 4))}
+    assert Outbox(federation.folder / "client-a").memory.sent == 1
+
+
+def test_a_client_killed_again_and_again_pays_for_every_update_that_left(
+    federation: "Federation",
+) -> None:
+    """Killed at any moment: what it tells of its price never falls behind what the server had."""
+    server = federation.server(
+        "--strategy", "fedavg:steps=4,min_clients=1", "--versions", "16",
+        "--local-dp", "clip=0.5,noise=8",
+    )  # fmt: skip
+    kills = 5
+    for life in range(kills):
+        client = federation.client("a")
+        federation.until(lambda n=3 * life: federation.merged() > n, 90.0)  # type: ignore[misc]
+        client.kill()
+    federation.client("a")
+    assert server.data(120.0)["versions"] == 16
+    paid = {round(epsilon(n, 8), 9): n for n in range(1, 20 + kills)}
+    rows = federation.history("update")
+    assert len({row["update"] for row in rows}) == len(rows) >= 16
+    counted = [paid[round(row["metrics"]["epsilon"], 9)] for row in rows]
+    assert counted == sorted(set(counted)), "two updates for one price"
+    assert (
+        counted[-1] <= len(rows) + kills
+    )  # killed between paying and sending: one too many each time
 
 
 @pytest.mark.parametrize("noise", ["--dp", "--local-dp"])
