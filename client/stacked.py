@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from atoll.client.algorithm import FedProx, Plain
 from atoll.client.batches import TensorBatches
 from atoll.client.local import LocalConfig, TorchTrainer
+from atoll.client.stacked_batches import StackedBatches
+from atoll.client.stacked_loss import MOST_ROWS, StackedLoss
 from atoll.client.trainer import Task, Tensors, Trained
 
 LEAST = 400  # multiplications in a product: torch does a smaller one of a batch by another kernel
-MOST_ROWS = 256  # in a batch: up to there a mean loss is summed as `_losses` does it
-CACHE = 12 << 20  # bytes of stacked models that are trained at a time: more leaves the cache
+CACHE = 4 << 20  # bytes of models, gradients and batches of those that are trained at a time
 FEWEST, MOST = 8, 128  # clients at a time, whatever their models' size
 
 
@@ -119,15 +120,14 @@ def _mu(work: Work) -> float:
 
 
 def _at_a_time(trainer: TorchTrainer) -> int:
-    size = 4 * sum(p.numel() for p in trainer.model.parameters())
+    params = [p.numel() for p in trainer.model.parameters()]
+    size = 4 * (2 * sum(params) + trainer.batch * _width(trainer))
     return min(MOST, max(FEWEST, CACHE // size))
 
 
-def _examples(work: Work) -> tuple[Tensor, Tensor]:
-    """All that its client holds: (n, features), (n,)."""
-    batches = work.trainer.batches
-    assert isinstance(batches, TensorBatches)
-    return batches.x.flatten(1), batches.y
+def _width(trainer: TorchTrainer) -> int:
+    """Numbers in an example."""
+    return next(p.shape[1] for p in trainer.model.parameters() if p.dim() == 2)
 
 
 def _starts_flat(model: nn.Sequential) -> bool:
@@ -147,30 +147,29 @@ class _Stack:
         self._params = {n: torch.stack([work.start[n] for work in works]) for n in names}
         self._anchor = {n: p.clone() for n, p in self._params.items()} if self._mu else {}
         self._kept: dict[str, tuple[Tensor, ...]] = {}  # the optimizer's state
-        self._examples = [_examples(work) for work in works]
-        self._rows_of = [w.trainer.batches.order.run(w.task.done, w.task.steps) for w in works]
+        weights = [self._params[layer.weight] for layer in layers]
+        many, rows = len(works), first.batch
+        self._outputs = [torch.empty(many, rows, w.shape[1]) for w in weights]  # of each layer
+        self._passed = [torch.empty_like(out) for out in self._outputs[:-1]]  # gradients there
+        self._gradients = [torch.empty_like(w) for w in weights]
+        found = [work.trainer.batches for work in works]
+        sources = [batches for batches in found if isinstance(batches, TensorBatches)]  # all
+        self._batches = StackedBatches(sources, [work.task for work in works])
 
     @torch.no_grad()
     def trained(self) -> list[Trained | None]:
         """All their steps."""
         counts = [work.task.steps for work in self._works]
-        most, many = counts[0], len(counts)
-        labels, x = self._labels(), self._buffer()
-        picked = torch.zeros(most, many, self._rows)  # log-probabilities of the right class
-        n = many
-        for step in range(most):
-            while counts[n - 1] <= step:
-                n -= 1
-            at = step % x.shape[1]
-            if at == 0:
-                self._fill(x, step, n)
-            gradients = self._gradients(x[:n, at], labels[step, :n], picked[step, :n])
-            for name, gradient in gradients.items():
-                self._update(name, gradient, n, step)
-        totals = torch.zeros(many)
-        for step, losses in enumerate(_losses(picked)):
-            n = sum(count > step for count in counts)
-            totals[:n] += losses[:n]
+        totals, step = torch.zeros(len(counts)), 0
+        for x, labels in self._batches.pieces():
+            loss = StackedLoss(labels, self._outputs[-1].shape[2])
+            training = [sum(c > step + at for c in counts) for at in range(len(labels))]
+            for at, n in enumerate(training):
+                inputs, logits = self._forward(x[:n, at])
+                self._backward(inputs, loss.gradient(at, logits), step + at)
+            for n, losses in zip(training, loss.means(), strict=True):
+                totals[:n] += losses[:n]
+            step += len(labels)
         return [self._result(k, total) for k, total in enumerate(totals.tolist())]
 
     def _result(self, k: int, total: float) -> Trained | None:
@@ -181,64 +180,39 @@ class _Stack:
         metrics = {"loss": total / steps} if steps else {}
         return Trained(tensors, steps, steps * self._rows, metrics)
 
-    def _labels(self) -> Tensor:
-        """(steps, K, B, 1), zero where a client has no such step."""
-        found = torch.zeros(
-            len(self._rows_of[0]), len(self._works), self._rows, 1, dtype=torch.int64
-        )
-        for k, rows in enumerate(self._rows_of):
-            found[: len(rows), k, :, 0] = self._examples[k][1][rows]
-        return found
-
-    def _buffer(self) -> Tensor:
-        """(K, a few steps, B, D): room for the examples of the next steps."""
-        width, many = self._params[self._layers[0].weight].shape[2], len(self._works)
-        few = max(1, CACHE // (4 * many * self._rows * width))
-        return torch.empty(many, min(few, max(1, len(self._rows_of[0]))), self._rows, width)
-
-    def _fill(self, x: Tensor, step: int, n: int) -> None:
-        """The first n clients' examples, of as many steps from `step` on as there is room for."""
-        few = x.shape[1]
-        for k in range(n):
-            rows = self._rows_of[k][step : step + few].reshape(-1)
-            out = x[k].view(-1, x.shape[3])[: len(rows)]
-            torch.index_select(self._examples[k][0], 0, rows, out=out)
-
     # ---- one step ----------------------------------------------------------------------------
+    # The kernels are those that autograd calls, so that the bits are, too.
 
-    def _gradients(self, x: Tensor, y: Tensor, picked: Tensor) -> dict[str, Tensor]:
-        """Of each client's mean loss on its batch: x (n, B, D), y (n, B, 1); fills picked (n, B).
-
-        The kernels are those that autograd calls, so that the bits are, too.
-        """
-        n, inputs = len(x), [x]
-        for layer in self._layers:
-            z = self._linear(layer, inputs[-1], n)
+    def _forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What goes into each layer, the first n clients' x (n, B, D), and the logits."""
+        n, inputs = x.shape[0], [x]
+        for layer, room in zip(self._layers, self._outputs, strict=True):
+            z, weight = room[:n], self._params[layer.weight][:n].mT
+            if layer.bias is None:
+                torch.bmm(inputs[-1], weight, out=z)
+            else:
+                bias = self._params[layer.bias][:n].unsqueeze(1)
+                torch.baddbmm(bias, inputs[-1], weight, out=z)
             inputs.append(z.relu_() if layer.relu else z)
-        log_p = torch.log_softmax(inputs.pop(), 2)
-        picked.copy_(log_p.gather(2, y).squeeze(2))
-        g = torch.zeros_like(log_p).scatter_(2, y, -1.0 / self._rows)
-        g = torch.ops.aten._log_softmax_backward_data(g, log_p, 2, torch.float32)
-        found: dict[str, Tensor] = {}
+        return inputs, inputs.pop()
+
+    def _backward(self, inputs: list[Tensor], g: Tensor, step: int) -> None:
+        """Gradients from that of the logits (n, B, classes), and the optimizers' step by them."""
+        n = g.shape[0]
         for at in range(len(self._layers) - 1, -1, -1):
-            layer, a = self._layers[at], inputs[at]
-            found[layer.weight] = torch.bmm(g.mT, a)
-            if layer.bias is not None:
-                found[layer.bias] = g.sum(1)
+            layer, a, here = self._layers[at], inputs[at], g
+            weight = torch.bmm(here.mT, a, out=self._gradients[at][:n])
             if at:
-                g = torch.bmm(g, self._params[layer.weight][:n])
+                g = torch.bmm(here, self._params[layer.weight][:n], out=self._passed[at - 1][:n])
                 if self._layers[at - 1].relu:
-                    g = torch.ops.aten.threshold_backward(g, a, 0)
-        return found
+                    torch.ops.aten.threshold_backward.grad_input(g, a, 0, grad_input=g)
+            self._update(layer.weight, weight, step)
+            if layer.bias is not None:
+                self._update(layer.bias, here.sum(1), step)
 
-    def _linear(self, layer: Layer, a: Tensor, n: int) -> Tensor:
-        weight = self._params[layer.weight][:n].mT
-        if layer.bias is None:
-            return torch.bmm(a, weight)
-        return torch.baddbmm(self._params[layer.bias][:n].unsqueeze(1), a, weight)
-
-    def _update(self, name: str, g: Tensor, n: int, step: int) -> None:
+    def _update(self, name: str, g: Tensor, step: int) -> None:
         """One step of the first n clients' optimizers, as `client/sgd.py` and torch's Adam do."""
+        n = g.shape[0]
         config, p = self._config, self._params[name][:n]
         if self._mu:
             g.add_(p - self._anchor[name][:n], alpha=self._mu)
@@ -246,7 +220,7 @@ class _Stack:
             self._adam(name, p, g, step)
             return
         if config.weight_decay:
-            g = g.add(p, alpha=config.weight_decay)
+            g.add_(p, alpha=config.weight_decay)
         if config.momentum:
             if step == 0:
                 self._kept[name] = (g.clone(),)
@@ -265,19 +239,3 @@ class _Stack:
             amsgrad=False, beta1=0.9, beta2=0.999, lr=self._config.lr,
             weight_decay=self._config.weight_decay, eps=1e-8, maximize=False,
         )  # fmt: skip
-
-
-def _losses(picked: Tensor) -> Tensor:
-    """Mean losses (steps, K) of log-probabilities (steps, K, B), summed in torch's own order.
-
-    `nll_loss` puts the first row aside, adds up the others in runs of 16, then what is left of
-    them, the runs and the first, in this order.
-    """
-    rows = picked.unbind(2)
-    level = torch.zeros_like(rows[0])
-    runs = torch.zeros_like(level)
-    for at, row in enumerate(rows[1:], 1):
-        level = level - row
-        if at % 16 == 0:
-            runs, level = runs + level, torch.zeros_like(level)
-    return ((level + runs) - rows[0]) / len(rows)

@@ -190,14 +190,3 @@ def test_what_fits() -> None:
     assert stacked.fits(on_digits(plain()))
     assert stacked.fits(on_digits(plain(), config=LocalConfig(batch=14)))
     assert stacked.fits(on_digits(plain(), algorithm=FedProx(0.1)))
-
-
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 18, 32, 33, 100, 255, 256])
-def test_mean_losses_are_summed_in_torchs_order(rows: int) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    log_p = torch.randn(3, 4, rows, 5, generator=generator).log_softmax(3)
-    right = torch.randint(0, 5, (3, 4, rows), generator=generator)
-    picked = log_p.gather(3, right.unsqueeze(3)).squeeze(3)
-    for step, losses in enumerate(stacked._losses(picked)):
-        for k in range(4):
-            assert losses[k] == nn.functional.nll_loss(log_p[step, k], right[step, k])
