@@ -6,6 +6,7 @@ imported class says.
 """
 
 import ast
+import gc
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -75,9 +76,22 @@ def _tree(module: str) -> "_Module":
         raise LookupError(f"no source of {module}")
     try:
         text = path.read_text(encoding="utf-8")
-        return _Module(module, ast.parse(text).body, text.splitlines())
+        return _Module(module, _parsed(text).body, text.splitlines())
     except (OSError, SyntaxError, ValueError) as error:
         raise LookupError(f"{path} cannot be read: {error}") from error
+
+
+def _parsed(text: str) -> ast.Module:
+    """Its syntax tree, made without a garbage collection in the midst of it: where that logs what
+    became of a forgotten task, Python 3.11 parses the lines of its traceback, and then takes the
+    interrupted parse for a broken one (SystemError)."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(text)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def locate(module: str) -> Path | None:

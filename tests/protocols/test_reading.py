@@ -1,5 +1,7 @@
 """Reading: a class as its source has it, whatever of it can be read."""
 
+import ast
+import gc
 from pathlib import Path
 
 import pytest
@@ -153,3 +155,33 @@ def test_a_table_is_a_dict_that_stands_there() -> None:
 )
 def test_a_first_sentence_is_found(text: str, first: str) -> None:
     assert sentence(text) == first
+
+
+class Garbage:
+    """Only the collector finds it; like the log of a forgotten task, its end parses something."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        ast.parse("x = 1 + 2")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_garbage_that_is_collected_meanwhile_breaks_no_parse(on: bool) -> None:
+    """A server ended with "AST constructor recursion depth mismatch" when a task of a node that was
+    gone was collected just then, and logged."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        for _ in range(20):
+            Garbage()
+            if not on:
+                gc.disable()
+            assert (
+                read("atoll.aggregation.fedavg:FedAvg").where == "atoll.aggregation.fedavg:FedAvg"
+            )
+            assert gc.isenabled() == on
+    finally:
+        gc.enable()
+        gc.set_threshold(*threshold)

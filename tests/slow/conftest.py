@@ -121,6 +121,7 @@ class Local(threading.Thread):
         self.listen = address
         self.summary: Summary | None = None
         self.error: AtollError | None = None
+        self.bug: BaseException | None = None  # what no server may end with
         self.ready = threading.Event()
         self.start()
 
@@ -129,12 +130,19 @@ class Local(threading.Thread):
             self.summary = self.server.run(self.listen, lambda _: self.ready.set())
         except AtollError as error:
             self.error = error
+        except BaseException as error:  # noqa: BLE001  # the test that started it fails with it
+            self.bug = error
         finally:
             self.ready.set()
+
+    def check(self) -> None:
+        if self.bug is not None:
+            raise self.bug
 
     def ended(self, seconds: float = 60.0) -> Summary:
         self.join(seconds)
         assert not self.is_alive(), "the server goes on"
+        self.check()
         assert self.error is None, self.error
         assert self.summary is not None
         return self.summary
@@ -352,7 +360,8 @@ class Federation:
         found = open_spec(self.state, wanted, spec)
         local = Local(Server.of(found, self.state, rules, slots=slots), self.address)
         self.locals.append(local)
-        assert local.ready.wait(30)
+        assert local.ready.wait(120), "the server does not come up"
+        local.check()
         if local.error is None:
             self.address = local.server.address
         return local
@@ -436,7 +445,10 @@ class Federation:
         for local in self.locals:
             local.server.stop()
         for thread in (*self.guests, *self.locals):
-            thread.join(10)
+            thread.join(30)
+            assert not thread.is_alive(), f"{thread.name} goes on after its test"
+        for local in self.locals:
+            local.check()
 
 
 @pytest.fixture

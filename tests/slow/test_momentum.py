@@ -14,7 +14,7 @@ from torch import Tensor
 from atoll.client.client import Client
 from atoll.client.keep import Keep
 from atoll.client.options import Options, maker
-from atoll.client.scaffold import KIND
+from atoll.client.scaffold import KIND, Variate
 from atoll.client.trainer import Trainer
 from atoll.protocols.runinfo import RunInfo
 from atoll.server.rules import Rules
@@ -128,6 +128,12 @@ def newest(state: Path) -> tuple[dict[str, Any], Tensor]:
 
 
 def variate(folder: Path) -> Tensor:
-    """c_i as it lies on a client's disk."""
-    found: Tensor = Keep(folder / "keep").now(KIND)["c"]
+    """c_i as it lies on a client's disk.
+
+    An order that the end of the run overtook leaves what it would have made of c_i beside it: the
+    rule says that it does not count before it was used.
+    """
+    keep = Keep(folder / "keep")
+    keep.register(KIND, Variate())
+    found: Tensor = keep.now(KIND)["c"]
     return found
