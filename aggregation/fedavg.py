@@ -54,7 +54,7 @@ class FedAvg(Strategy):
     rounds: int | None = None  # finish after so many merges; None: never
     late: Literal["discard", "stale"] = "discard"
     staleness: str = "polynomial:0.5"  # for late="stale"
-    weighting: Literal["examples", "equal"] = "examples"
+    weighting: Literal["examples", "seen", "equal"] = "examples"  # held, or seen in the round
     seed: int = 0  # round r is drawn from (seed, r) alone
 
     round: int = field(default=0, init=False)  # rounds begun
@@ -80,7 +80,7 @@ class FedAvg(Strategy):
         positive(deadline=self.deadline, fraction=self.fraction)
         at_most(1, fraction=self.fraction)
         one_of(("discard", "stale"), late=self.late)
-        one_of(("examples", "equal"), weighting=self.weighting)
+        one_of(("examples", "seen", "equal"), weighting=self.weighting)
         discount(self.staleness)
         if self.cohort is not None and self.fraction is not None:
             raise UsageError(
@@ -171,9 +171,12 @@ class FedAvg(Strategy):
         self.open, self.extended, self.began = True, False, now
         self.awaited, self.gone = set(cohort), set()
         for client in cohort:
-            yield Train(client, self.steps)
+            yield self.order(client)
         if self.deadline is not None:
             yield self.wait(now + self.deadline)
+
+    def order(self, client: str) -> Train:
+        return Train(client, self.steps)
 
     def size(self, able: int, free: int) -> int:
         """How many results the next round wants."""
@@ -217,6 +220,8 @@ class FedAvg(Strategy):
         self.merges += 1
 
     def held(self, update: Update) -> int:
+        if self.weighting == "seen":
+            return update.examples
         return self.examples[update.client] if self.weighting == "examples" else 1
 
     def take_late(self, update: Update, why: str = "its round is closed") -> Actions:

@@ -193,6 +193,8 @@ class TorchTrainer:
             name, _, key = path.rpartition("/")
             if name not in self._params:
                 raise ValueError(f"optimizer state {path!r} is of no parameter of the model")
+            if key != "step" and value.shape != self._params[name].shape:
+                raise ValueError(f"optimizer state {path!r} is {tuple(value.shape)}")
             at = self._params[name].device if key != "step" else value.device
             kept = self._optimizer.state.setdefault(self._params[name], {})
             kept[key] = value.clone().to(at)

@@ -4,16 +4,17 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
 from atoll.aggregation.half import extras_of
 from atoll.aggregation.noise import KEY
-from atoll.client import residual
+from atoll.client import inner, residual
 from atoll.client.algorithm import LocalAlgorithm
 from atoll.client.holding import Beside, Fetch, Holding
 from atoll.client.keep import Keep, nothing_sent
+from atoll.client.local import TorchTrainer
 from atoll.client.localdp import LocalDP
 from atoll.client.outbox import Outbox
 from atoll.client.packing import Made, pack
@@ -68,6 +69,8 @@ class Workbench:
                 + ", ".join(half.up),
                 "leave the run, or ask for one with --local plain, fedprox or fedavg-m",
             )
+        if _keeps(trainer) and outbox.folder is not None:
+            inner.read(trainer, outbox.folder, outbox.memory.run)
         self._beside = Beside(self._extras.down, outbox.folder)
 
     def agree(self, up: Codec, down: Codec, rule: ErrorFeedback | None = None) -> None:
@@ -185,6 +188,8 @@ class Workbench:
         )
         assert result.update == update, f"{result.update} is not {update}"
         tensors.finite(self.manifest, Payload(packed.sections, packed.view, up))
+        if not snapshot and _keeps(self.trainer) and self.outbox.folder is not None:
+            inner.write(self.trainer, self.outbox.folder, self.outbox.memory.run)
         kept = dict(trained.state)
         if self._remembers and not snapshot:
             kept[residual.KIND] = residual.change(state, packed.after)
@@ -221,3 +226,8 @@ class Workbench:
     def _extras_of(self, trained: Trained) -> dict[str, Tensor]:
         """What the algorithm made besides the model, by section."""
         return tensors.extra_groups(self._extras.up, trained.extras, trained.said, self._says)
+
+
+def _keeps(trainer: Trainer) -> TypeGuard[TorchTrainer]:
+    """Whether its optimizer's state is to outlive an order, and so a process."""
+    return isinstance(trainer, TorchTrainer) and trainer.config.keep_optimizer_state

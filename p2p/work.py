@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atoll.aggregation.outer import outer
 from atoll.aggregation.sync_engine import SyncEngine
+from atoll.client import inner
 from atoll.client.batches import mixed
 from atoll.client.bench import bench
 from atoll.client.data import load_data
@@ -45,7 +44,6 @@ T = TypeVar("T")
 
 WARM = 100  # steps, at most, over which a fresh AdamW comes to its step size
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # DiLoCo's inner AdamW
-INNER = "inner.safetensors"  # AdamW's moments
 
 
 class Recipe(Protocol):
@@ -240,16 +238,12 @@ class Work:
             self._keep()
 
     def _keep(self) -> None:
-        """Not made durable: what a power cut tears is found out, and AdamW starts anew."""
         if self._folder is not None:
-            beside = self._folder / f"{INNER}.tmp"
-            save_file(self._trainer.optimizer_state(), beside)
-            beside.replace(self._folder / INNER)
+            inner.write(self._trainer, self._folder)
 
     def _remember(self) -> None:
         if self._folder is not None:
-            with contextlib.suppress(OSError, SafetensorError, ValueError):
-                self._trainer.load_optimizer_state(load_file(self._folder / INNER))
+            inner.read(self._trainer, self._folder)
 
 
 def facts(model: str, data: str, seed: int) -> Facts:

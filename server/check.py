@@ -20,6 +20,7 @@ from atoll.protocols.errors import UsageError
 from atoll.protocols.facts import Facts
 from atoll.protocols.links import Allowed
 from atoll.server import catalogue, dp, momenta
+from atoll.server.presets import PRESETS
 from atoll.server.spec import STRATEGIES, RunSpec
 
 PARTITIONS = ("iid", "contiguous", "classes", "dirichlet", "quantity", "column")
@@ -135,9 +136,12 @@ def _mixed(
 
 def _offers() -> Iterator[Facts]:
     """What could stand in a mix. What a strategy gives may depend on its parameters (FedAvg's
-    rounds), so ours are made as they come: they need no torch."""
+    rounds), so ours are made as they come: they need no torch. One that is a whole method brings
+    other parts along, and is no remedy."""
     yield from catalogue.offers()
     for name, where in STRATEGIES.items():
+        if name in PRESETS:
+            continue
         yield of_part("strategy", name, pkgutil.resolve_name(where)())
 
 

@@ -29,7 +29,7 @@ def run_options(command: F) -> F:
     """The options that say what a run is; they become a RunSpec and its Rules."""
     options = [
         click.option("--strategy", default="fedcompass", show_default=True,
-                     help="fedavg, fedbuff, fedasync, fedcompass, with parameters as "
+                     help="fedavg, fedbuff, fedasync, fedcompass, diloco, with parameters as "
                      "fedavg:steps=50,cohort=8; or MODULE:OBJECT. See `fl-server strategies`."),
         click.option("--aggregator", default="mean", show_default=True,
                      help="mean, median, krum:f=0.2, ...; or MODULE:OBJECT. "
@@ -37,9 +37,9 @@ def run_options(command: F) -> F:
         click.option("--proxy", default="", metavar="DATA",
                      help="Labelled examples of the server's own that an aggregator learns by "
                      "(fedlaw): digits, npz:FILE,take=200, ..."),
-        click.option("--outer", default="sgd", show_default=True,
+        click.option("--outer", default="",
                      help="sgd, momentum, nesterov, adam, yogi, adagrad, e.g. nesterov:lr=0.7. "
-                     "See `fl-server outers`."),
+                     "See `fl-server outers`.  [default: sgd; of diloco nesterov]"),
         click.option("--local", "algorithm", default="plain", show_default=True,
                      help="Local algorithm: plain, fedprox:mu=0.1, scaffold-m, ... "
                      "See `fl-server locals`."),
@@ -95,6 +95,7 @@ def rules_of(given: dict[str, Any]) -> "Rules":
 def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
     from atoll.protocols.codecspec import parse_ways
     from atoll.protocols.ids import ulid
+    from atoll.server.presets import preset_of
     from atoll.server.spec import RunSpec
 
     up, down = parse_ways(given["codec"]).texts
@@ -105,11 +106,13 @@ def spec_of(given: dict[str, Any], **more: Any) -> "RunSpec":
         "local_momentum": "momentum",
         "clip": "clip",
     }
-    local = {names[k]: given[k] for k in names if given[k] is not None}
+    preset = preset_of(given["strategy"])
+    local = {**preset.local, **{names[k]: given[k] for k in names if given[k] is not None}}
     check_numbers({**given, **more})
     dp, local_dp = private(given)
-    kept = ("strategy", "aggregator", "outer", "algorithm", "model", "trainer", "proxy", "buffers")
+    kept = ("strategy", "aggregator", "algorithm", "model", "trainer", "proxy", "buffers")
     same = {k: given[k] for k in (*kept, "seed")}
+    same["outer"] = given["outer"] or preset.outer
     same["data"] = data_of(given["data"])
     return RunSpec(
         ulid(), codec_up=up, codec_down=down, local=local, dp=dp, local_dp=local_dp, **same, **more

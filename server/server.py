@@ -28,6 +28,7 @@ from atoll.protocols.errors import RemoteError, ServerError, UsageError
 from atoll.protocols.ids import ulid
 from atoll.server.bulk import Bulk
 from atoll.server.check import check
+from atoll.server.presets import preset_of
 from atoll.server.rules import Rules
 from atoll.server.service import Service
 from atoll.server.spec import RunSpec, open_spec
@@ -64,7 +65,8 @@ class Server:
     Every slot takes a name as on the command line, or an object. `model` is an nn.Module or what
     makes one; `data` (a name, or what `load_data` gives) evaluates the versions, None leaves that
     to the clients. `proxy` (a name, or examples apart from the test set) is what an aggregator such
-    as FedLAW learns by. A `folder` that holds a run is continued: give it the same objects again.
+    as FedLAW learns by. `outer` None is what the strategy asks for, else plain averaging. A
+    `folder` that holds a run is continued: give it the same objects again.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Server:
         *,
         strategy: object = "fedcompass",
         aggregator: object = "mean",
-        outer: object = "sgd",
+        outer: object = None,
         data: object = None,
         proxy: object = None,
         codec: str = "fp32",
@@ -87,11 +89,12 @@ class Server:
         lease: float = 20.0,
         local: Mapping[str, bool | int | float | str] | None = None,
     ) -> None:
+        preset = preset_of(strategy)
         given = {
             "model": model,
             "strategy": strategy,
             "aggregator": aggregator,
-            "outer": outer,
+            "outer": preset.outer if outer is None else outer,
             "data": data,
             "proxy": proxy,
         }
@@ -100,8 +103,8 @@ class Server:
         wanted = RunSpec(
             ulid(), strategy=names["strategy"], aggregator=names["aggregator"],
             outer=names["outer"], model=names["model"], data=names["data"], proxy=names["proxy"],
-            codec_up=up, codec_down=down, local=dict(local or {}), dp=dp, local_dp=local_dp,
-            seed=seed, lease=lease,
+            codec_up=up, codec_down=down, local={**preset.local, **(local or {})},
+            dp=dp, local_dp=local_dp, seed=seed, lease=lease,
         )  # fmt: skip
         slots = {k: v for k, v in given.items() if v is not None and not isinstance(v, str)}
         if not (Path(folder) / "run.json").exists():

@@ -18,6 +18,7 @@ STRATEGIES: Mapping[str, str] = {
     "fedbuff": "atoll.aggregation.fedbuff:FedBuff",
     "fedasync": "atoll.aggregation.fedbuff:fedasync",
     "fedcompass": "atoll.aggregation.fedcompass:FedCompass",
+    "diloco": "atoll.aggregation.diloco:DiLoCo",
     "dp-fedavg": "atoll.aggregation.dp_fedavg:DpFedAvg",
 }
 
