@@ -23,7 +23,7 @@ from typing import Any
 
 import grpc
 
-from atoll.p2p.bulk import Find
+from atoll.p2p.bulk import Find, Got
 from atoll.p2p.node import Node
 from atoll.protocols import frames
 from atoll.protocols.blobs import CHUNK
@@ -100,9 +100,7 @@ class Direct:
 
     # ---- taking --------------------------------------------------------------------------------
 
-    async def fetch(
-        self, peer: str, blob: str, dest: memoryview, *, shorter: bool = False
-    ) -> tuple[bytes, int]:
+    async def fetch(self, peer: str, blob: str, dest: memoryview, *, shorter: bool = False) -> Got:
         """As `bulk.fetch`, but once: RemoteError FL-P203 where it breaks off or cannot begin."""
         line = await self._line(peer)
         try:
@@ -151,15 +149,16 @@ class Direct:
             yield frame
 
 
-def _take(line: _Line, blob: str, dest: memoryview, shorter: bool) -> tuple[bytes, int]:
+def _take(line: _Line, blob: str, dest: memoryview, shorter: bool) -> Got:
     asked = json.dumps({"token": line.token, "blob": blob}).encode()
     call = line.channel.unary_stream(METHOD)(asked)
     watch = _Watch(call)
-    held, sha256, sha = 0, b"", hashlib.sha256()
+    held, began, sha256, sha = 0, 0.0, b"", hashlib.sha256()
     hashing = not blob.startswith("in/")  # nobody compares an input's
     try:
         for message in call:
             watch.alive()
+            began = began or time.monotonic()
             chunk = frames.parse(message)
             end = held + len(chunk.data)
             if chunk.offset != held or end > len(dest):
@@ -185,7 +184,7 @@ def _take(line: _Line, blob: str, dest: memoryview, shorter: bool) -> tuple[byte
     found = sha.digest() if hashing else sha256
     if sha256 and found != sha256:
         raise RemoteError("FL-W105", f"{blob} has SHA-256 {found.hex()}", "ask another peer for it")
-    return found, held
+    return Got(found, held, time.monotonic() - began)
 
 
 class _Watch:

@@ -4,11 +4,11 @@ Both are measured on the first large blobs of each peer, and the faster one is u
 Where the direct one cannot be had (a firewall, another network) streams are all there is.
 """
 
-import asyncio
 import math
 from collections import defaultdict
 
 from atoll.p2p import bulk
+from atoll.p2p.bulk import Got
 from atoll.p2p.direct import Direct
 from atoll.p2p.node import Node
 from atoll.protocols.errors import RemoteError
@@ -25,11 +25,8 @@ class Roads:
         self.rates: dict[str, dict[str, float]] = defaultdict(dict)  # peer -> road -> bytes/s
         self.taken = 0  # bytes that came
 
-    async def fetch(
-        self, peer: str, name: str, dest: memoryview, shorter: bool
-    ) -> tuple[bytes, int]:
+    async def fetch(self, peer: str, name: str, dest: memoryview, shorter: bool) -> Got:
         """RemoteError of the peer's own, or FL-P203 where neither road leads there."""
-        clock, began = asyncio.get_running_loop().time, asyncio.get_running_loop().time()
         road = self._road(peer, len(dest))
         if road == "direct":
             assert self._direct is not None
@@ -38,12 +35,12 @@ class Roads:
             except RemoteError as error:
                 if error.code != "FL-P203":
                     raise
-                road, began = "stream", clock()
+                road = "stream"
         if road == "stream":
             found = await bulk.fetch(self._node, peer, name, dest, shorter=shorter)
-        self.taken += found[1]
-        if found[1] >= LARGE:
-            rate = found[1] / max(1e-6, clock() - began)
+        self.taken += found.length
+        if found.length >= LARGE:
+            rate = found.length / max(1e-6, found.seconds)
             known = self.rates[peer].get(road, rate)
             self.rates[peer][road] = known + SMOOTH * (rate - known)
         return found

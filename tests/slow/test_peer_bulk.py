@@ -64,7 +64,7 @@ def test_bulk_comes_by_the_faster_road_and_by_streams_where_there_is_no_other(
             roads = Roads(taker, mine)
             for name in ("in/x/0", "out/x/0", "out/x/0"):
                 dest = memoryview(bytearray(len(data) + 9))
-                sha256, length = await roads.fetch(giver.id, name, dest, True)
+                sha256, length, _ = await roads.fetch(giver.id, name, dest, True)
                 assert dest[:length] == data
                 assert name[0] == "i" or sha256 == hashlib.sha256(data).digest()
             assert set(roads.rates[giver.id]) == {"direct", "stream"}, "both were looked at"
