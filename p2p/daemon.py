@@ -27,7 +27,8 @@ class Daemon:
     """One `p2pd`. `gone` is set when it has ended, for whatever reason."""
 
     def __init__(self, folder: Path, listen: Sequence[str], bootstrap: Sequence[str] = ()) -> None:
-        """`folder` holds its identity and is private to it. `listen`, `bootstrap`: multiaddrs."""
+        """`folder` holds its identity and is private to it. `listen`, `bootstrap`: multiaddrs;
+        without `listen` nobody can connect to it, and it does not serve the directory."""
         self.folder = folder
         self.listen = tuple(listen)
         self.bootstrap = tuple(bootstrap)
@@ -66,10 +67,13 @@ class Daemon:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.sockets / "p2pd.sock")
         arguments = [
-            f"-listen={self.control}", f"-id={self.identity}",
-            f"-hostAddrs={','.join(self.listen)}", "-dhtServer=1", "-connManager=1", "-tls=1",
+            f"-listen={self.control}", f"-id={self.identity}", "-connManager=1", "-tls=1",
             "-natPortMap=0", "-autonat=0", "-relay=0",
         ]  # fmt: skip
+        if self.listen:
+            arguments += [f"-hostAddrs={','.join(self.listen)}", "-dhtServer=1"]
+        else:
+            arguments += ["-noListenAddrs=1", "-dhtClient=1"]
         if self.bootstrap:
             arguments += ["-b=1", f"-bootstrapPeers={','.join(self.bootstrap)}"]
         try:

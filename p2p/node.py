@@ -44,7 +44,11 @@ class Node:
         listen: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
         bootstrap: Sequence[str] = (),
     ) -> None:
-        """`folder` keeps the identity; nobody else may read it. Multiaddrs in the rest."""
+        """`folder` keeps the identity; nobody else may read it. Multiaddrs in the rest.
+
+        `listen` (): it calls others and answers over those connections, but nobody can connect to
+        it. `bootstrap` may be set anew: a daemon that is replaced looks there.
+        """
         self.folder = folder
         self.listen = tuple(listen)
         self.bootstrap = tuple(bootstrap)
@@ -69,7 +73,7 @@ class Node:
         identity = self.folder / "identity.key"
         if not identity.exists():
             P2P.generate_identity(str(identity))
-        await self._up()
+        await self._up(self.bootstrap)
         self._watch = asyncio.create_task(self._watching())
 
     async def stop(self) -> None:
@@ -79,7 +83,9 @@ class Node:
         await self._down()
 
     async def addresses(self) -> list[str]:
-        """Multiaddrs under which others may reach this node, its id in each."""
+        """Multiaddrs under which others may reach this node, its id in each; [] where none can."""
+        if not self.listen:
+            return []
         p2p = self._up_p2p()
         found = await _within(CALL_SECONDS, p2p.get_visible_maddrs(latest=True), "the daemon")
         return [str(address) for address in found]
@@ -89,12 +95,28 @@ class Node:
         assert self._daemon is not None, "start it first"
         return self._daemon
 
-    async def _up(self) -> None:
+    async def meet(self, addresses: Sequence[str]) -> bool:
+        """Connect to the peer of these addresses, all of the same, and share a directory with it
+        from now on. False where it cannot be reached."""
+        from hivemind.p2p import PeerID
+        from hivemind.utils.multiaddr import Multiaddr
+
+        peer = PeerID.from_base58(addresses[0].rpartition("/p2p/")[2])
+        bare = [Multiaddr(one.rpartition("/p2p/")[0]) for one in addresses]
+        try:
+            client = self._up_p2p()._client  # hivemind has no public way to connect
+            await _within(CALL_SECONDS, client.connect(peer, bare), f"peer {peer}")
+            pinged = self._up_dht().protocol.call_ping(peer)
+            return await _within(CALL_SECONDS, pinged, f"peer {peer}") is not None
+        except RemoteError:
+            return False
+
+    async def _up(self, bootstrap: Sequence[str]) -> None:
         from hivemind.dht.node import DHTNode
         from hivemind.p2p import P2P
         from hivemind.utils.multiaddr import Multiaddr
 
-        self._daemon = Daemon(self.folder, self.listen, self.bootstrap)
+        self._daemon = Daemon(self.folder, self.listen, bootstrap)
         await self._daemon.start()
         try:
             # Its sockets lie beside the daemon's, not in /tmp where all may see them.
@@ -107,7 +129,7 @@ class Node:
                 await self._register(name, answer)
             for name, stream in self._streams.items():
                 await self._register_stream(name, stream)
-            self._dht = await self._directory(DHTNode, Multiaddr)
+            self._dht = await self._directory(DHTNode, Multiaddr, bootstrap)
             self.listen = await self._ports()  # where others know it, after a restart too
         except BaseException:
             await self._down()
@@ -127,15 +149,15 @@ class Node:
             for one in self.listen
         )
 
-    async def _directory(self, kind: Any, address: Any) -> Any:
-        known = [address(b) for b in self.bootstrap] or None
+    async def _directory(self, kind: Any, address: Any, bootstrap: Sequence[str]) -> Any:
+        known = [address(b) for b in bootstrap] or None
         try:
-            made = kind.create(p2p=self._p2p, initial_peers=known)
+            made = kind.create(p2p=self._p2p, initial_peers=known, client_mode=not self.listen)
             return await _within(CALL_SECONDS, made, "the swarm")
         except Exception as error:  # hivemind raises what it finds
             if isinstance(error, asyncio.CancelledError | AssertionError):
                 raise
-            raise unreachable(self.bootstrap, str(error)) from error
+            raise unreachable(bootstrap, str(error)) from error
 
     async def _down(self) -> None:
         dht, p2p, daemon = self._dht, self._p2p, self._daemon
@@ -167,13 +189,22 @@ class Node:
             silent = 0
             await self._down()
             try:
-                await self._up()
+                await self._up_again()
             except PeerError as error:
                 logger.error("peer=%s the daemon cannot be brought back: %s", self.id, error)
                 self.lost.set()
                 return
             self.restarts += 1
             logger.info("peer=%s the daemon was restarted", self.id)
+
+    async def _up_again(self) -> None:
+        """Alone where nobody answers: whoever looks for it will meet it."""
+        try:
+            await self._up(self.bootstrap)
+        except PeerError as error:
+            if error.code != "FL-P202":
+                raise
+            await self._up(())
 
     async def _answers_ping(self) -> bool:
         try:
