@@ -1,5 +1,13 @@
-"""`python -m atoll.client` is fl-client."""
+"""fl-client, also as `python -m atoll.client`."""
 
-from atoll.client.cli import main
+from typing import NoReturn
 
-main()
+from atoll.protocols.entry import start
+
+
+def main() -> NoReturn:
+    start("atoll.client.cli")
+
+
+if __name__ == "__main__":
+    main()

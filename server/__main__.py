@@ -1,5 +1,13 @@
-"""`python -m atoll.server` is fl-server."""
+"""fl-server, also as `python -m atoll.server`."""
 
-from atoll.server.cli import main
+from typing import NoReturn
 
-main()
+from atoll.protocols.entry import start
+
+
+def main() -> NoReturn:
+    start("atoll.server.cli")
+
+
+if __name__ == "__main__":
+    main()

@@ -95,12 +95,20 @@ def test_closing_ends_after_the_version_in_work_and_leaves_one_that_waits() -> N
 
 
 def test_closing_gives_up_on_a_judge_that_does_not_come_back() -> None:
-    evaluator, judge, _ = made()
+    evaluator, judge, heard = made()
     evaluator.offer(1)
     judge.asked.get(timeout=10)
     evaluator.close(seconds=0.01)
+    assert heard.news.empty()  # it closed before the judge came back
     judge.go.put(None)
+    assert heard.news.get(timeout=10)[0] == 1
 
 
 def test_an_evaluator_without_work_closes_at_once() -> None:
-    made()[0].close()
+    evaluator, judge, heard = made()
+    closing = threading.Thread(target=evaluator.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert judge.asked.empty()
+    assert heard.news.empty()
