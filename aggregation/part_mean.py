@@ -13,30 +13,42 @@ import torch
 from torch import Tensor
 
 from atoll.aggregation.mean import Mean
+from atoll.protocols.codecs import all_finite
 
 MEAN = Mean()
+TILE = 1 << 16  # elements: the sums stay in the cache
 
 
 def part_mean(
-    parts: Sequence[Tensor], weights: Sequence[float], most: float = math.inf
+    parts: Sequence[Tensor],
+    weights: Sequence[float],
+    most: float = math.inf,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, tuple[int, ...]]:
     """The mean, fp32 of the parts' length, and the places of inputs that are not finite.
 
     `parts`: flat, fp32, all of one length; `weights`: above 0. Where any input is not finite the
-    mean is all zeros and must not be used. Writes to none of its arguments; the same inputs in the
-    same order give the same bits. Not lengthened, only shortened: a zero part stays one.
+    mean is all zeros and must not be used. It lies in `out` if given; nothing else is written to.
+    The same inputs in the same order give the same bits. Not lengthened, only shortened: a zero
+    part stays one.
     """
     assert parts, "nothing to reduce"
     assert len(parts) == len(weights), f"{len(parts)} parts, {len(weights)} weights"
     assert all(w > 0 for w in weights), f"weights {weights}"
-    bad = tuple(i for i, part in enumerate(parts) if not bool(torch.isfinite(part).all()))
-    if bad:
-        return torch.zeros_like(parts[0]), bad
     factors = [1.0] * len(parts) if math.isinf(most) else _limit(parts, most)
-    share, total = math.fsum(weights), torch.empty_like(parts[0])
-    for i, (part, weight, factor) in enumerate(zip(parts, weights, factors, strict=True)):
-        MEAN.add(total, part, weight * factor / share, first=i == 0)
-    return total, ()
+    share, bad = math.fsum(weights), set()
+    total = torch.empty_like(parts[0]) if out is None else out
+    for lo in range(0, len(total), TILE):  # an input is read once: looked at and added up
+        sums = total[lo : lo + TILE]
+        for i, (part, weight, factor) in enumerate(zip(parts, weights, factors, strict=True)):
+            tile = part[lo : lo + TILE]
+            if not all_finite(tile):
+                bad.add(i)
+            MEAN.add(sums, tile, weight * factor / share, first=i == 0)
+    if bad:
+        total.zero_()
+    return total, tuple(sorted(bad))
 
 
 def _limit(parts: Sequence[Tensor], most: float) -> list[float]:

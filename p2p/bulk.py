@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import NamedTuple
 
 from atoll.p2p.node import CALL_SECONDS, Node
 from atoll.protocols import frames
@@ -18,6 +19,14 @@ from atoll.protocols.errors import RemoteError
 NAME = "atoll.bulk"
 PATIENCE = 30.0  # seconds without any progress after which a transfer is given up
 PAUSE = 0.3  # seconds between a stream that broke and the next
+
+
+class Got(NamedTuple):
+    """What a transfer brought."""
+
+    sha256: bytes
+    length: int
+    seconds: float = 0.0  # from its first chunk on: waiting for it to be made does not count
 
 
 Find = Callable[[str, str], Awaitable[Blob]]
@@ -57,8 +66,8 @@ async def fetch(
     shorter: bool = False,
     seconds: float = CALL_SECONDS,
     patience: float = PATIENCE,
-) -> tuple[bytes, int]:
-    """Fill `dest` with a peer's blob; its SHA-256 and length. Goes on where a stream broke.
+) -> Got:
+    """Fill `dest` with a peer's blob. Goes on where a stream broke.
 
     `shorter`: it may end before `dest` does. `seconds` may pass between two messages, `patience`
     without progress over several streams. RemoteError FL-P203 where the peer stops answering,
@@ -81,7 +90,7 @@ async def fetch(
     found = await asyncio.to_thread(lambda: hashlib.sha256(whole).digest())
     if found != coming.sha256 or (sha256 and found != sha256):
         raise RemoteError("FL-W105", f"{blob} has SHA-256 {found.hex()}", "ask another peer for it")
-    return found, coming.held
+    return Got(found, coming.held, clock() - coming.began)
 
 
 class _Coming:
@@ -91,6 +100,7 @@ class _Coming:
         self._dest = dest
         self._shorter = shorter
         self.held = 0
+        self.began = 0.0  # when the first chunk was there
         self.sha256 = b""
 
     async def go_on(self, node: Node, peer: str, blob: str, seconds: float) -> None:
@@ -99,6 +109,7 @@ class _Coming:
         messages = node.stream(peer, NAME, asked, seconds)
         try:
             async for message in messages:
+                self.began = self.began or asyncio.get_running_loop().time()
                 self._take(blob, frames.parse(message))
                 if self.sha256:
                     return

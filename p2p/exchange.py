@@ -14,11 +14,9 @@ import json
 import math
 from collections.abc import Callable, Sequence
 
-import torch
-
 from atoll.aggregation.allreduce import Done, Fail, Part, PartReady, Plan, whole
 from atoll.p2p.contribution import Contribution, packer, unpack
-from atoll.p2p.reducing import Fetch, Mean, Reducing, blob
+from atoll.p2p.reducing import Fetch, Mean, Reducing, blob, space, vector
 from atoll.protocols.blobs import Blob
 from atoll.protocols.codecspec import Chain
 from atoll.protocols.errors import RemoteError
@@ -135,16 +133,16 @@ class Exchange:
 
     async def _get(self, digest: str, holder: str) -> Mean:
         room = memoryview(bytearray(INDEX))
-        _, length = await self._fetch(holder, f"mean/{digest}/parts", room, True)
+        _, length, _ = await self._fetch(holder, f"mean/{digest}/parts", room, True)
         parts, digests = self._index(bytes(room[:length]))
         if whole(iter(digests)) != digest:
             raise RemoteError("FL-W105", f"{holder} has another mean", "ask another peer")
-        values, payloads = torch.empty(self._elements), []
+        values, payloads = vector(self._elements), []
         for i, part in enumerate(parts):
             here = values[part.start : part.stop]
-            dest = memoryview(bytearray(self._down.size(len(here))))
+            dest = space(self._down.size(len(here)))
             shorter = bool(getattr(self._down, "variable", False))
-            sha256, length = await self._fetch(holder, f"mean/{digest}/{i}", dest, shorter)
+            sha256, length, _ = await self._fetch(holder, f"mean/{digest}/{i}", dest, shorter)
             if sha256.hex() != digests[i]:
                 raise RemoteError("FL-W105", f"part {i} of {holder} differs", "ask another peer")
             payloads.append(dest[:length])

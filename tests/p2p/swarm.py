@@ -15,6 +15,7 @@ from atoll.aggregation.circle import Patience
 from atoll.aggregation.outer import Nesterov
 from atoll.aggregation.rendezvous_events import Admitted
 from atoll.aggregation.sync_engine import SyncEngine, SyncState
+from atoll.p2p.bulk import Got
 from atoll.p2p.driver import Driver, Terms
 from atoll.p2p.memory import Memory
 from atoll.p2p.post import Post
@@ -117,14 +118,14 @@ class Swarm:
                 raise RemoteError("FL-P203", f"{peer} does not answer", "")
             return await self.posts[peer].answer(name, said)
 
-        async def fetch(peer: str, what: str, dest: memoryview, shorter: bool) -> tuple[bytes, int]:
+        async def fetch(peer: str, what: str, dest: memoryview, shorter: bool) -> Got:
             await asyncio.sleep(0)
             if peer not in self.drivers or self.cut(name, peer, what):
                 raise RemoteError("FL-P203", f"{peer} does not answer", "")
             found = await self.drivers[peer].find(name, what)
             dest[: len(found.view)] = found.view
             self.spoil(peer, what, dest)
-            return hashlib.sha256(dest[: len(found.view)]).digest(), len(found.view)
+            return Got(hashlib.sha256(dest[: len(found.view)]).digest(), len(found.view))
 
         patience = Patience(**{**PATIENCE.__dict__, "first": self.first})
         terms = Terms("5eed" * 16, "a", self.rounds, parse_ways(self.codec), patience, 1e9)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atoll.aggregation.allreduce import Done, Fail, Part, PartReady, Plan, whole
 from atoll.aggregation.part_mean import part_mean
+from atoll.p2p.bulk import Got
 from atoll.p2p.contribution import Contribution, packer
 from atoll.p2p.exchange import Exchange
 from atoll.p2p.reducing import Mean
@@ -62,8 +63,8 @@ class Loop:
     def _tell(self, peer: str, attempt: str, message: PartReady) -> None:
         asyncio.get_running_loop().call_soon(self.peers[peer].hear, attempt, message)
 
-    def _fetch_of(self, me: str) -> Callable[..., Awaitable[tuple[bytes, int]]]:
-        async def fetch(peer: str, name: str, dest: memoryview, shorter: bool) -> tuple[bytes, int]:
+    def _fetch_of(self, me: str) -> Callable[..., Awaitable[Got]]:
+        async def fetch(peer: str, name: str, dest: memoryview, shorter: bool) -> Got:
             try:
                 found = await self.peers[peer].find(me, name)
             except RemoteError:
@@ -74,7 +75,7 @@ class Loop:
             if self.spoil is not None:
                 self.spoil(peer, name, dest[: len(found.view)])
             sha256 = hashlib.sha256(dest[: len(found.view)]).digest()
-            return sha256, len(found.view)
+            return Got(sha256, len(found.view))
 
         return fetch
 

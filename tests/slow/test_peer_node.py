@@ -150,13 +150,16 @@ def test_a_blob_arrives_whole_or_not_at_all(tmp_path: Path) -> None:
     async def work(first: Node, second: Node) -> None:
         await shelf_of(first, big, empty, bad).open()
         dest = memoryview(bytearray(len(big.view)))
-        assert await bulk.fetch(second, first.id, "v7/fp32", dest) == (big.info.sha256, len(dest))
+        assert (await bulk.fetch(second, first.id, "v7/fp32", dest))[:2] == (
+            big.info.sha256,
+            len(dest),
+        )
         assert dest == big.view
         none = memoryview(bytearray(0))
-        assert await bulk.fetch(second, first.id, "v0/fp32", none) == (empty.info.sha256, 0)
+        assert (await bulk.fetch(second, first.id, "v0/fp32", none))[:2] == (empty.info.sha256, 0)
         room = memoryview(bytearray(len(big.view) + 9))
         shorter = await bulk.fetch(second, first.id, "v7/fp32", room, shorter=True)
-        assert shorter == (big.info.sha256, len(big.view))
+        assert shorter[:2] == (big.info.sha256, len(big.view))
         assert room[: len(big.view)] == big.view
         for name, size, sha, code in (
             ("other", 9, b"", "FL-W107"),
@@ -187,7 +190,7 @@ def test_a_transfer_goes_on_where_its_giver_broke_off(tmp_path: Path) -> None:
         assert not fetching.done()
         first.daemon.kill()
         await until(lambda: first.restarts == 1)
-        assert await fetching == (big.info.sha256, len(dest))
+        assert (await fetching)[:2] == (big.info.sha256, len(dest))
         assert dest == big.view
 
     both(tmp_path, work)
