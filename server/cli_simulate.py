@@ -49,6 +49,11 @@ _UNITS: Mapping[str, float] = {
     help="Of each client, e.g. 20mbit, 5MB (a second), or down=100mbit,up=20mbit.",
 )  # fmt: skip
 @click.option(
+    "--client-codec", "client_codecs", multiple=True, metavar="NAME=CODEC",
+    help="What one client asks for, of what --codec allows, e.g. c0=up=int8,down=fp32; may be "
+    "given several times.  [default: the first that is allowed]",
+)  # fmt: skip
+@click.option(
     "--dropout", default="", metavar="UP[,AWAY]",
     help="Mean seconds until a client's process dies, and until it is back.  [AWAY: 60]",
 )  # fmt: skip
@@ -156,7 +161,24 @@ def clients_of(given: Mapping[str, Any], seed: int) -> "list[ClientModel]":
     down, up = bandwidth_of(given["bandwidth"])
     uptime, downtime = dropout_of(given["dropout"])
     models = [replace(m, down=down, up=up, uptime=uptime, downtime=downtime) for m in models]
-    return with_attackers(models, given, seed)
+    return with_attackers(with_codecs(models, given), given, seed)
+
+
+def with_codecs(models: "list[ClientModel]", given: Mapping[str, Any]) -> "list[ClientModel]":
+    """Some of them with codecs of their own, as --client-codec says. UsageError FL-S108."""
+    asked: dict[str, str] = {}
+    for text in given.get("client_codecs", ()):
+        name, equals, codec = text.partition("=")
+        if not equals or not codec or name in asked or name not in {m.name for m in models}:
+            raise UsageError(
+                "FL-S108", f"--client-codec {text!r}",
+                f"write {models[0].name}=up=int8, once for each client; "
+                f"there are {', '.join(m.name for m in models[:3])}, ...",
+            )  # fmt: skip
+        asked[name] = codec
+    if asked and given["null"]:
+        raise UsageError("FL-S104", "--client-codec, but --null trains nothing", "drop either")
+    return [replace(m, codec=asked.get(m.name, "")) for m in models]
 
 
 def with_attackers(
@@ -256,13 +278,12 @@ def training_of(
     import torch
 
     from atoll.client.local import LocalConfig
-    from atoll.protocols.links import Allowed
     from atoll.server.check import strategy_of
     from atoll.server.secret import sampling_of
     from atoll.server.training import Training
 
     torch.set_num_threads(given["threads"])
-    allowed = Allowed.of(spec.codec_up, spec.codec_down)  # each client can do the first
+    codecs = {client.name: client.codec for client in clients if client.codec}
     sampling = sampling_of(strategy_of(spec)) if spec.dp else None
     if spec.trainer:
         if given["attack"]:
@@ -271,16 +292,16 @@ def training_of(
             )
         return Training.own(
             spec.trainer, [client.name for client in clients], model=spec.model, data=spec.data,
-            seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=allowed.up[0],
-            down=allowed.down[0], buffers=spec.buffers, dp=spec.dp, sampling=sampling,
-            local_dp=spec.local_dp, proxy=spec.proxy, engine=engine_of(given),
+            seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=spec.codec_up,
+            down=spec.codec_down, codecs=codecs, buffers=spec.buffers, dp=spec.dp,
+            sampling=sampling, local_dp=spec.local_dp, proxy=spec.proxy, engine=engine_of(given),
         )  # fmt: skip
     local: dict[str, Any] = dict(spec.local)
     return Training.of(
         [client.name for client in clients], model=spec.model, data=spec.data,
         partition=given["partition"], seed=spec.seed, local=LocalConfig(**local),
         algorithm=spec.algorithm, aggregation=spec.aggregator, step=spec.outer,
-        up=allowed.up[0], down=allowed.down[0], buffers=spec.buffers, dp=spec.dp,
+        up=spec.codec_up, down=spec.codec_down, codecs=codecs, buffers=spec.buffers, dp=spec.dp,
         sampling=sampling, local_dp=spec.local_dp,
         proxy=spec.proxy,
         attacks={client.name: client.attack for client in clients if client.attack},

@@ -23,6 +23,9 @@ class Learning(Protocol):
     def examples(self, client: str) -> int | None:
         """How many training examples it holds; None: as its model says."""
 
+    def upload(self, client: str) -> int | None:
+        """Bytes of an update of its, at most; None: as the simulation was told."""
+
     def given(self, order: Order) -> None:
         """The order can be fetched: its version will be wanted."""
 
@@ -54,6 +57,9 @@ class NoLearning:
     _NOTHING = Worked(0, {})
 
     def examples(self, client: str) -> int | None:
+        return None
+
+    def upload(self, client: str) -> int | None:
         return None
 
     def given(self, order: Order) -> None:

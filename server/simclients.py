@@ -91,9 +91,7 @@ class Clients:
         self.members = Membership(lease)
         self._sizes = (update_bytes, model_bytes)
         self.arrived = update_bytes  # bytes of the last result
-        self.of = {
-            m.name: Client(m, Pace(m, seed), m.latency + update_bytes / m.up) for m in models
-        }
+        self.of = {m.name: Client(m, Pace(m, seed), self._seconds_up(m)) for m in models}
         if len(self.of) != len(models):
             names = [m.name for m in models]
             twice = next(n for n in names if names.count(n) > 1)
@@ -102,6 +100,10 @@ class Clients:
             )
         for client in self.of.values():
             host.push(client.model.joins, JOIN, self.arrive, client)
+
+    def _seconds_up(self, client: ClientModel) -> float:
+        size = self._host.learning.upload(client.name)
+        return client.latency + (self._sizes[0] if size is None else size) / client.up
 
     def summaries(self) -> dict[str, ClientSummary]:
         """What each has done by now."""

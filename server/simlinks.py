@@ -1,17 +1,22 @@
-"""Simlinks: how models come down to simulated clients, by the chains of a real server.
+"""Simlinks: what simulated clients pack with, and how models come down by a real server's chains.
+
+Each has a pair of codecs, agreed as a real client's: what it asks for, or the best that the run
+allows. So a phone and a server can be in one run.
 
 A client holds exactly x^ of its version, so its model is the server's own bytes of it; what it
 holds is remembered by label and version, and what comes down is counted as it would travel.
 """
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from atoll.protocols import chains
-from atoll.protocols.links import PLAIN, Allowed, Link
+from atoll.protocols.codecs import Codec
+from atoll.protocols.codecspec import ErrorFeedback, parse, parse_ways
+from atoll.protocols.links import Allowed, Link, needs
 from atoll.protocols.manifest import TRAVELLING
 from atoll.protocols.tensors import Payload, unflatten
 from atoll.server.links import Held, Links
@@ -20,15 +25,29 @@ from atoll.server.versions import VersionStore
 
 
 class SimLinks:
-    """The down-links of all clients, of codec `down`."""
+    """The links of all clients, both ways."""
 
-    def __init__(self, store: VersionStore, down: str) -> None:
+    def __init__(self, store: VersionStore, up: str, down: str, asked: Mapping[str, str]) -> None:
+        """`up` and `down` are what the run allows, the best first; `asked` what single clients ask
+        for, "up=int8,down=fp32". RemoteError FL-W108 where one asks for something else."""
         self._store = store
-        self._link = Link(PLAIN, down)
+        allowed = Allowed.of(up, down)
+        self._of = {client: _agreed(allowed, text) for client, text in asked.items()}
+        self._best = Link(allowed.up[0], allowed.down[0])
         with tempfile.TemporaryDirectory() as folder:  # never used: every version is a small one
-            self._links = Links(Allowed.of(PLAIN, down), store, Path(folder) / "chains")
+            self._links = Links(allowed, store, Path(folder) / "chains")
         self._held: dict[str, Held] = {}
         self._models: dict[str, memoryview] = {}  # order -> what was sent for it
+
+    def link(self, client: str) -> Link:
+        return self._of.get(client, self._best)
+
+    def codec(self, client: str = "") -> Codec:
+        """What the client packs updates with; without a name, who asked for nothing."""
+        return self._links.codecs[self.link(client).up]
+
+    def rule(self, client: str) -> ErrorFeedback | None:
+        return parse(self.link(client).up).feedback
 
     def follow(self, number: int, needed: Collection[int]) -> None:
         """A version was made; x^ of `needed` ones is still trained from."""
@@ -37,15 +56,18 @@ class SimLinks:
 
     def size(self, order: Order) -> int:
         """Bytes that an order of now would bring down."""
-        return self._links.size(self._link, order.version, self._held.get(order.client))
+        return self._links.size(
+            self.link(order.client), order.version, self._held.get(order.client)
+        )
 
     def send(self, order: Order, newest: int) -> tuple[int, bool]:
         """An order goes down: its bytes, and whether it begins from another model than it did."""
         number, held = order.version, self._held.get(order.client)
-        load = self._links.load(self._link, number, newest, held)
+        link = self.link(order.client)
+        load = self._links.load(link, number, newest, held)
         label = load.sent.base.partition("@")[0]
         self._held[order.client] = (label, number) if label else None
-        view = self._links.view(self._link, number, label)
+        view = self._links.view(link, number, label)
         view = self._store.open(number).view if view is None else view
         anew = self._models.get(order.id) is not view
         self._models[order.id] = view
@@ -71,3 +93,10 @@ class SimLinks:
             if model.has(group):
                 named |= unflatten(self._store.manifest, group, model.read(group))
         return named
+
+
+def _agreed(allowed: Allowed, text: str) -> Link:
+    """A client of ours can do whatever the run allows."""
+    can = {n for spec in allowed.up for n in needs("up", spec)}
+    can |= {n for spec in allowed.down for n in needs("down", spec)}
+    return allowed.agree(Link(*parse_ways(text, "").texts), can | needs("up", "fp32"))

@@ -31,8 +31,7 @@ from atoll.client.models import build, manifest_of, named_tensors
 from atoll.client.trainer import Trainer
 from atoll.protocols import feedback as feedbacks
 from atoll.protocols import tensors
-from atoll.protocols.codecs import Codec, Fp32
-from atoll.protocols.codecspec import ErrorFeedback, parse
+from atoll.protocols.codecs import Fp32
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.tensors import Payload
@@ -74,23 +73,23 @@ class Training:
         aggregator: Aggregator = MEAN,
         outer: Outer = PLAIN,
         buffers: Buffers = "weighted_mean",
-        codec: Codec | None = None,
-        feedback: ErrorFeedback | None = None,
         crew: Crew | None = None,
         attacks: Mapping[str, Attack] | None = None,
         privacy: Privacy | None = None,
         local_dp: LocalDP | None = None,
         algorithm: LocalAlgorithm | None = None,
         seed: int = 0,
+        up: str = "fp32",
         down: str = "fp32",
+        codecs: Mapping[str, str] | None = None,
     ) -> None:
-        """`algorithm`: the trainers', for its half on the server and the state of the clients, who
-        have their names and `seed` for their states' lives."""
+        """`up`, `down`: codecs that the run allows, the best first; `codecs`: what single clients
+        ask for. `algorithm`: the trainers', for its half on the server and the state of the
+        clients, who have their names and `seed` for their states' lives."""
         half = algorithm.server_half() if algorithm is not None else None
         self.manifest = manifest
         self._crew, self._judge = crew or Together(factory), judge
         self._examples, self._attacks = examples or {}, attacks or {}
-        self._codec, self._rule = codec or Fp32(), feedback
         self._states: dict[str, feedbacks.State] = {}  # client -> what its codec left out, and such
         self._sent: dict[str, str] = {}  # update not known to be used -> its client
         self._private, self._key = local_dp, simulated_key(seed)
@@ -107,7 +106,7 @@ class Training:
         with tempfile.TemporaryDirectory() as folder:  # never used: every version is a small one
             self._versions = VersionStore(Path(folder), manifest, memory_limit=1 << 62)
         self._newest = self._versions.initial(initial)
-        self._links = SimLinks(self._versions, down)
+        self._links = SimLinks(self._versions, up, down, codecs or {})
         self._done: dict[str, int] = {}  # client -> local steps in its life
         self._orders: dict[str, dict[str, int]] = {}  # client -> order -> version, may be trained
         self._held: dict[str, UpdateBytes] = {}
@@ -127,6 +126,7 @@ class Training:
         step: str = "sgd",
         up: str = "fp32",
         down: str = "fp32",
+        codecs: Mapping[str, str] | None = None,
         buffers: str = "weighted_mean",
         proxy: str | Data = "",
         attacks: Mapping[str, str] | None = None,
@@ -139,8 +139,9 @@ class Training:
 
         `partition` may be the shards themselves: the rows of each client. What is taken as `proxy`
         data is held out of the clients' where both are the same data. `attacks` are those of
-        hostile clients, by name (`atoll.server.attack`). `engine` makes the crew; None: all train
-        in this process. `close` it then.
+        hostile clients, by name (`atoll.server.attack`), `codecs` what single clients ask for of
+        those that `up` and `down` allow ("topk:0.01+ef/int8", the best first). `engine` makes the
+        crew; None: all train in this process. `close` it then.
         """
         whole = load_data(data) if isinstance(data, str) else data
         rule, left = learning_in(
@@ -157,14 +158,13 @@ class Training:
         judge = trainers.judge()
         assert isinstance(judge, TorchTrainer)
         method = local_algorithm(algorithm)
-        chain = parse(up.split("/")[0])  # the best that a run allows
         return cls(
             trainers.make, judge.manifest, judge.export(),
             judge=judge if left.test is not None else None,
             examples={name: len(rows) for name, rows in trainers.parts.items()},
             aggregator=rule, outer=outer(suited(step, algorithm)),
-            buffers=cast("Buffers", buffers), feedback=chain.feedback, down=down,
-            codec=tensors.codec_for(judge.manifest, chain), attacks=trainers.hostile,
+            buffers=cast("Buffers", buffers), up=up, down=down, codecs=codecs,
+            attacks=trainers.hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed, algorithm=method,
             crew=engine(trainers) if engine else None,
@@ -183,6 +183,7 @@ class Training:
         step: str = "sgd",
         up: str = "fp32",
         down: str = "fp32",
+        codecs: Mapping[str, str] | None = None,
         buffers: str = "weighted_mean",
         dp: str = "",
         sampling: Sampling | None = None,
@@ -198,13 +199,11 @@ class Training:
         trainers = Trainers(clients, seed=seed, own=trainer)
         made = {name: trainers.make(name) for name in clients}
         initial = {name: tensor.detach() for name, tensor in named_tensors(module)}
-        manifest, chain = manifest_of(module), parse(up.split("/")[0])
         return cls(
-            made.__getitem__, manifest, initial, judge=trainers.judge(),
+            made.__getitem__, manifest_of(module), initial, judge=trainers.judge(),
             examples={name: int(getattr(t, "examples", 0)) or 1 for name, t in made.items()},
             aggregator=rule, outer=outer(step),
-            buffers=cast("Buffers", buffers), feedback=chain.feedback, down=down,
-            codec=tensors.codec_for(manifest, chain),
+            buffers=cast("Buffers", buffers), up=up, down=down, codecs=codecs,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
             crew=engine(trainers) if engine else None,
@@ -268,11 +267,12 @@ class Training:
             groups["trainable"] = self._attacks[client].on_delta(groups["trainable"])
         groups |= tensors.extra_groups(self._extras.up, trained.extras, trained.said, self._says)
         state = self._states.get(client, {})
-        sender = feedbacks.Sender(self._codec, self._rule if final else None, state)
+        codec = self._links.codec(client)
+        sender = feedbacks.Sender(codec, self._links.rule(client) if final else None, state)
         sections, view = tensors.pack(self.manifest, groups, sender, extras=self._extras.up)
         if final:  # a snapshot's work comes again with the whole
             self._states[client], self._sent[update] = sender.after, client
-        self._held[update] = UpdateBytes(update, Payload(sections, view, self._codec), client)
+        self._held[update] = UpdateBytes(update, Payload(sections, view, codec), client)
         if final:
             self._drop(order.id)
         return Worked(trained.examples, metrics, len(view))
@@ -332,9 +332,8 @@ class Training:
             self._keeps[client].settle(update, fate, held.payload.read)
         if self._sent.pop(update, None) is not None and held is not None:  # it was not used
             payload = held.payload.section("trainable")
-            self._states[held.client] = feedbacks.restore(
-                self._codec, self._states[held.client], payload
-            )
+            codec = self._links.codec(held.client)
+            self._states[held.client] = feedbacks.restore(codec, self._states[held.client], payload)
 
     def _keep(self, client: str) -> Keep:
         if client not in self._keeps:
@@ -351,12 +350,14 @@ class Training:
         """What the codec of `client` has left out so far; None: nothing, or it is not kept."""
         return self._states.get(client, {}).get(feedbacks.RESIDUAL)
 
+    def upload(self, client: str) -> int:
+        sections = tensors.sections_of(self.manifest, self._links.codec(client))
+        return sum(s.length for s in (*sections, *tensors.extra_sections(self._extras.up)))
+
     def sizes(self) -> tuple[int, int]:
-        """Bytes of an update and of a model."""
-        up, down = (tensors.sections_of(self.manifest, way) for way in (self._codec, Fp32()))
-        up += tensors.extra_sections(self._extras.up)
-        down += tensors.extra_sections(self._extras.down)
-        return sum(s.length for s in up), sum(s.length for s in down)
+        """Bytes of an update, of who asked for no codec, and of a model."""
+        down = sum(s.length for s in tensors.sections_of(self.manifest, Fp32()))
+        return self.upload(""), down + self._extra_bytes
 
     def close(self) -> None:
         """Let the crew's processes go, where it has any."""

@@ -62,6 +62,7 @@ class ClientModel:
     downtime: float = 60.0  # mean seconds until it is back from that
     examples: int = 1
     benchmark: bool = False  # it says `seconds_per_step` when it joins
+    codec: str = ""  # what it asks for, where anything is trained: "up=int8"; empty: as the run
     attack: str = ""  # what it does besides, where anything is trained: `atoll.server.attack`
 
     def __post_init__(self) -> None:

@@ -235,3 +235,25 @@ def test_nothing_given_is_no_limit() -> None:
     assert bandwidth_of("up=1MB") == (math.inf, 1e6)
     assert dropout_of("") == (math.inf, 60.0)
     assert dropout_of("5") == (5.0, 60.0)
+
+
+def test_each_client_may_ask_for_a_codec_of_its_own(capsys: Capsys) -> None:
+    run = ("--strategy", "fedavg:steps=5,min_clients=4", "--until", "3", "--model", "linear")
+    told = simulated(
+        capsys, *run, "--codec", "up=topk:0.01+ef/int8,down=int8",
+        "--client-codec", "c1=up=int8,down=fp32", "--client-codec", "c3=up=fp32",
+    )  # fmt: skip
+    up = {c["name"]: c["bytes_up"] / c["updates"] for c in told["clients"]}
+    assert up["c0"] == up["c2"] < up["c1"] / 5 < up["c3"] / 15
+    refused = simulated(capsys, *run, "--client-codec", "c1=sign", code=76)
+    assert refused["code"] == "FL-W108"
+
+
+@pytest.mark.parametrize("bad", ["c9=int8", "int8", "c1="])
+def test_a_codec_for_nobody_is_refused(capsys: Capsys, bad: str) -> None:
+    assert simulated(capsys, "--client-codec", bad, code=2)["code"] == "FL-S108"
+
+
+def test_codecs_without_training_are_refused(capsys: Capsys) -> None:
+    told = simulated(capsys, "--null", "--client-codec", "c1=int8", code=78)
+    assert told["code"] == "FL-S104"

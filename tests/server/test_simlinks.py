@@ -7,6 +7,7 @@ from atoll.aggregation.fedavg import FedAvg
 from atoll.aggregation.fedbuff import FedBuff
 from atoll.client.data import load_data
 from atoll.client.local import LocalConfig
+from atoll.protocols.errors import RemoteError
 from atoll.server.run import Order
 from atoll.server.simulation import Simulation
 from atoll.server.simulator import simulate
@@ -77,3 +78,39 @@ def test_a_model_takes_its_time_on_the_way_down(down: str) -> None:
     slow = [ClientModel(n, 0.001, down=63.0) for n in PACES]  # bytes a second
     found, _ = run(down, *slow)
     assert found.seconds == pytest.approx(10 * 4 if down == "fp32" else 4 + 9 * 2, rel=0.01)
+
+
+WHOLE = 63 * 4  # bytes of a model in fp32
+
+
+def mixed(**codecs: str) -> tuple[Simulation, Training]:
+    made = Training.of(
+        list(PACES), model="linear", data=DATA, partition="iid", local=LOCAL,
+        up="topk:0.1+ef/int8", down="fp16", codecs=codecs,
+    )  # fmt: skip
+    paces = [ClientModel(n, p, up=100.0) for n, p in PACES.items()]
+    return simulate(FedAvg(steps=5, rounds=10, min_clients=2), paces, learning=made), made
+
+
+def test_a_phone_and_a_server_in_one_run() -> None:
+    """Each packs and hears as it asked, one version is made of both, and slow links show it."""
+    run, made = mixed(b="up=fp32,down=fp32")
+    phone, server = run.clients["a"], run.clients["b"]
+    assert server.bytes_up == server.bytes_down == 10 * WHOLE
+    assert phone.bytes_up < server.bytes_up / 5
+    assert phone.bytes_down == WHOLE + 9 * WHOLE // 2
+    assert made.kept("a") is not None  # error feedback is the phone's alone
+    assert made.kept("b") is None
+    assert run.versions == 10
+    assert run.updates_used == 20
+    assert run.seconds == pytest.approx(10 * (5 * PACES["b"] + WHOLE / 100))
+    again, _ = mixed(b="up=fp32,down=fp32")
+    assert again.hash == run.hash
+    both, _ = mixed(b="up=int8")
+    assert both.clients["b"].bytes_down == phone.bytes_down  # down as the run
+    assert both.hash != run.hash
+
+
+def test_a_codec_that_the_run_does_not_allow_is_refused() -> None:
+    with pytest.raises(RemoteError, match=r"FL-W108.*up=sign.*allows topk:0.1\+ef or int8 or fp32"):
+        mixed(b="up=sign")
