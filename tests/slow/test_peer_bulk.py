@@ -5,7 +5,11 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from atoll.p2p import bulk
 from atoll.p2p.direct import NAME, Direct, _connect, _take
 from atoll.p2p.node import Node
 from atoll.p2p.roads import LARGE, Roads
-from atoll.protocols.blobs import Blob, BlobInfo
+from atoll.protocols.blobs import CHUNK, Blob, BlobInfo
 from atoll.protocols.errors import RemoteError
 
 pytestmark = [
@@ -35,16 +39,29 @@ def _collected() -> Iterator[None]:
     gc.collect()
 
 
+@asynccontextmanager
+async def pair(folder: Path) -> AsyncIterator[tuple[Node, Node]]:
+    giver = Node(folder / "a", listen=LOOPBACK)
+    await giver.start()
+    taker = Node(folder / "b", listen=LOOPBACK, bootstrap=await giver.addresses())
+    try:
+        await taker.start()
+        yield giver, taker
+    finally:
+        await taker.stop()
+        await giver.stop()
+
+
 def test_bulk_comes_by_the_faster_road_and_by_streams_where_there_is_no_other(
     tmp_path: Path,
 ) -> None:
     data = os.urandom(3 * LARGE + 5)
 
     async def work() -> None:
-        giver = Node(tmp_path / "a", listen=LOOPBACK)
-        await giver.start()
-        taker = Node(tmp_path / "b", listen=LOOPBACK, bootstrap=await giver.addresses())
-        await taker.start()
+        async with pair(tmp_path) as (giver, taker):
+            await both(giver, taker)
+
+    async def both(giver: Node, taker: Node) -> None:
         asked: list[tuple[str, str]] = []
 
         async def find(peer: str, name: str) -> Blob:
@@ -102,7 +119,63 @@ def test_bulk_comes_by_the_faster_road_and_by_streams_where_there_is_no_other(
         finally:
             await mine.close()
             await door.close()
-            await taker.stop()
-            await giver.stop()
 
     asyncio.run(asyncio.wait_for(work(), 120))
+
+
+@pytest.mark.long
+def test_of_10000_transfers_of_mixed_size_under_load_none_is_lost_or_truncated(
+    tmp_path: Path,
+) -> None:
+    rng = random.Random(0)
+    sizes = [
+        0,
+        1,
+        CHUNK - 1,
+        CHUNK,
+        CHUNK + 1,
+        *(int(10 ** rng.uniform(0, 6.6)) for _ in range(95)),
+    ]
+    blobs = [rng.randbytes(size) for size in sizes]
+    digests = [hashlib.sha256(data).digest() for data in blobs]
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+
+    async def work() -> None:
+        async with pair(tmp_path) as (giver, taker):
+
+            async def find(_: str, name: str) -> Blob:
+                i = int(name.split("/")[1])
+                return Blob(BlobInfo(name, sizes[i], digests[i], ()), memoryview(blobs[i]), ())
+
+            door, mine = Direct(giver, find), Direct(taker, find)
+            await door.open("127.0.0.1")
+            await giver.serve(NAME, door.offer)
+            await bulk.Shelf(giver, find).open()
+            todo = iter(range(10_000))
+
+            async def some() -> None:
+                for n in todo:
+                    i = n * 7919 % len(sizes)
+                    dest = memoryview(bytearray(sizes[i]))
+                    if n % 2:
+                        got = await bulk.fetch(taker, giver.id, f"b/{i}", dest)
+                    else:
+                        got = await mine.fetch(giver.id, f"b/{i}", dest)
+                    assert dest == blobs[i], f"transfer {n}: blob {i} of {sizes[i]} bytes"
+                    assert got[:2] == (digests[i], sizes[i])
+                    counted.append(n)
+
+            try:
+                await asyncio.gather(*(some() for _ in range(8)))
+            finally:
+                await mine.close()
+                await door.close()
+
+    counted: list[int] = []
+    try:
+        asyncio.run(asyncio.wait_for(work(), 1200))
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    assert sorted(counted) == list(range(10_000))
