@@ -36,6 +36,7 @@ from atoll.aggregation.rendezvous_events import (
     Heard,
     Leaving,
     Load,
+    Lost,
     MeanFailed,
     MeanMade,
     Message,
@@ -110,6 +111,9 @@ class Rendezvous(Proposer):
                 if peer in self.roster and peer != self.me:
                     self.roster[peer].heard = now
                     yield from self._message(peer, message, now)
+            case Lost(peer):
+                if peer in self.roster:
+                    self.roster[peer].heard = -1e9
             case StepsDone(chain):
                 if chain == self.stand.chain and not self.ready:
                     self.ready = True

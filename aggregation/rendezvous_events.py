@@ -177,6 +177,13 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Nobody answers at a peer's address: it is gone, until it is heard of again."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepsDone:
     """The local work on the model `chain` is done."""
 
@@ -237,7 +244,7 @@ class Leaving:
 
 
 PeerEvent = (
-    Started | Admitted | Removed | Heard | StepsDone | MeanMade | MeanFailed | Digested
+    Started | Admitted | Removed | Heard | Lost | StepsDone | MeanMade | MeanFailed | Digested
     | Downloaded | NotDownloaded | BeatDue | Leaving
 )  # fmt: skip
 

@@ -9,9 +9,9 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from atoll.p2p.node import CALL_SECONDS, Node
+from atoll.p2p.node import CALL_SECONDS, Node, Stream
 from atoll.protocols import frames
 from atoll.protocols.blobs import CHUNK, Blob
 from atoll.protocols.errors import RemoteError
@@ -32,13 +32,19 @@ class Got(NamedTuple):
 Find = Callable[[str, str], Awaitable[Blob]]
 
 
+class Serving(Protocol):
+    """A node, or a gate before one."""
+
+    async def serve_stream(self, name: str, stream: Stream) -> None: ...
+
+
 class Shelf:
     """What this node gives to others: `find(peer, blob id)` is the blob, RemoteError where none.
 
     It may wait for one that is being made, but less long than `CALL_SECONDS`.
     """
 
-    def __init__(self, node: Node, find: Find) -> None:
+    def __init__(self, node: Serving, find: Find) -> None:
         self._node = node
         self._find = find
 

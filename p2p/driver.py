@@ -51,6 +51,7 @@ from atoll.p2p.exchange import Exchange
 from atoll.p2p.memory import Memory
 from atoll.p2p.post import Letter, Part, Post
 from atoll.p2p.reducing import Fetch
+from atoll.p2p.work import Facts
 from atoll.protocols.blobs import Blob
 from atoll.protocols.codecspec import Ways
 from atoll.protocols.errors import RemoteError
@@ -81,7 +82,11 @@ class Training(Protocol):
 
     @property
     def engine(self) -> SyncEngine: ...
+    @property
+    def facts(self) -> Facts: ...
     async def train(self, steps: int) -> Trained: ...
+    def bench(self, seconds: float) -> float: ...  # local steps a second; blocks
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -281,6 +286,19 @@ class Driver:
         if name.startswith("state/"):
             return self.shelved.find(name)
         return await self.exchange.find(peer, name)
+
+    def others(self) -> dict[str, dict[str, object]]:
+        """Where each other peer stands, as far as is known here, for people."""
+        now, roster = self.clock(), self._machine.roster
+        return {
+            peer: {
+                "round": known.stand.epoch,
+                "ready": known.ready,
+                "silent": round(now - known.heard, 1) if known.heard > 0 else None,  # seconds
+            }
+            for peer, known in sorted(roster.items())
+            if peer != self.me
+        }
 
     # ---- the rendezvous ------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ BATCH = 512 << 10  # bytes of letters in one call
 TEXT = 512  # characters of a name, a digest, a reason
 COUNT = 1 << 53  # no number of ours is larger
 KEPT = 64  # letters that wait for one peer; then the oldest are lost
+AT_ONCE = 1.0  # seconds within which a call fails where nobody listens
 SECONDS = 3.0  # that a call may take: a frozen peer's letters wait no longer
 
 KINDS: dict[str, type] = {
@@ -123,8 +124,14 @@ def _malformed(why: str) -> RemoteError:
 class Post:
     """`send` never waits: each peer has a queue and a worker of its own, `close` ends them."""
 
-    def __init__(self, call: Call, heard: Callable[[str, Letter], None]) -> None:
-        self._call, self._heard = call, heard
+    def __init__(
+        self,
+        call: Call,
+        heard: Callable[[str, Letter], None],
+        gone: Callable[[str], None] = lambda peer: None,
+    ) -> None:
+        """`gone(peer)`: a call to it failed at once, so it is dead rather than slow."""
+        self._call, self._heard, self._gone = call, heard, gone
         self._boxes: dict[str, _Box] = {}
         self.lost = 0  # letters that no call took
         self.refused = 0  # that came and were none
@@ -175,11 +182,15 @@ class Post:
         while True:
             await box.filled.wait()
             count, batch = box.take()
+            clock = asyncio.get_running_loop().time
+            began = clock()
             try:
                 await self._call(peer, NAME, batch, SECONDS)
             except RemoteError as error:
                 self.lost += count
                 logger.debug("peer=%s letters=%d lost: %s", peer, count, error)
+                if error.code == "FL-P203" and clock() < began + AT_ONCE:
+                    self._gone(peer)
             finally:
                 box.busy = False
 

@@ -6,6 +6,7 @@
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from atoll.p2p.virtual import Outcome, PeerModel, Swarm, Weather
@@ -71,7 +72,7 @@ def try_storm(seed: int) -> Outcome:
     return storm(seed).run(EPOCHS, until=300.0)
 
 
-def main(count: int, first: int = 0) -> Counter[str]:
+def main(count: int, first: int = 0, *, say: Callable[[str], object] = print) -> Counter[str]:
     found: Counter[str] = Counter()
     for seed in range(first, first + count):
         outcome = try_storm(seed)
@@ -82,8 +83,8 @@ def main(count: int, first: int = 0) -> Counter[str]:
         found["without a quorum or a reducer"] += outcome.headless
         found["aborts"] += outcome.aborts
         if not outcome.good:
-            print(f"seed {seed}: {outcome}")
-    print(", ".join(f"{number} {what}" for what, number in found.items()))
+            say(f"seed {seed}: {outcome.summary}")
+    say(", ".join(f"{number} {what}" for what, number in found.items()))
     return found
 
 

@@ -35,6 +35,7 @@ from atoll.aggregation.rendezvous_events import (
     Heard,
     Leaving,
     Load,
+    Lost,
     MeanFailed,
     MeanMade,
     NotDownloaded,
@@ -100,6 +101,13 @@ class Outcome:
     # Or whoever has the model gives other bits for it.
     aborts: int
     commits: dict[int, tuple[tuple[str, ...], tuple[float, ...]]]  # epoch -> group, weights
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"{self.epochs} epochs in {self.seconds:.0f} s, {self.forks} forks, "
+            f"{self.wrong} wrong means, stalled: {', '.join(self.stalled) or 'nobody'}"
+        )
 
     @property
     def good(self) -> bool:
@@ -231,7 +239,9 @@ class Swarm:
     def _send(self, sender: str, to: str, happen: Callable[[], None]) -> None:
         times = 2 if self._rng.random() < self._weather.twice else 1
         for _ in range(times):
-            if not self._lost(sender, to):
+            if not self._peers[to].alive:
+                self._after(self._delay(), partial(self._hear, sender, Lost(to)))
+            elif not self._lost(sender, to):
                 self._after(self._delay(), happen)
 
     def _start(self, name: str) -> None:

@@ -26,6 +26,7 @@ from atoll.aggregation.rendezvous_events import (
     Heard,
     Leaving,
     Load,
+    Lost,
     MeanFailed,
     MeanMade,
     Message,
@@ -261,6 +262,18 @@ def test_a_death_in_the_reduce_begins_another_attempt_with_the_survivors(a: Rend
     again = quiet(a.handle(BeatDue(), 3.6))  # c was heard of at 1.0
     assert again[-1] == Say("b", Prepare("s", (2, "a")))
     assert Drop("s", ONE) in again
+
+
+def test_a_peer_at_whose_address_nobody_answers_is_not_waited_for(a: Rendezvous) -> None:
+    reducing(a)
+    again = quiet(a.handle(Lost("c"), 1.1))
+    assert again[-1] == Say("b", Prepare("s", (2, "a")))
+    assert a.handle(Lost("z"), 1.2) == []  # a stranger
+    hear(a, "c", Announce(S, True, None), 1.3)  # but there it is
+    hear(a, "b", Promise("s", (2, "a"), True, None), 1.3)
+    begin = hear(a, "c", Promise("s", (2, "a"), True, None), 1.3)
+    assert isinstance(begin[0], Reduce)
+    assert begin[0].plan.group == ("a", "b", "c")
 
 
 def test_work_that_is_not_finite_weighs_nothing_in_the_next_attempt(a: Rendezvous) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from atoll.aggregation.circle import Patience
 from atoll.aggregation.outer import Nesterov
-from atoll.aggregation.rendezvous_events import Admitted
+from atoll.aggregation.rendezvous_events import Admitted, Lost
 from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.p2p.bulk import Got
 from atoll.p2p.driver import Driver, Terms
 from atoll.p2p.memory import Memory
 from atoll.p2p.post import Post
+from atoll.p2p.work import Facts
 from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import RemoteError
 
@@ -48,6 +49,16 @@ class Trainee:
     def __post_init__(self) -> None:
         outer = Nesterov(lr=0.7, momentum=0.9)
         self.engine = SyncEngine(outer, torch.linspace(-1, 1, SIZE))
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(SIZE, "", "")
+
+    def bench(self, seconds: float) -> float:
+        return 1.0
+
+    def close(self) -> None:
+        pass
 
     async def train(self, steps: int) -> Done:
         await asyncio.sleep(self.pause)
@@ -129,7 +140,11 @@ class Swarm:
 
         patience = Patience(**{**PATIENCE.__dict__, "first": self.first})
         terms = Terms("5eed" * 16, "a", self.rounds, parse_ways(self.codec), patience, 1e9)
-        post = Post(call, lambda peer, letter: driver.heard(peer, letter))
+        post = Post(
+            call,
+            lambda peer, letter: driver.heard(peer, letter),
+            lambda peer: driver.say(Lost(peer)),
+        )
         trainee = self.trainees[name] = Trainee(name, pause)
         driver = Driver(
             name, terms, trainee, memory, steps=lambda: 5, post=post, fetch=fetch
