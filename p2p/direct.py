@@ -64,7 +64,9 @@ class Direct:
         # Its own: who waits here for a part must not keep a thread from who makes that part.
         self._threads = ThreadPoolExecutor(THREADS, "direct")
 
-    async def open(self, host: str = "0.0.0.0") -> None:
+    async def open(self, host: str = "") -> None:
+        """Listen at `host`; "": where the node listens, and no further."""
+        host = host or next((h for a in self._node.listen if (h := _host(a))), "127.0.0.1")
         key, self._certificate = await asyncio.to_thread(_self_signed)
         handler = grpc.method_handlers_generic_handler(
             "atoll.v1.Peer", {"Fetch": grpc.unary_stream_rpc_method_handler(self._give)}

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from atoll.p2p import bulk
@@ -75,7 +76,11 @@ def test_bulk_comes_by_the_faster_road_and_by_streams_where_there_is_no_other(
 
         door, mine = Direct(giver, find), Direct(taker, find)
         try:
-            await door.open("127.0.0.1")
+            await door.open()
+            here = [c for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"]
+            assert {c.laddr.ip.removeprefix("::ffff:") for c in here} == {"127.0.0.1"}, (
+                "no further than the node listens"
+            )
             await giver.serve(NAME, door.offer)
             await bulk.Shelf(giver, find).open()
             roads = Roads(taker, mine)
