@@ -52,7 +52,10 @@ class FedDyn(LocalAlgorithm):
 
     gives: ClassVar[frozenset[str]] = frozenset({"control_variates"})  # its lambdas are such
 
-    def __init__(self, alpha: float = 0.1) -> None:
+    def __init__(
+        self,
+        alpha: float = 0.1,  # how strong the pull and the correction are
+    ) -> None:
         if not (math.isfinite(alpha) and alpha > 0):
             raise UsageError("FL-S102", f"feddyn: alpha={alpha}", "give more than 0")
         self.alpha = alpha

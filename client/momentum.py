@@ -67,7 +67,11 @@ class FedAvgM(Steering):
 
     gives: ClassVar[frozenset[str]] = frozenset({"server_momentum"})
 
-    def __init__(self, beta: float = 0.1, warm: bool = False) -> None:
+    def __init__(
+        self,
+        beta: float = 0.1,  # weight of the fresh gradient, 1: no momentum; try 0.2, 0.5
+        warm: bool = False,  # before the first merge g is 0: train that round with beta = 1
+    ) -> None:
         self.mix(beta, warm)
 
     def server_half(self) -> Half:
@@ -81,7 +85,11 @@ class FedAvgMVR(Steering):
     needs: ClassVar[frozenset[str]] = frozenset({"plain_sgd", "rounds"})
     gives: ClassVar[frozenset[str]] = frozenset({"server_momentum"})
 
-    def __init__(self, beta: float = 0.1, warm: bool = False) -> None:
+    def __init__(
+        self,
+        beta: float = 0.1,  # weight of the fresh gradient, 1: no momentum; try 0.2, 0.5
+        warm: bool = False,  # before the first merge g is 0: train that round with beta = 1
+    ) -> None:
         self.mix(beta, warm)
         self._former: list[Tensor] = []
 

@@ -106,7 +106,11 @@ class ScaffoldM(Scaffold):
     momentum: ClassVar[bool] = True
     gives: ClassVar[frozenset[str]] = frozenset({"control_variates", "server_momentum"})
 
-    def __init__(self, beta: float = 0.1, warm: bool = False) -> None:
+    def __init__(
+        self,
+        beta: float = 0.1,  # weight of the fresh gradient, 1: no momentum; try 0.2, 0.5
+        warm: bool = False,  # before the first merge g is 0: train that round with beta = 1
+    ) -> None:
         super().__init__()
         self.mix(beta, warm)
 
@@ -117,7 +121,11 @@ class ScaffoldMVR(ScaffoldM):
     reevaluates: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"plain_sgd", "client_state", "mixture", "rounds"})
 
-    def __init__(self, beta: float = 0.1, warm: bool = False) -> None:
+    def __init__(
+        self,
+        beta: float = 0.1,  # weight of the fresh gradient, 1: no momentum; try 0.2, 0.5
+        warm: bool = False,  # before the first merge g is 0: train that round with beta = 1
+    ) -> None:
         super().__init__(beta, warm)
         self._former: list[Tensor] = []
 

@@ -95,7 +95,7 @@ def check_call(called: object, node: ast.Call) -> None:
 # ---- tables of parameters ------------------------------------------------------------------
 
 TABLE = re.compile(r"<!-- parameters of (.+) -->\n((?:.*\n)*?)<!-- end -->")
-DESCRIBED = ("strategy", "aggregator", "outer")
+DESCRIBED = ("strategy", "aggregator", "outer", "local algorithm")
 PARTS = {f"{slot} {part.names[0]}": part for slot in MIXED for part in parts(slot)}
 PAGES_OF_PARTS = sorted((ROOT / "docs" / "strategies").glob("*.md"))
 
