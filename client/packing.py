@@ -8,11 +8,11 @@ from torch import Tensor
 from atoll.client.trainer import Tensors
 from atoll.protocols import feedback, tensors
 from atoll.protocols.blobs import Section
-from atoll.protocols.codecs import Codec
+from atoll.protocols.codecs import Codec, encode_read, reads
 from atoll.protocols.codecspec import ErrorFeedback
 from atoll.protocols.feedback import State
 from atoll.protocols.manifest import Manifest
-from atoll.protocols.tensors import Payload
+from atoll.protocols.tensors import Difference, Payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,9 @@ def pack(
         elif codec.name == "fp32":
             _delta(manifest, made, tensors.as_flat(part))
             used = part
+        elif rule is None and made.protect is None and reads(codec):
+            difference = Difference(manifest, made.base.read("trainable"), made.tensors)
+            used = encode_read(codec, difference, section.count, part)
         else:
             sent = feedback.send(codec, rule, _delta(manifest, made), state, part)
             used, after = sent.payload, sent.state

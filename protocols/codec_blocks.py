@@ -16,11 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atoll.protocols.codecs import as_tensor, room
+from atoll.protocols.codecs import Decoder, all_finite, as_tensor, room
 from atoll.protocols.errors import UsageError
 
 SPAN = 1 << 16  # elements worked on at once; measured: 1 << 14 costs twice as much, 1 << 20 a fifth
 TINY = 2.0**-110  # a block with no larger value is packed as zeros: its scale would have no digits
+LARGEST = 256.0  # no level is larger
 
 
 class BlockCodec:
@@ -53,17 +54,29 @@ class BlockCodec:
 
     def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
         out = room(self, values, out)
-        scales, codes, tail = self._parts(out, values.numel())
-        rows = values[: codes.shape[0] * self.block].view(-1, self.block)
-        spare = torch.empty(SPAN, device=values.device)
+        nothing = values.new_empty(0)
+        return self.encode_read(lambda lo, hi, _: values[lo:hi], values.numel(), out, nothing)
+
+    def encode_read(
+        self, read: Decoder, count: int, out: memoryview, spare: Tensor | None = None
+    ) -> memoryview:
+        """Encode `count` values that `read` gives tile by tile, so that they need not lie anywhere.
+
+        Same bytes as `encode`. `spare` is what `read` gets as scratch.
+        """
+        if spare is None:
+            spare = torch.empty(min(SPAN, count))
+        scales, codes, tail = self._parts(out, count)
+        scratch = torch.empty(SPAN, device=spare.device)
         step = max(1, SPAN // self.block)
-        for lo in range(0, len(rows), step):
-            hi = min(lo + step, len(rows))
-            area = spare[: (hi - lo) * self.block].view(hi - lo, -1)
-            self.write(rows[lo:hi], scales[lo:hi], codes[lo:hi], area, self.block)
+        for lo in range(0, len(codes), step):
+            hi = min(lo + step, len(codes))
+            rows = read(lo * self.block, hi * self.block, spare).view(hi - lo, self.block)
+            area = scratch[: rows.numel()].view(hi - lo, -1)
+            self.write(rows, scales[lo:hi], codes[lo:hi], area, self.block)
         if tail.numel():
-            row = values.new_zeros(1, tail.shape[1] * 8 // self.bits)
-            last = values[rows.numel() :]
+            row = torch.zeros(1, tail.shape[1] * 8 // self.bits, device=spare.device)
+            last = read(len(codes) * self.block, count, spare)
             row[0, : last.numel()] = last
             self.write(row, scales[-1:], tail, torch.empty_like(row), last.numel())
         return out
@@ -126,6 +139,10 @@ class BlockDecoder:
             self._codec.levels(codes, rows)
             # not addcmul: whether it rounds once or twice depends on where the tile ends
             total[at : at + take].add_(rows.mul_((scales * weight)[:, None]).view(-1)[skip:][:take])
+
+    def finite(self) -> bool:
+        """Whether no value is NaN or Inf, by a look at the scales alone; False: perhaps one is."""
+        return all_finite(self._scales * LARGEST)
 
     def _pieces(self, lo: int, hi: int) -> Iterator[tuple[Tensor, Tensor, int, int, int]]:
         """(codes, scales, place in the tile, values to skip, values to take), block by block

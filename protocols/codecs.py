@@ -34,7 +34,8 @@ class Decoder(Protocol):
     encoder made are RemoteError FL-W105, here or when the decoder is made.
 
     May have `accumulate(lo, hi, total, weight, spare)`, which adds weight * values to `total`
-    without laying them out first; `spare` is scratch. See `accumulate` below.
+    without laying them out first; `spare` is scratch. See `accumulate` below. And `finite()`: True
+    where no value can be NaN or Inf; False says nothing.
     """
 
     def __call__(self, lo: int, hi: int, out: Tensor) -> Tensor: ...
@@ -56,6 +57,8 @@ class Codec(Protocol):
     - `fit(shapes)`: the same codec, for tensors of these shapes laid end to end
     - `start(count)`: named tensors that it remembers from one encoding to the next, and
       `encode_from(values, state, out) -> (bytes, state)`; `encode` then starts afresh every time
+    - `encode_read(read, count, out)`: `encode` of values that a `Decoder` reads, tile by tile from
+      the front
     - `contractive()`: the same codec for use with error feedback, where it is to leave out, but not
       to make up for what it left out
     """
@@ -224,6 +227,17 @@ def accumulate(
         total.add_(decode(lo, hi, spare), alpha=weight)
     else:
         straight(lo, hi, total, weight, spare)
+
+
+def reads(one: Codec) -> bool:
+    """Whether values need not lie anywhere for `one` to pack them: see `encode_read`."""
+    return hasattr(one, "encode_read")
+
+
+def encode_read(one: Codec, read: Decoder, count: int, out: memoryview) -> memoryview:
+    """What `one`, which `reads`, makes of `count` values that `read` gives tile by tile."""
+    packed = typing.cast("typing.Any", one).encode_read(read, count, out)
+    return typing.cast("memoryview", packed)
 
 
 def room(one: Codec, values: Tensor, out: memoryview | None, align: int = 4) -> memoryview:

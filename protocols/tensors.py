@@ -5,6 +5,7 @@ come back only at the two ends. What arrives is checked against the manifest bef
 allocated for it.
 """
 
+import bisect
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from atoll.protocols.codecs import (
     all_finite,
     as_tensor,
     beside,
+    encode_read,
     fits,
     fitted,
 )
@@ -75,13 +77,32 @@ def delta(
     """
     if out is None:
         out = torch.empty_like(base)
-    for spec, lo, hi in manifest.spans("trainable"):
-        local = _fitting(tensors, spec).reshape(-1)
-        for at in range(0, hi - lo, TILE):
-            end = min(at + TILE, hi - lo)
-            tile = local[at:end].to("cpu", torch.float32)
-            torch.sub(base[lo + at : lo + end], tile, out=out[lo + at : lo + end])
+    read = Difference(manifest, base, tensors)
+    for lo in range(0, base.numel(), TILE):
+        hi = min(lo + TILE, base.numel())
+        read(lo, hi, out[lo:hi])
     return out
+
+
+class Difference:
+    """`delta`, tile by tile: a `Decoder`."""
+
+    def __init__(self, manifest: Manifest, base: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ClientError FL-C103 naming the tensor that is missing or has another shape."""
+        spans = list(manifest.spans("trainable"))
+        self._base, self._ends = base, [hi for _, _, hi in spans]
+        self._locals = [(lo, _fitting(tensors, spec).reshape(-1)) for spec, lo, _ in spans]
+
+    def __call__(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        out = out[: hi - lo]
+        at, k = lo, bisect.bisect_right(self._ends, lo)
+        while at < hi:
+            start, local = self._locals[k]
+            end = min(hi, self._ends[k])
+            tile = local[at - start : end - start].to("cpu", torch.float32)
+            torch.sub(self._base[at:end], tile, out=out[at - lo : end - lo])
+            at, k = end, k + 1
+        return out
 
 
 def _fitting(tensors: Mapping[str, Tensor], spec: TensorSpec) -> Tensor:
@@ -195,8 +216,11 @@ def pack(
     codec: Codec,
     out: memoryview | None = None,
     extras: Mapping[str, int] | None = None,
+    read: Decoder | None = None,
 ) -> tuple[tuple[Section, ...], memoryview]:
     """Flat vectors as the bytes of a blob: its sections, and the bytes.
+
+    `read`: gives the trainable values in place of `groups`, to a codec that has `encode_read`.
 
     `out`, if given, is exactly as long as `sections_of`; under a codec whose sections vary in
     length, the bytes are the part of it that was needed. One fp32 section alone is not copied.
@@ -214,7 +238,11 @@ def pack(
         flat = flats[section.group]
         assert flat.numel() == section.count, f"{section.group}: {flat.numel()} values"
         packs = section_codec(section.group, codec)
-        used = packs.encode(flat, out[at : at + section.length])
+        place = out[at : at + section.length]
+        if read is not None and section.group == "trainable":
+            used = encode_read(packs, read, section.count, place)
+        else:
+            used = packs.encode(flat, place)
         made.append(replace(section, length=len(used)))
         at += len(used)
     return tuple(made), out if at == size else out[:at]
@@ -382,7 +410,11 @@ def finite(manifest: Manifest, payload: Payload) -> None:
     for section in payload.sections:
         if section.group == "buffers_other":
             continue
-        for at, tile in tiles(payload.decoder(section.group), section.count, scratch):
+        decoder = payload.decoder(section.group)
+        surely = getattr(decoder, "finite", None)
+        if surely is not None and surely():
+            continue
+        for at, tile in tiles(decoder, section.count, scratch):
             if not all_finite(tile):
                 first = int((~torch.isfinite(tile)).nonzero()[0])
                 raise RemoteError(

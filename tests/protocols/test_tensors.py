@@ -1,6 +1,7 @@
 """Tensors: flat and back, and the refusal of everything that is not the run's manifest."""
 
 import math
+import struct
 import tracemalloc
 
 import pytest
@@ -233,3 +234,22 @@ def test_nan_is_found_in_a_later_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     sections, data = tensors.pack(MANIFEST, spoilt, FP32)
     with pytest.raises(RemoteError, match=r"'fc.bias'\[3\] is nan"):
         tensors.finite(MANIFEST, tensors.parse(MANIFEST, sections, data, FP32, "model"))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("spec", ["int8", "int4", "sign", "ternary"])
+def test_what_is_not_finite_is_found_in_the_scales_of_blocks(spec: str, scale: float) -> None:
+    """3e38 is finite, and what 127 or 7 times as much of it means is not."""
+    packs = codec(spec)
+    manifest = Manifest((TensorSpec("w", (600,), "float32", "trainable"),))
+    sections, view = tensors.pack(manifest, {"trainable": torch.ones(600)}, packs)
+    tensors.finite(manifest, tensors.parse(manifest, sections, view, packs, "update"))
+    view[:4] = struct.pack("<f", scale)  # of the first block
+    payload = tensors.parse(manifest, sections, view, packs, "update")
+    if bool(torch.isfinite(payload.read("trainable")).all()):
+        assert scale == 3e38, "levels of 1 times a finite scale are finite"
+        tensors.finite(manifest, payload)
+        return
+    with pytest.raises(RemoteError) as wrong:
+        tensors.finite(manifest, payload)
+    assert wrong.value.code == "FL-W106"

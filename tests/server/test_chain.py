@@ -262,3 +262,40 @@ def test_a_model_that_cannot_be_put_together_is_malformed(order: wire_pb2.Order)
 def test_what_is_held_is_said_and_read_again() -> None:
     assert chains.heard(chains.spoken("topk:0.01/3", 7)) == ("topk:0.01/3", 7)
     assert chains.heard("topk:0.01/3") is None
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+@pytest.mark.parametrize("how", ["fetched", "looked at"])
+def test_a_model_that_somebody_reads_is_never_written_over(
+    tmp_path: Path, limit: int, how: str
+) -> None:
+    server = Server(tmp_path, limit, "int8")
+    steady = Client(server, tmp_path / "a", Link("", "int8"))
+    steady.take()
+    server.step()
+    steady.take()
+    if how == "fetched":
+        Client(server, tmp_path / "b", Link("", "int8")).take()  # it is new: all of x^ for it
+        read = server.links.find("v1/int8/0").view
+    else:
+        found = server.links.view(Link("", "int8"), 1, "int8/0")
+        assert found is not None
+        read = found
+    before = bytes(read)
+    for _ in range(4):
+        server.step()
+        steady.take()
+    assert bytes(read) == before
+
+
+def test_a_model_that_nobody_has_seen_is_written_over(tmp_path: Path) -> None:
+    """A chain that all follow makes no new file for its model, version after version."""
+    server = Server(tmp_path, 0, "int8")
+    client = Client(server, tmp_path / "a", Link("", "int8"))
+    client.take()
+    used = set()
+    for _ in range(8):
+        server.step()
+        client.take()
+        used |= {file.stat().st_ino for file in (tmp_path / "chains").glob("*/*.whole")}
+    assert len(used) == 2
