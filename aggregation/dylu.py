@@ -13,8 +13,9 @@ LEAST = 5  # local steps below which a round is not worth its exchange
 
 def share(speed: float, reference: float) -> float:
     """Of a whole round's work, 1/8 to 1, that a machine of `speed` does; `reference` does all of
-    it. Both in steps a second, above 0. Nobody gains by a claim: more than all does not exist."""
-    assert speed > 0, f"speed {speed}"
+    it. In steps a second; `speed` 0 is one that was not measured. Nobody gains by a claim: more
+    than all does not exist."""
+    assert speed >= 0, f"speed {speed}"
     assert reference > 0, f"reference {reference}"
     return max(1, round(EIGHTHS * min(speed / reference, 1.0))) / EIGHTHS
 

@@ -109,7 +109,7 @@ def _installed(model: str) -> str:
 
 def _bundled(data: str) -> str:
     """The run's data, where everybody has it: a client trains on its own otherwise."""
-    if data.split(":")[0] in ("digits", "synthetic"):
+    if data.split(":")[0] in ("digits", "synthetic", "topics"):
         return data
     raise DataError(
         "FL-D103", "this client was given no data of its own", "add --data, e.g. --data csv:FILE"

@@ -256,6 +256,11 @@ class Peer:
         )  # fmt: skip
 
     @property
+    def joined(self) -> int:
+        """Rounds whose mean its work is in."""
+        return self._driver.tally.rounds_joined
+
+    @property
     def work(self) -> Training:
         """For who wants to see what the model writes, once `run` is over."""
         return self._work

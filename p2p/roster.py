@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from atoll.aggregation import dylu
 from atoll.p2p.identity import Identity, id_of, signed_by
 from atoll.p2p.invite import Invite
 from atoll.p2p.manifest import Manifest
@@ -24,8 +25,6 @@ FRESH = 600.0  # seconds for which an entry is believed
 AHEAD = 60.0  # seconds by which another's clock may be before ours
 DOMAIN = b"atoll-roster-v1\0"
 ADDRESSES = 8
-EIGHTHS = 8  # in which shares are counted, so that small changes of speed change nothing
-LEAST_STEPS = 5  # of a round, however slow a peer is
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +164,11 @@ class Roster:
 def share(entry: Entry, manifest: Manifest) -> float:
     """Of a founder's work, that a peer does in a round: 1/8 to 1, by its measured speed. Nobody
     gains by a claim: more than a whole share does not exist."""
-    eighths = round(EIGHTHS * min(entry.speed / manifest.speed, 1.0))
-    return max(eighths, 1) / EIGHTHS
+    return dylu.share(entry.speed, manifest.speed)
 
 
 def local_steps(entry: Entry, manifest: Manifest) -> int:
-    return max(LEAST_STEPS, math.floor(manifest.local_steps * share(entry, manifest)))
+    return dylu.local_steps(manifest.local_steps, share(entry, manifest))
 
 
 def weight(entry: Entry, manifest: Manifest) -> float:

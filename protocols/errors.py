@@ -75,6 +75,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-P406": Entry(73, "peer directory in use"),
     "FL-P407": Entry(78, "peer directory of another run"),
     "FL-P408": Entry(78, "this machine makes another first model"),
+    "FL-P409": Entry(75, "the peers' run is over"),
     # data
     "FL-D101": Entry(3, "data path not found"),
     "FL-D102": Entry(78, "data file malformed"),

@@ -29,6 +29,7 @@ from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator, Judge
 from atoll.server.history import Row, line
 from atoll.server.host import Host
+from atoll.server.joint import Group, JointMerger
 from atoll.server.journal import Journal
 from atoll.server.links import Links
 from atoll.server.merge import Buffers, Merger
@@ -125,6 +126,8 @@ class Assembly:
         return made
 
     def _merger(self, strategy: Strategy, module: torch.nn.Module) -> Merger:
+        if (group := self.slots.get("group")) is not None:
+            return JointMerger(self.manifest, outer(self.spec.outer), cast("Group", group))
         return Merger(
             self.manifest,
             self._aggregator(module),

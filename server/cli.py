@@ -3,16 +3,20 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from atoll.protocols import console, orphan
 from atoll.server.cli_catalogue import COMMANDS, command
 from atoll.server.cli_demo import demo
+from atoll.server.cli_peers import joined, like_peers
 from atoll.server.cli_run import run, status
 from atoll.server.cli_simulate import simulate
 from atoll.server.options import rules_of, run_options, spec_of, spelled_out
+
+if TYPE_CHECKING:
+    from atoll.p2p.behalf import Behalf
 
 
 @click.group(name="fl-server")
@@ -70,6 +74,10 @@ STOPS = ("target_accuracy", "versions", "updates", "steps", "seconds", "patience
     "--max-examples", default=0, metavar="N",
     help="A client that says it holds more counts as N: its weight.  [default: no bound]",
 )  # fmt: skip
+@click.option(
+    "--peer", "invite", default="", metavar="INVITE",
+    help="Join a run of peers as one of them, for all clients of this server: see docs/peers.md.",
+)  # fmt: skip
 @click.option("--stop-with-stdin", is_flag=True, hidden=True, help="When the parent is gone.")
 @click.option(
     "--insecure-lan", is_flag=True, help="Serve other machines although nothing is encrypted yet."
@@ -77,8 +85,8 @@ STOPS = ("target_accuracy", "versions", "updates", "steps", "seconds", "patience
 @console.json_option
 def start(
     listen: str, state: Path, name: str, init: Path | None, lease: float, save_every: int,
-    keep: int, max_examples: int, stop_with_stdin: bool, insecure_lan: bool, as_json: bool,
-    **given: Any,
+    keep: int, max_examples: int, invite: str, stop_with_stdin: bool, insecure_lan: bool,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Serve a run until it is over. Ctrl-C stops it for now; start again and it goes on."""
     import logging
@@ -96,6 +104,10 @@ def start(
     wanted = spec_of(
         given, name=name, lease=lease, save_every=save_every, keep=keep, most_examples=max_examples
     )
+    behalf: Behalf | None = None
+    if invite:
+        behalf, manifest = joined(invite, state, name)
+        wanted = like_peers(wanted, manifest, "strategy" in spelled_out())
     if not (state / "run.json").exists():
         check(wanted)
     rules = rules_of(given)
@@ -109,10 +121,17 @@ def start(
                 "  it has no stop rule: it runs until Ctrl-C (see --versions, --seconds, ...)"
             )
 
-    with beginning(state):
-        spec = open_spec(state, wanted, spelled_out())
-        server = Server.of(spec, state, rules, init=init, insecure_lan=insecure_lan)
-        summary = server.run(listen, ready)
+    try:
+        with beginning(state):
+            spec = open_spec(state, wanted, spelled_out())
+            slots = {"group": behalf} if behalf is not None else {}
+            server = Server.of(
+                spec, state, rules, slots=slots, init=init, insecure_lan=insecure_lan
+            )
+            summary = server.run(listen, ready)
+    finally:
+        if behalf is not None:
+            behalf.stop()
     told = f"{summary.versions} versions from {summary.updates} updates in {summary.seconds:.1f} s"
     more = "".join(f", {k} {v:.4f}" for k, v in sorted(summary.metrics.items()) if k != "examples")
     ended = (

@@ -34,6 +34,7 @@ from atoll.server.history import History, Row
 from atoll.server.intake import Intake
 from atoll.server.journal import ACKS
 from atoll.server.links import Links, held_by
+from atoll.server.merge import InterruptedMergeError
 from atoll.server.outgoing import Outgoing
 from atoll.server.panel import Panel
 from atoll.server.recover import snapshot
@@ -439,6 +440,8 @@ class Host:
             merged = self.workshop.make(merge)
             self.links.follow(merge.version)
             return merged
+        except InterruptedMergeError:
+            logger.info("run=%s version=%d is made when it goes on", self.spec.id, merge.version)
         except AtollError as error:
             self.driver.fail_threadsafe(error)
         except Exception as error:
@@ -463,6 +466,7 @@ class Host:
         """Save the newest version, say goodbye, end the workers."""
         if self._lease is not None:
             self._lease.cancel()
+        self.workshop.merger.interrupt()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._saver.close(save=self.driver.error is None)
         if self.evaluator is not None:

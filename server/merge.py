@@ -32,6 +32,11 @@ from atoll.server.draft import Draft, Version
 from atoll.server.passes import Area, Crew, NotFiniteError, scratch
 from atoll.server.privacy import Privacy, fits
 
+
+class InterruptedMergeError(Exception):
+    """The server stops: the version is made when it starts again."""
+
+
 Buffers = Literal["weighted_mean", "keep_server", "personal"]
 PLAIN = Sgd()
 NORM_BLOCK = 1 << 12  # elements; norms add up block by block, alike for every number of threads
@@ -108,6 +113,9 @@ class Merger:
     def learns(self) -> bool:
         """Whether a merge also trains something, and so takes its time."""
         return self._proxy() is not None
+
+    def interrupt(self) -> None:
+        """Let go of a merge that waits for others, if it does."""
 
     def close(self) -> None:
         self.crew.close()

@@ -22,7 +22,11 @@ MAY_IMPORT = {
     "server": {"protocols", "aggregation", "client", "server"},
     "p2p": {"protocols", "aggregation", "client", "p2p"},
 }
-COMPOSE = {"cli.py", "demo.py"}  # may bring server, p2p and the connecting client together
+COMPOSE = {
+    "cli.py",
+    "cli_peers.py",
+    "demo.py",
+}  # may bring server, p2p and the connecting client together
 CONNECTING = {"cli", "client", "outbox", "session", "transfer", "work"}  # half of client/
 
 MACHINES = [

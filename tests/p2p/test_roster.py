@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from atoll.aggregation import dylu
 from atoll.p2p import roster
 from atoll.p2p.identity import RSA_KEY, Identity, base58, id_of, signed_by
 from atoll.p2p.roster import Entry, Roster, local_steps, share, weight
@@ -164,7 +165,7 @@ def test_shares_are_by_speed_and_nobody_has_more_than_one(people: list[Identity]
         (0.125, 6), (0.125, 6), (0.25, 12), (0.5, 25), (1.0, 50), (1.0, 50), (1.0, 50),
     ]  # fmt: skip
     short = replace(MANIFEST, local_steps=8)
-    assert local_steps(entry_of(people[0], NOW, speed=0.1), short) == roster.LEAST_STEPS
+    assert local_steps(entry_of(people[0], NOW, speed=0.1), short) == dylu.LEAST
 
 
 def test_gossip_reads_back_and_is_bounded(people: list[Identity]) -> None:
