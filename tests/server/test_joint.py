@@ -96,7 +96,7 @@ def test_a_version_is_the_model_of_the_peers(run: Run) -> None:
         assert torch.allclose(version.flat("trainable"), x, atol=1e-5)
         assert torch.equal(version.flat("trainable"), run.others.engine.state.anchor)
         assert torch.equal(version.outer["momentum"], run.others.engine.state.outer["momentum"])
-        assert int(version.outer[STEPS]) == number + 1 if STEPS in version.outer else True
+        assert int(version.outer[STEPS]) == number + 1
         assert stats.used == ("o0.0", "o1.0")
         assert stats.stats["delta_norm"] > 0
 
@@ -136,7 +136,7 @@ def test_a_server_that_stops_makes_no_version(run: Run) -> None:
     run.merger.interrupt()
     with pytest.raises(InterruptedMergeError):
         run.merge(items(random(1), random(2)))
-    assert run.store.numbers() == [0] or run.store.numbers() == []
+    assert 1 not in run.store.numbers()
     run.merger.close()
 
 
