@@ -8,7 +8,7 @@ torch needed, to say precisely why.
 
 import importlib.util
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,7 @@ PARTITIONS = ("iid", "contiguous", "classes", "dirichlet", "quantity", "column")
 # Aggregators whose needs depend on their parameters, and that can be made without torch.
 LEARNERS: Mapping[str, str] = {"fedlaw": "atoll.aggregation.fedlaw:FedLaw"}
 FILES = ("mnist", "cifar10", "text", "csv", "npz")  # data that lies at a path
+SIMULATED = frozenset({"validators"})  # what every simulation gives
 SLOTS: Mapping[str, str] = {  # slot -> the field of the spec that names it
     "strategy": "strategy",
     "aggregator": "aggregator",
@@ -145,20 +146,34 @@ def _offers() -> Iterator[Facts]:
         yield of_part("strategy", name, pkgutil.resolve_name(where)())
 
 
-def made_of(spec: RunSpec) -> dict[str, object]:
-    """The server's parts of the mix, made: what they declare may depend on their parameters."""
+def check_simulated(
+    spec: RunSpec, made: Mapping[str, object], strategy: Strategy, clients: int
+) -> list[str]:
+    """As `check`, for a simulation of `strategy`; then by the parts themselves."""
+    given = {**made, "strategy": strategy}
+    where = f"{type(strategy).__module__}:{type(strategy).__qualname__}"
+    name = next((name for name, known in STRATEGIES.items() if known == where), where)
+    spec = replace(spec, strategy=name)
+    check(spec, clients=clients, made=given, gives=SIMULATED)
+    return mixed(spec, clients, {**made_of(spec, given), **given}, SIMULATED)
+
+
+def made_of(spec: RunSpec, but: Collection[str] = ()) -> dict[str, object]:
+    """The server's parts of the mix `but` for some, made: what they declare may depend on their
+    parameters."""
     from atoll.aggregation.aggregator import aggregator
     from atoll.aggregation.outer import outer
     from atoll.protocols.codecs import codec
 
     first = each_pair(spec)[0]
-    return {
-        "strategy": strategy_of(spec),
-        "aggregator": aggregator(spec.aggregator),
-        "outer": outer(spec.outer),
-        "codec": codec(first.codec_up),
-        "codec down": codec(first.codec_down),
+    makers: dict[str, Callable[[], object]] = {
+        "strategy": lambda: strategy_of(spec),
+        "aggregator": lambda: aggregator(spec.aggregator),
+        "outer": lambda: outer(spec.outer),
+        "codec": lambda: codec(first.codec_up),
+        "codec down": lambda: codec(first.codec_down),
     }
+    return {slot: make() for slot, make in makers.items() if slot not in but}
 
 
 def of_part(slot: str, name: str, part: object, clients: int | None = None) -> Facts:

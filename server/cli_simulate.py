@@ -96,7 +96,7 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
 
     The same command gives the same history, whose hash is printed.
     """
-    from atoll.server.check import check, check_clients, made_of, mixed, strategy_of
+    from atoll.server.check import SIMULATED, check, check_clients, strategy_of
     from atoll.server.simulator import simulate as run
 
     check_numbers({"until": until, "lease": lease})
@@ -106,11 +106,7 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
     if not given["null"]:
         check_clients(spec)
     clients = clients_of(given, spec.seed)
-    simulated = frozenset({"validators"})
-    check(spec, trains=not given["null"], clients=len(clients), gives=simulated)
-    if not given["null"]:
-        for warning in mixed(spec, len(clients), made_of(spec), simulated):
-            console.say(f"warning: {warning}")
+    check(spec, trains=not given["null"], clients=len(clients), gives=SIMULATED)
     if out is not None:
         make_folder(out)
     began = time.monotonic()

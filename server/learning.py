@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from atoll.aggregation.strategy import Strategy
 from atoll.protocols.events import Merged
 from atoll.server.run import Fate, Merge, Order
 
@@ -19,6 +20,9 @@ class Worked:
 
 class Learning(Protocol):
     """The simulator says when; this says what comes of it. Takes no virtual time."""
+
+    def check(self, strategy: Strategy, clients: int) -> list[str]:
+        """Warnings. UsageError FL-S104 where a strategy cannot go with what is here."""
 
     def examples(self, client: str) -> int | None:
         """How many training examples it holds; None: as its model says."""
@@ -55,6 +59,9 @@ class NoLearning:
     """No tensors: for what depends on time alone, a hundred thousand updates in seconds."""
 
     _NOTHING = Worked(0, {})
+
+    def check(self, strategy: Strategy, clients: int) -> list[str]:
+        return []
 
     def examples(self, client: str) -> int | None:
         return None

@@ -7,6 +7,7 @@ seed gives the same hash over all that was heard and decided.
 """
 
 import heapq
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -29,6 +30,8 @@ from atoll.server.run import Arm, Deliver, Disarm, Effect, Interrupt, Merge, Ord
 from atoll.server.simclients import TIMER, Clients
 from atoll.server.simulation import Simulation
 from atoll.server.world import ClientModel, at_paces
+
+logger = logging.getLogger(__name__)
 
 Paces = Mapping[str, float] | Sequence[ClientModel]
 Listen = Callable[[float, Event, list[Action]], None]
@@ -54,10 +57,14 @@ def simulate(
     `learning` None trains nothing and evaluates nothing; `atoll.server.training.Training` trains
     for real. A version is evaluated if `evaluate_every` divides its number, in no virtual time.
     `rules` may end the run earlier; `listen` hears of every decision. `lease`: seconds until one
-    who is away has left. Whatever the strategy raises comes through. Without `until` and `rules`
-    the strategy must finish by itself.
+    who is away has left. Whatever the strategy raises comes through. UsageError FL-S104 where
+    it cannot go with the parts of `learning`; what may go wrong is logged. Without `until` and
+    `rules` the strategy must finish by itself.
     """
     models = at_paces(clients) if isinstance(clients, Mapping) else clients
+    if learning is not None:
+        for warning in learning.check(strategy, len(models)):
+            logger.warning("%s", warning)
     simulator = Simulator(
         strategy, models, seed, learning or NoLearning(), rules or Rules(),
         evaluate_every=evaluate_every, lease=lease, update_bytes=update_bytes,

@@ -21,6 +21,7 @@ from atoll.aggregation.aggregator import Aggregator, aggregator
 from atoll.aggregation.half import extras_of, told
 from atoll.aggregation.noise import KEY, derived
 from atoll.aggregation.outer import Outer, outer
+from atoll.aggregation.strategy import Strategy
 from atoll.client.algorithm import LocalAlgorithm, local_algorithm
 from atoll.client.data import Data, Indices, load_data
 from atoll.client.keep import Keep, Named, life_of
@@ -37,6 +38,7 @@ from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.tensors import Payload
 from atoll.server.accountant import Sampling
 from atoll.server.attack import Attack
+from atoll.server.check import check_simulated
 from atoll.server.combine import MEAN
 from atoll.server.crew import Crew, Job, Together
 from atoll.server.dp import central_dp
@@ -47,6 +49,7 @@ from atoll.server.momenta import suited
 from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order
 from atoll.server.simlinks import SimLinks
+from atoll.server.spec import RunSpec
 from atoll.server.trainers import VALIDATORS, Trainers
 from atoll.server.versions import VersionStore
 
@@ -82,12 +85,20 @@ class Training:
         up: str = "fp32",
         down: str = "fp32",
         codecs: Mapping[str, str] | None = None,
+        spec: RunSpec | None = None,
     ) -> None:
         """`up`, `down`: codecs that the run allows, the best first; `codecs`: what single clients
         ask for. `algorithm`: the trainers', for its half on the server and the state of the
-        clients, who have their names and `seed` for their states' lives."""
+        clients, who have their names and `seed` for their states' lives. `spec`: what the parts are
+        called, to judge whether they go together; None: the parts themselves say."""
         half = algorithm.server_half() if algorithm is not None else None
         self.manifest = manifest
+        self._spec = spec or RunSpec("", codec_up=up, codec_down=down)
+        self._parts: dict[str, object] = {"model": None, "data": None}  # they are there
+        if spec is None:
+            self._parts |= {"aggregator": aggregator, "outer": outer}
+        if spec is None and algorithm is not None:
+            self._parts["local algorithm"] = algorithm
         self._crew, self._judge = crew or Together(factory), judge
         self._examples, self._attacks = examples or {}, attacks or {}
         self._states: dict[str, feedbacks.State] = {}  # client -> what its codec left out, and such
@@ -168,6 +179,12 @@ class Training:
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed, algorithm=method,
             crew=engine(trainers) if engine else None,
+            spec=RunSpec(
+                "", aggregator=aggregation, outer=step, algorithm=algorithm, codec_up=up,
+                codec_down=down, dp=dp, local_dp=local_dp,
+                local={"optimizer": local.optimizer, "momentum": local.momentum},
+                proxy="" if not proxy else proxy if isinstance(proxy, str) else "own",
+            ),
         )  # fmt: skip
 
     @classmethod
@@ -207,9 +224,16 @@ class Training:
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
             crew=engine(trainers) if engine else None,
+            spec=RunSpec(
+                "", aggregator=aggregation, outer=step, codec_up=up, codec_down=down, dp=dp,
+                local_dp=local_dp, proxy=proxy,
+            ),
         )  # fmt: skip
 
     # ---- as the simulator asks -----------------------------------------------------------------
+
+    def check(self, strategy: Strategy, clients: int) -> list[str]:
+        return check_simulated(self._spec, self._parts, strategy, clients)
 
     def examples(self, client: str) -> int | None:
         return self._examples.get(client)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from atoll.aggregation import FedAvg, FedBuff, Krum, Median
+from atoll.aggregation import FedAvg, FedBuff, FedCompass, Krum, Median
+from atoll.client.local import LocalConfig
 from atoll.client.partition import KNOWN as KNOWN_PARTITIONS
 from atoll.protocols.errors import AtollError, DataError, UsageError
-from atoll.server import Server, catalogue
+from atoll.server import Server, Training, catalogue, simulate
 from atoll.server.check import FILES, PARTITIONS, check, check_partition, made_of, mixed
 from atoll.server.spec import RunSpec
 
@@ -175,3 +176,22 @@ def test_objects_are_judged_like_names() -> None:
     assert (
         check(named, made={**made, "strategy": FedAvg(min_results=3), "aggregator": Median()}) == []
     )
+
+
+def test_a_simulation_from_python_is_judged_with_the_same_sentence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    few, paces = FedBuff(size=2, steps=2), {"a": 0.1, "b": 0.1}
+    with pytest.raises(UsageError) as caught:
+        simulate(few, paces, 1.0, learning=Training.of(["a", "b"], aggregation="krum:f=1"))
+    assert caught.value.code == "FL-S104"
+    assert caught.value.message == (
+        "aggregator krum:f=1 needs 5 updates for a version, "
+        "strategy fedbuff never brings more than 2"
+    )
+    local = LocalConfig(optimizer="adam")
+    scaffold = Training.of(["a", "b"], algorithm="scaffold", local=local)
+    with pytest.raises(UsageError, match="plain SGD steps"):
+        simulate(few, paces, 1.0, learning=scaffold)
+    simulate(FedCompass(), paces, 1.0, learning=Training.of(["a", "b"], aggregation="median"))
+    assert "strategy fedcompass may bring fewer" in caplog.text
