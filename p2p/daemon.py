@@ -29,7 +29,7 @@ class Daemon:
     def __init__(self, folder: Path, listen: Sequence[str], bootstrap: Sequence[str] = ()) -> None:
         """`folder` holds its identity and is private to it. `listen`, `bootstrap`: multiaddrs;
         without `listen` nobody can connect to it, and it does not serve the directory."""
-        self.folder = folder
+        self.folder = folder.absolute()  # its sockets are addressed from anywhere
         self.listen = tuple(listen)
         self.bootstrap = tuple(bootstrap)
         self.gone = asyncio.Event()

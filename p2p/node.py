@@ -49,7 +49,7 @@ class Node:
         `listen` (): it calls others and answers over those connections, but nobody can connect to
         it. `bootstrap` may be set anew: a daemon that is replaced looks there.
         """
-        self.folder = folder
+        self.folder = folder.absolute()
         self.listen = tuple(listen)
         self.bootstrap = tuple(bootstrap)
         self.id = ""
@@ -110,6 +110,19 @@ class Node:
             return await _within(CALL_SECONDS, pinged, f"peer {peer}") is not None
         except RemoteError:
             return False
+
+    async def asked(self, peer: str) -> tuple[float, bool]:
+        """How many seconds its clock is ahead of ours, and whether it can connect to us: it tries.
+        RemoteError FL-P203 where it does not answer."""
+        from hivemind.p2p import PeerID
+        from hivemind.proto.dht_pb2 import PingRequest
+
+        protocol = self._up_dht().protocol
+        request = PingRequest(peer=protocol.node_info, validate=True)
+        began = time.time()
+        asked = protocol.get_stub(PeerID.from_base58(peer)).rpc_ping(request, timeout=CALL_SECONDS)
+        answer = await _within(CALL_SECONDS, asked, f"peer {peer}")
+        return answer.dht_time - (began + time.time()) / 2, bool(answer.available)
 
     async def _up(self, bootstrap: Sequence[str]) -> None:
         from hivemind.dht.node import DHTNode

@@ -293,6 +293,7 @@ class Peer:
             "peer": self._node.id, "name": self._name, "run": self._manifest.run,
             "pid": os.getpid(), "at": time.time(), "rounds": self._manifest.rounds,
             **asdict(tally), "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
+            "addresses": self._gate.addresses(),
             "members": [
                 {"peer": e.peer, "name": e.name, **stands.get(e.peer, {})} for e in members
             ],

@@ -115,6 +115,7 @@ class Work:
         self.speed = 0.0  # local steps a second, a running mean over orders; 0: none yet
         self._factor = speed_factor
         self._stop = threading.Event()
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="work")
         self._remember()
 
@@ -145,14 +146,15 @@ class Work:
         return self._factor / found.seconds_per_step
 
     def close(self) -> None:
-        """Stop what is in training after its step."""
+        """Stop what is in training after its step. What is asked later runs in its caller."""
+        self._closed = True
         self._stop.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     # ---- in the training thread ----------------------------------------------------------------
 
     def _in_thread(self, call: Callable[[], T]) -> T:
-        return self._thread.submit(call).result()
+        return call() if self._closed else self._thread.submit(call).result()
 
     def _load(self, vector: Tensor) -> None:
         self._trainer.load(unflatten(self.manifest, "trainable", vector))

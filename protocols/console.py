@@ -226,6 +226,11 @@ def clean(text: str) -> str:
     return _CONTROLS.sub(" ", _ESCAPES.sub("", text)).strip()
 
 
+def clean_lines(text: str) -> str:
+    """The same for a text of several lines, whose breaks and indents stay."""
+    return "\n".join(_CONTROLS.sub(" ", _ESCAPES.sub("", one)).rstrip() for one in text.split("\n"))
+
+
 def number(value: float) -> str:
     """1234567 -> "1,234,567"."""
     return f"{value:,.0f}"

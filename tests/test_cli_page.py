@@ -7,6 +7,7 @@ import click
 import pytest
 
 from atoll.client.cli import cli as client
+from atoll.p2p.cli import cli as peer
 from atoll.protocols.errors import CATALOGUE
 from atoll.server.cli import cli as server
 from atoll.server.cli_simulate import simulate
@@ -28,7 +29,7 @@ def test_the_codes_in_a_row_have_that_exit_code() -> None:
         assert str(CATALOGUE[code].exit_code) == row, code
 
 
-@pytest.mark.parametrize("group", [server, client], ids=["fl-server", "fl-client"])
+@pytest.mark.parametrize("group", [server, client, peer], ids=["fl-server", "fl-client", "fl-peer"])
 def test_every_command_is_named(group: click.Group) -> None:
     for name, command in group.commands.items():
         for leaf in command.commands if isinstance(command, click.Group) else [name]:

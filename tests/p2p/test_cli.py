@@ -1,20 +1,198 @@
-"""fl-peer: each command says what it will do, and exits 2."""
+"""fl-peer: what it refuses, what it shows of a peer's directory; the network is for slow tests."""
 
+import fcntl
 import json
+import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from atoll.p2p import folder as folders
+from atoll.p2p import invite
 from atoll.p2p.cli import cli
+from atoll.p2p.doctor import _addresses
+from atoll.p2p.line import Line, near_members, text_of
 from atoll.protocols import console
+from atoll.protocols.errors import PeerError
+from tests.p2p.people import INVITE
+
+TEXT = invite.write(INVITE)
+STATUS: dict[str, Any] = {
+    "peer": "QmOne", "name": "one", "run": INVITE.run, "pid": 2**30, "at": 0.0, "rounds": 9,
+    "round": 4, "loss": 2.5, "digest": "ab" * 32, "state": "training", "why": "", "bytes_in": 2e6,
+    "bytes_out": 1e6,
+    "members": [
+        {"peer": "QmOne", "name": "one"},
+        {"peer": "QmTwo", "name": "two", "round": 4, "ready": True, "silent": 0.3},
+        {"peer": "QmThree", "name": "th\x1b[2Jree", "round": 2, "ready": False, "silent": 99.0},
+        {"peer": "QmFour", "name": "four", "round": 0, "ready": False, "silent": None},
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("command", sorted(cli.commands))
-def test_a_command_says_what_it_will_do_and_exits_2(
-    command: str, capsys: pytest.CaptureFixture[str]
+def peer_in(folder: Path, status: dict[str, Any] | None = None) -> Path:
+    folders.write(folder, folders.About(TEXT, "one", ("/ip4/0.0.0.0/tcp/7448",)))
+    if status is not None:
+        (folder / folders.STATUS).write_text(json.dumps(status))
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The code of the error that a command ends with."""
+    code = console.run(cli, [*arguments, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert not told["ok"]
+    assert code != 0
+    return str(told["error"]["code"])
+
+
+def test_a_wrong_or_truncated_invite_is_told_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert console.run(cli, [command]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error FL-P100: not built yet: this command will ")
-    assert console.run(cli, [command, "--json"]) == 2
-    assert json.loads(capsys.readouterr().out)["error"]["code"] == "FL-P100"
+    monkeypatch.chdir(tmp_path)
+    for command in ("join", "doctor"):
+        assert refused(capsys, command, "something") == "FL-P301"
+        assert refused(capsys, command, TEXT[:-9]) == "FL-P302"
+    assert refused(capsys, "join", TEXT, "--host", "nowhere") == "FL-S108"
+    assert refused(capsys, "init", "--no-listen") == "FL-S104"
+    assert refused(capsys, "init", "--port", "70000") == "FL-S108"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["status", "start", "leave", "invite"])
+def test_a_directory_without_a_peer_is_told(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert refused(capsys, command, str(tmp_path)) == "FL-P308"
+    (tmp_path / folders.ABOUT).write_text("{}")
+    assert refused(capsys, command, str(tmp_path)) == "FL-P405"
+
+
+def test_a_run_is_not_founded_where_something_lies(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    assert refused(capsys, "init", "--folder", str(tmp_path)) == "FL-P309"
+    assert refused(capsys, "join", TEXT, "--folder", str(tmp_path)) == "FL-P309"
+    peer_in(tmp_path / "peer")
+    assert refused(capsys, "init", "--folder", str(tmp_path / "peer")) == "FL-P309"
+
+
+def test_a_machine_takes_part_where_it_did_before_and_a_second_peer_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = Path("atoll-peer")
+    assert folders.for_run(None, INVITE.run) == first
+    peer_in(first)
+    assert folders.for_run(None, INVITE.run) == first  # it is not running: the same again
+    assert folders.for_run(None, "another run") == Path("atoll-peer-2")
+    assert folders.new(None) == Path("atoll-peer-2")
+    with open(first / folders.LOCK, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert folders.running(first)
+        assert folders.for_run(None, INVITE.run) == Path("atoll-peer-2")
+    assert not folders.running(first)
+
+
+def test_what_is_secret_is_this_users_alone(tmp_path: Path) -> None:
+    folder = peer_in(tmp_path / "peer")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / folders.ABOUT).stat().st_mode & 0o777 == 0o600
+    assert folders.signed(folder) == b""
+    (folder / folders.SIGNED).write_bytes(b"paper")
+    assert folders.signed(folder) == b""  # not the founder's
+    (folder / folders.KEY).write_bytes(b"key")
+    assert folders.signed(folder) == b"paper"
+    (folder / folders.SIGNED).unlink()
+    with pytest.raises(PeerError, match="No such file") as error:
+        folders.signed(folder)
+    assert error.value.code == "FL-P405"
+
+
+def test_status_shows_the_run_and_its_members(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = peer_in(tmp_path / "peer")
+    assert console.run(cli, ["status", str(folder)]) == 0
+    assert "has not run yet" in capsys.readouterr().out
+    peer_in(folder, STATUS)
+    assert console.run(cli, ["status", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("one  not running   round 4/9   loss 2.5000   up 1.0 MB")
+    assert lines[2].split() == ["PEER", "NAME", "ROUND", "HEARD", "STATE"]
+    assert [line.split()[-1] for line in lines[3:]] == ["peer", "ready", "silent", "silent"]
+    assert "\x1b" not in "".join(lines)
+    assert console.run(cli, ["status", str(folder), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert (data["round"], data["running"], len(data["members"])) == (4, False, 4)
+    (folder / folders.STATUS).write_text("[torn")
+    assert folders.status(folder) == {}
+
+
+def test_leave_ends_a_running_peer_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = peer_in(tmp_path / "peer", STATUS)
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    assert refused(capsys, "leave", str(folder)) == "FL-P310"
+    assert sent == []
+    with open(folder / folders.LOCK, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert refused(capsys, "leave", str(folder), "--timeout", "0") == "FL-P311"
+        assert sent == [(2**30, 15)]
+        monkeypatch.setattr(os, "kill", lambda pid, number: lock.close())
+        assert console.run(cli, ["leave", str(folder)]) == 0
+    assert capsys.readouterr().out == "left after 4 rounds\n"
+
+
+def test_an_invite_is_printed_with_the_addresses_known_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = "/ip4/10.0.0.9/tcp/7448/p2p/QmOne"
+    folder = peer_in(tmp_path / "peer", {**STATUS, "addresses": [here]})
+    assert console.run(cli, ["invite", str(folder)]) == 0
+    found = invite.read(capsys.readouterr().out)
+    assert found.addresses == (here, *INVITE.addresses)
+    assert found.secret == INVITE.secret
+
+
+def test_the_line_says_members_round_loss_and_bytes() -> None:
+    assert near_members(STATUS) == ["QmOne", "QmTwo"]
+    assert text_of(STATUS) == (
+        "round 4/9   2 peers   loss 2.5000   up 1.0 MB   down 2.0 MB   training"
+    )
+    assert text_of({}) == "round 0   0 peers   loss -   up 0 B   down 0 B"
+
+
+def test_elsewhere_than_on_a_terminal_there_is_a_line_for_each_round(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Line() as line:
+        for change in ({}, {}, {"round": 5}, {"round": 5, "loss": 1.0}):
+            line.show({**STATUS, **change})
+        assert not line.alone
+        line.show({**STATUS, "members": STATUS["members"][:1]})
+        assert line.alone
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    with Line(quiet=True) as line:
+        line.show(STATUS)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("addresses", "verdict", "words"),
+    [
+        (["/ip4/127.0.0.1/tcp/1/p2p/Q", "/ip6/::1/tcp/1"], "problem", "no address but loopback"),
+        (["/ip4/127.0.0.1/tcp/1", "/ip4/192.168.1.20/tcp/1"], "note", "from this network"),
+        (["/ip4/192.168.1.20/tcp/1", "/ip4/8.8.8.8/tcp/1"], "good", "from anywhere"),
+        ([], "problem", "loopback"),
+    ],
+)
+def test_the_doctor_says_who_can_reach_an_address(
+    addresses: list[str], verdict: str, words: str
+) -> None:
+    check = _addresses(addresses)
+    assert (check.verdict, words in check.said) == (verdict, True)

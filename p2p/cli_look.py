@@ -1,0 +1,150 @@
+"""`fl-peer status`, `invite`, `leave`, `doctor`: look at a peer and its run, and end it."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from atoll.p2p import folder as folders
+from atoll.p2p.line import near_members
+from atoll.protocols import console
+from atoll.protocols.errors import PeerError
+
+_FOLDER = click.argument(
+    "folder", type=click.Path(path_type=Path, file_okay=False), default=folders.DEFAULT
+)
+
+
+@click.command()
+@_FOLDER
+@console.json_option
+def status(folder: Path, as_json: bool) -> None:
+    """Where the peer in FOLDER and its run stand."""
+    about = folders.read(folder)
+    told = folders.status(folder)
+    told["running"] = folders.running(folder)
+    told["folder"], told["name"] = str(folder), about.name
+    console.emit(told, as_json, _screen(told))
+
+
+def _screen(told: dict[str, Any]) -> str:
+    if "round" not in told:
+        state = "it has just been started" if told["running"] else "it has not run yet"
+        return f"{told['name']}: {state}; fl-peer start {told['folder']} runs it"
+    age = max(0.0, time.time() - float(told.get("at", 0)))
+    state = told["state"] if told["running"] else "not running"
+    rounds = f"/{told['rounds']}" if told.get("rounds") else ""
+    loss = told.get("loss")
+    lines = [
+        f"{told['name']}  {state}   round {told['round']}{rounds}   "
+        f"loss {'-' if loss is None else f'{loss:.4f}'}   "
+        f"up {console.size(told.get('bytes_out', 0))}   "
+        f"down {console.size(told.get('bytes_in', 0))}   {console.duration(age)} ago",
+        f"run {told['run']}   model {told.get('digest', '')[:16] or '-'}",
+    ]
+    rows = [("PEER", "NAME", "ROUND", "HEARD", "STATE")]
+    near = near_members(told)
+    for member in told.get("members", ()):
+        me = member["peer"] == told["peer"]
+        silent = member.get("silent")
+        heard = "-" if me else "never" if silent is None else console.duration(silent)
+        at = told["round"] if me else member.get("round", "-")
+        what = "this peer" if me else ("ready" if member.get("ready") else "training")
+        if not me and member["peer"] not in near:
+            what = "silent"
+        rows.append((member["peer"][-8:], console.clean(member["name"]), str(at), heard, what))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines += [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    if told.get("why"):
+        lines.append(f"last round put off: {told['why']}")
+    return console.clean_lines("\n".join(lines))
+
+
+@click.command()
+@_FOLDER
+@console.json_option
+def invite(folder: Path, as_json: bool) -> None:
+    """Print an invite to the run of the peer in FOLDER, with the addresses known now."""
+    from dataclasses import replace
+
+    from atoll.p2p.invite import ADDRESSES, read, write
+
+    papers = read(folders.read(folder).invite)
+    known = folders.status(folder).get("addresses", ())
+    places = tuple(dict.fromkeys((*map(str, known), *papers.addresses)))[:ADDRESSES]
+    text = write(replace(papers, addresses=places))
+    told = {"invite": text, "run": papers.run, "addresses": places, "manifest": papers.manifest}
+    console.emit(told, as_json, text)
+
+
+@click.command()
+@_FOLDER
+@click.option(
+    "--timeout", default=60.0, show_default=True, metavar="SECONDS", help="To wait for its end."
+)
+@console.json_option
+def leave(folder: Path, timeout: float, as_json: bool) -> None:
+    """Have the peer in FOLDER say goodbye and end."""
+    folders.read(folder)
+    pid = folders.status(folder).get("pid")
+    if not folders.running(folder) or not isinstance(pid, int) or pid <= 1:
+        raise PeerError(
+            "FL-P310", f"no peer runs in {folder}", f"start it with: fl-peer start {folder}"
+        )
+    os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + timeout
+    while folders.running(folder):
+        if time.monotonic() > end:
+            raise PeerError(
+                "FL-P311",
+                f"the peer in {folder} (process {pid}) has not ended in {timeout:g} s",
+                f"wait longer with --timeout, or: kill -9 {pid}",
+            )
+        time.sleep(0.05)
+    told = {**folders.status(folder), "running": False, "folder": str(folder)}
+    console.emit(told, as_json, f"left after {told.get('round', 0)} rounds")
+
+
+@click.command()
+@click.argument("invite", default="")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=None,
+    help="TCP port for other peers.  [default: as `fl-peer join` would]",
+)  # fmt: skip
+@console.json_option
+def doctor(invite: str, port: int | None, as_json: bool) -> None:
+    """Check whether this machine can take part in a run.
+
+    The daemon, the port and the addresses; with INVITE also the way to the run's members, the way
+    back, the clock and the secret.
+    """
+    from atoll.p2p.invite import read
+
+    papers = None
+    if invite:
+        papers = read(sys.stdin.readline() if invite == "-" else invite)
+    from atoll.p2p.doctor import examine
+    from atoll.protocols.loops import run
+
+    checks = run(examine(papers, port))
+    problems = [check for check in checks if check.verdict == "problem"]
+    marks = {"good": "ok", "problem": "NO", "note": "--"}
+    lines = []
+    for check in checks:
+        lines.append(f"{marks[check.verdict]:<3} {check.name:<9} {check.said}")
+        lines += [f"{'':<13} do   {check.remedy}"] if check.remedy else []
+    told = {"checks": checks, "problems": len(problems)}
+    console.emit(told, as_json, console.clean_lines("\n".join(lines)))
+    if problems:
+        what = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        error = PeerError("FL-P312", what, "see above")
+        if as_json:  # the checks are the one object
+            click.get_current_context().exit(error.exit_code)
+        raise error

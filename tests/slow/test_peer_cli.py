@@ -1,0 +1,145 @@
+"""fl-peer as a user has it: real processes, real hivemind, a directory for each peer."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from atoll.p2p import folder as folders
+from atoll.p2p import invite
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("hivemind")
+
+SMALL = (
+    "--model", "charlm:width=32,depth=1", "--data", "topics:context=32", "--steps", "10",
+    "--host", "127.0.0.1", "--port", "0",
+)  # fmt: skip
+
+
+class Shell:
+    """Commands in one folder; those that go on are ended with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.going: list[subprocess.Popen[str]] = []
+
+    def begin(self, *arguments: str, **more: Any) -> "subprocess.Popen[str]":
+        made = subprocess.Popen(
+            [sys.executable, "-m", "atoll.p2p", *arguments], cwd=self.folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **more},
+        )  # fmt: skip
+        self.going.append(made)
+        return made
+
+    def ask(self, *arguments: str, said: str = "", **more: Any) -> tuple[int, dict[str, Any]]:
+        """A command's exit code, and its data or its error."""
+        one = self.begin(*arguments, "--json", **more)
+        out, err = one.communicate(said, timeout=240)
+        assert out, err
+        told = json.loads(out)
+        return one.returncode, told["data"] if told["ok"] else told["error"]
+
+    def status(self, folder: str) -> dict[str, Any]:
+        return folders.status(self.folder / folder)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    made = Shell(tmp_path)
+    yield made
+    for one in made.going:
+        one.kill()
+        one.communicate()
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive, alive
+
+
+def until(true: Callable[[], Any], what: str, seconds: float = 240.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"{what}: not in {seconds:g} s"
+        time.sleep(0.1)
+
+
+def ended(one: "subprocess.Popen[str]") -> dict[str, Any]:
+    out, err = one.communicate(timeout=240)
+    assert one.returncode == 0, err
+    told: dict[str, Any] = json.loads(out)["data"]
+    return told
+
+
+def test_one_founds_another_joins_and_both_end_with_the_same_model(shell: Shell) -> None:
+    code, made = shell.ask("init", *SMALL, "--rounds", "400", "--no-start", "--name", "first")
+    assert code == 0
+    assert made["folder"] == "atoll-peer"
+    papers = invite.read(made["invite"])
+    assert papers.addresses == tuple(made["addresses"])
+    first = shell.begin("start", "--json")
+    until(lambda: shell.status("atoll-peer").get("round", 0) >= 2, "two rounds alone")
+
+    code, checked = shell.ask("doctor", made["invite"], "--port", "0")
+    verdicts = {check["name"]: check["verdict"] for check in checked["checks"]}
+    assert {verdicts[name] for name in ("daemon", "run", "way back", "clock", "secret")} == {"good"}
+    code, wrong = shell.ask("join", invite.write(replace(papers, secret=bytes(32))), *SMALL[-4:])
+    assert (code, wrong["code"]) == (77, "FL-P304")
+    code, taken = shell.ask("start")
+    assert (code, taken["code"]) == (73, "FL-P406")
+
+    second = shell.begin("join", "-", *SMALL[-4:], "--name", "second", "--folder", "b", "--json")
+    assert second.stdin is not None
+    second.stdin.write(f"{made['invite']}\n")
+    second.stdin.flush()
+    until(lambda: shell.status("b").get("rounds_joined", 0) >= 2, "two rounds together")
+    assert {m["name"] for m in shell.status("atoll-peer")["members"]} == {"first", "second"}
+    one, other = ended(first), ended(second)
+    assert (one["rounds"], other["rounds"]) == (400, 400)
+    assert one["digest"] == other["digest"]
+    assert one["loss_last"] < one["loss_first"]
+    assert one["bytes_out"] > 0
+    assert (shell.folder / "b" / "model.safetensors").exists()
+
+
+def test_one_alone_stops_and_goes_on_where_it_was(shell: Shell) -> None:
+    code, _ = shell.ask("init", *SMALL, "--no-start")
+    assert code == 0
+    first = shell.begin("start", "--json")
+    until(lambda: shell.status("atoll-peer").get("round", 0) >= 3, "three rounds")
+    code, left = shell.ask("leave")
+    assert (code, left["running"]) == (0, False)
+    assert not ended(first)["left"]
+    assert (code := shell.ask("leave")[0]) == 3, code
+    before = shell.status("atoll-peer")["round"]
+    again = shell.begin("start", "--json")
+    until(lambda: shell.status("atoll-peer")["round"] >= before + 2, "two rounds more")
+    assert shell.ask("leave")[0] == 0
+    ended(again)
+
+
+def test_what_stands_in_the_way_is_told(shell: Shell, tmp_path: Path) -> None:
+    from tests.p2p.people import INVITE
+
+    who = "QmQnv1XtVcE8GPWnZ8bL4kGGzxZr8iEMfHWZnK1wiTzC7X"
+    nobody = replace(INVITE, addresses=(f"/ip4/127.0.0.1/tcp/9/p2p/{who}",))
+    code, told = shell.ask("join", invite.write(nobody), "--host", "127.0.0.1")
+    assert (code, told["code"]) == (69, "FL-P202")
+    code, told = shell.ask("doctor", invite.write(nobody))
+    assert code == 9
+    assert "run" in [c["name"] for c in told["checks"] if c["verdict"] == "problem"]
+    failed = shell.begin("doctor", invite.write(nobody))
+    assert "error FL-P312" in failed.communicate(timeout=240)[1]
+    code, told = shell.ask("init", "--model", "nonesuch", "--host", "127.0.0.1")
+    assert code == 78
+    code, told = shell.ask("init", *SMALL, "--codec", "powersgd", "--folder", "c")
+    assert (code, told["code"]) == (64, "FL-P401")
+    assert not (tmp_path / "c").exists()
