@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from harness import Result, main, say
 from swarm import Swarm
 
@@ -29,6 +30,7 @@ def run(quick: bool) -> Result:
         trains = lambda: [e for e in joiner.told("train") if e["round"] > 0]  # noqa: E731
         swarm.until(trains, SECONDS, "its first step")
         first = trains()[0]
+        processor = psutil.Process(joiner.popen.pid).cpu_times()
         up = joiner.told("up")[0]["at"]
         meanwhile = swarm.round - came
         say(f"at round {came}; trained from {first['round']}")
@@ -39,6 +41,7 @@ def run(quick: bool) -> Result:
         "joiner", first["at"] - at, "s", LIMIT, ok=forks == 0 and errors < 1e-6,
         more={
             "megabytes": elements * 4 // 10**6, "after_imports": round(first["at"] - up, 2),
+            "processor_seconds": round(processor.user + processor.system, 2),
             "rounds_meanwhile": meanwhile, "forks": forks,
         },
     )  # fmt: skip

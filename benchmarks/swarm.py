@@ -10,6 +10,7 @@ clock that all processes of a machine share. `die` names the moment at which it 
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import secrets
 import signal
@@ -103,6 +104,7 @@ def process(told: Mapping[str, Any]) -> None:
     from atoll.protocols.loops import run
 
     torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     folder, name = Path(told["folder"]), told["name"]
     moment, _, at_round = told["die"].partition(":")
 

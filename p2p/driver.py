@@ -485,11 +485,13 @@ class Driver:
             await self._fetch(peer, name, dest, False)
 
         like = self._work.engine.state
+        logger.info("peer=%s downloads round %d from %d", self.me, stand.epoch, len(donors))
         found = await download(fetch, like, stand.chain, stand.epoch, donors, bits)
         if found.model is None:
             self.say(NotDownloaded(stand.chain, tuple(found.doubted)))
             return
         await asyncio.to_thread(self._memory.keep_model, stand.chain, found.model)
+        logger.info("peer=%s has round %d", self.me, stand.epoch)
         self._loaded = stand.chain, found.model
         self.say(Downloaded(stand.chain))
 

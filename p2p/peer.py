@@ -162,6 +162,7 @@ class Peer:
             steps=lambda: local_steps(self._gate.me, manifest),
             post=letters, fetch=self._roads.fetch, watch=self._tell,
         )  # fmt: skip
+        logger.info("peer=%s node and training are up", self._node.id)
         if not await self._driver.recall():
             return False
         self._admitted(self._gate.me)
@@ -266,6 +267,7 @@ class Peer:
         return self._work
 
     def _admitted(self, entry: Entry) -> None:
+        logger.info("peer=%s admits %s, %s", self._node.id, entry.peer, entry.name)
         bandwidth = (entry.bandwidth or UNMEASURED) if entry.accepts else 0.0
         self._driver.say(Admitted(entry.peer, weight(entry, self._manifest), bandwidth))
 
