@@ -38,7 +38,7 @@ class Patience:
     fetch: float = 5.0  # for a vote, which may need a mean to be fetched
     load: float = 20.0  # for a download of the model
     attempts: int = 4  # all-reduces of one epoch until it is put off
-    first: int = 1  # peers, at least, whose work is in the first mean
+    first: int = 1  # peers, at least, whose work is done before the first mean
 
 
 @dataclass

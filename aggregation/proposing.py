@@ -53,7 +53,8 @@ class Proposer(Circle):
             yield TrainOn(self.stand)
         if now < self.pause or [p for p in here if p in self.members][:1] != [self.me]:
             return
-        if self.stand.epoch == 0 and len(ready) < self.patience.first:
+        done = {*ready, *(self.spoiled & {*here})}
+        if self.stand.epoch == 0 and len(done) < self.patience.first:
             return
         if self._others_turn(now) or not quorum(here, self.members, self.gone()):
             return

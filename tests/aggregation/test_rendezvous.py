@@ -574,6 +574,14 @@ def test_the_first_mean_waits_for_as_many_as_the_run_wants() -> None:
     assert said == to(Prepare("s", ONE), "bc")
 
 
+def test_one_whose_work_is_not_finite_counts_among_the_first(a: Rendezvous) -> None:
+    """Else the first mean would be waited for without end."""
+    a.patience.first = 3
+    reducing(a)
+    again = hear(a, "b", Failed("s", ONE, "not finite: c", (), ("c",)))
+    assert again[-2:] == to(Prepare("s", (2, "a")), "bc")
+
+
 def test_a_peer_is_dumped_and_loaded_in_the_middle_of_a_round(a: Rendezvous) -> None:
     """A promise that is forgotten could be broken: a peer may come back only with its state."""
     reducing(a)
