@@ -1,5 +1,6 @@
 """fl-peer as a user has it: real processes, real hivemind, a directory for each peer."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -31,10 +32,12 @@ class Shell:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.going: list[subprocess.Popen[str]] = []
+        self.before: list[str] = []  # what a command is run by
 
     def begin(self, *arguments: str, **more: Any) -> "subprocess.Popen[str]":
         made = subprocess.Popen(
-            [sys.executable, "-m", "atoll.p2p", *arguments], cwd=self.folder, text=True,
+            [*self.before, sys.executable, "-m", "atoll.p2p", *arguments],
+            cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", **more},
         )  # fmt: skip
@@ -143,3 +146,48 @@ def test_what_stands_in_the_way_is_told(shell: Shell, tmp_path: Path) -> None:
     code, told = shell.ask("init", *SMALL, "--codec", "powersgd", "--folder", "c")
     assert (code, told["code"]) == (64, "FL-P401")
     assert not (tmp_path / "c").exists()
+
+
+@pytest.fixture
+def two_machines() -> Iterator[list[list[str]]]:
+    """Two network namespaces with a cable between them: what runs a command in each."""
+    names = [f"atoll{os.getpid()}{side}" for side in "ab"]
+    ends = [f"v{os.getpid()}{side}" for side in "ab"]
+    steps = [["netns", "add", name] for name in names]
+    steps.append(["link", "add", ends[0], "type", "veth", "peer", "name", ends[1]])
+    for i, (name, cable) in enumerate(zip(names, ends, strict=True), 1):
+        steps += [
+            ["link", "set", cable, "netns", name],
+            ["-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", cable],
+            ["-n", name, "link", "set", cable, "up"],
+            ["-n", name, "link", "set", "lo", "up"],
+        ]
+    try:
+        for step in steps:
+            try:
+                subprocess.run(["ip", *step], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"this machine lets nobody make network namespaces: {error}")
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_machines_that_share_nothing_but_a_cable(
+    shell: Shell, two_machines: list[list[str]]
+) -> None:
+    here, there = two_machines
+    shell.before = here
+    code, made = shell.ask("init", *SMALL[:6], "--rounds", "300", "--no-start")
+    assert code == 0
+    assert any("/ip4/10.77.0.1/tcp/" in address for address in made["addresses"])
+    first = shell.begin("start", "--json")
+    until(lambda: shell.status("atoll-peer").get("round", 0) >= 1, "a round alone")
+    shell.before = there
+    second = shell.begin("join", made["invite"], "--folder", "b", "--json")
+    until(lambda: shell.status("b").get("rounds_joined", 0) >= 2, "two rounds together")
+    one, other = ended(first), ended(second)
+    assert one["digest"] == other["digest"]
+    assert other["bytes_in"] > 0
