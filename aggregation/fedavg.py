@@ -167,7 +167,7 @@ class FedAvg(Strategy):
         self.round += 1
         self.wanted = self.size(len(able), len(free))
         asked = min(math.ceil(self.wanted * self.over_select - 1e-9), len(free))
-        cohort = sorted(random.Random(f"{self.seed}/{self.round}").sample(free, asked))
+        cohort = free if asked == len(free) else self.draw(free, asked)
         self.open, self.extended, self.began = True, False, now
         self.awaited, self.gone = set(cohort), set()
         for client in cohort:
@@ -177,6 +177,9 @@ class FedAvg(Strategy):
 
     def order(self, client: str) -> Train:
         return Train(client, self.steps)
+
+    def draw(self, free: list[str], asked: int) -> list[str]:
+        return sorted(random.Random(f"{self.seed}/{self.round}").sample(free, asked))
 
     def size(self, able: int, free: int) -> int:
         """How many results the next round wants."""

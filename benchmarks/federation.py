@@ -7,6 +7,7 @@ merge, save. Used by `round.py` and `rate.py`.
 import argparse
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,6 +29,8 @@ class Measured:
     rounds: list[float]  # wall seconds between two versions, the first left out
     peak_bytes: int  # RssAnon + RssShmem of the server, sampled from outside
     idle_bytes: int  # the same when it was ready and no client had come
+    server_cpu: float  # processor seconds a round, of all its threads; nan: too few rounds to tell
+    client_cpu: float  # the same, the mean of the clients
 
 
 def measure(floats: int, clients: int, rounds: int, **server: str) -> Measured:
@@ -64,7 +67,31 @@ def _measure(
     merged = [row["t"] for row in rows if row["kind"] == "merged"]
     assert len(merged) == rounds, f"{len(merged)} versions of {rounds}"
     gaps = [b - a for a, b in itertools.pairwise(merged)]
-    return Measured(gaps, memory.peak, memory.first)
+    spent = [float((folder / f"cpu-c{index}").read_text()) for index in range(clients)]
+    server_cpu = float((folder / "cpu-server").read_text())
+    return Measured(gaps, memory.peak, memory.first, server_cpu, sum(spent) / clients)
+
+
+class _Spent:
+    """Counts this process's processor time by rounds, the first ones left out."""
+
+    FIRST = 50
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rounds = 0
+        self._began = self._now = 0.0
+
+    def round(self) -> None:
+        self._rounds += 1
+        if self._rounds == self.FIRST:
+            self._began = time.process_time()
+        if self._rounds >= self.FIRST:
+            self._now = time.process_time()
+
+    def write(self) -> None:
+        rounds = self._rounds - self.FIRST
+        self._path.write_text(str((self._now - self._began) / rounds if rounds > 0 else math.nan))
 
 
 class _Memory:
@@ -126,8 +153,15 @@ def serve(folder: Path, floats: int, clients: int, rounds: int, given: Mapping[s
     strategy = f"fedavg:steps=1,min_clients={clients},rounds={rounds}"
     numbers = {k: int(v) if v.isdecimal() else v for k, v in given.items()}
     spec = RunSpec(ulid(), strategy=strategy, data="", evaluate_every=0, **numbers)  # type: ignore[arg-type]
-    server = Server.of(spec, folder / "state", slots={"model": model})
+    spent = _Spent(folder / "cpu-server")
+
+    def heard(row: Mapping[str, object]) -> None:
+        if row["kind"] == "merged":
+            spent.round()
+
+    server = Server.of(spec, folder / "state", slots={"model": model}, on_row=heard)
     server.run("127.0.0.1:0", lambda _: (folder / "ready").touch())
+    spent.write()
 
 
 class NoTraining:
@@ -135,12 +169,16 @@ class NoTraining:
 
     examples = 1
 
+    def __init__(self, spent: _Spent) -> None:
+        self._spent = spent
+
     def load(self, tensors):  # type: ignore[no-untyped-def]
         self._tensors = tensors
 
     def train(self, task):  # type: ignore[no-untyped-def]
         from atoll.client.trainer import Trained
 
+        self._spent.round()
         return Trained(self._tensors, task.steps, task.steps, {})
 
     def evaluate(self) -> dict[str, float]:
@@ -154,7 +192,9 @@ def client(folder: Path, index: int, address: str) -> None:
 
     torch.set_num_threads(1)
     name = f"c{index}"
-    Client(address, NoTraining(), name=name, folder=folder / name).run()
+    spent = _Spent(folder / f"cpu-{name}")
+    Client(address, NoTraining(spent), name=name, folder=folder / name).run()
+    spent.write()
 
 
 def main() -> None:

@@ -4,11 +4,9 @@ One order at a time, with one warm trainer. What happens there reaches the sessi
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.events import Then
+from atoll.protocols.hand import Hand
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Training:
         loop: Callable[[], asyncio.AbstractEventLoop],
     ) -> None:
         self.bench: Workbench | None = None
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="train")
+        self._hand = Hand("train")
         self._name = name
         self._report = report
         self._post = post
@@ -77,7 +76,7 @@ class Training:
 
     async def prepare(self, make: Callable[[], Workbench]) -> None:
         """Make the bench where it will be used."""
-        self.bench = await asyncio.get_running_loop().run_in_executor(self.thread, make)
+        self.bench = await self._hand.do(make)
 
     def beat(self) -> wire_pb2.Heartbeat:
         """How far it is."""
@@ -98,7 +97,7 @@ class Training:
         """Give up what is in training, as soon as it looks."""
         if self._job is not None:
             self._job.asked = "drop"
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        self._hand.close(wait=False)
 
     def begin(self, order: messages.Order, line: Line | None) -> None:
         """Train an order that came by `line`."""
@@ -106,15 +105,10 @@ class Training:
         job = self._job = Job(order, line)
         if job.order.sent.here:
             self._post(machine.Fetched(job.order.id))
-        working = self.thread.submit(self._train, self.bench, job)
-        working.add_done_callback(functools.partial(self._back, job))
+        working = self._hand.do(functools.partial(self._train, self.bench, job))
+        working.add_done_callback(functools.partial(self._worked, job))
 
-    def _back(self, job: Job, working: "Future[messages.Result]") -> None:
-        """In the training thread: its work is done, or has failed."""
-        with contextlib.suppress(RuntimeError):  # the client has ended
-            self._loop().call_soon_threadsafe(self._worked, job, working)
-
-    def _worked(self, job: Job, working: "Future[messages.Result]") -> None:
+    def _worked(self, job: Job, working: "asyncio.Future[messages.Result]") -> None:
         order = job.order.id
         try:
             result = working.result()
@@ -166,14 +160,14 @@ class Training:
         """
         bench = self.bench
         assert bench is not None
-        judging = self.thread.submit(
-            lambda: bench.evaluate(messages.sent_from_wire(asked), line.fetch)
-        )
+        judging = self._hand.do(lambda: bench.evaluate(messages.sent_from_wire(asked), line.fetch))
         return self._judged(line, asked.version, judging)
 
-    async def _judged(self, line: Line, version: int, judging: "Future[dict[str, float]]") -> None:
+    async def _judged(
+        self, line: Line, version: int, judging: "asyncio.Future[dict[str, float]]"
+    ) -> None:
         try:
-            found = await asyncio.wrap_future(judging)
+            found = await judging
         except Exception as error:  # training goes on
             if getattr(error, "code", "") not in BROKEN:
                 logger.exception("client=%s version=%d not evaluated", self._name, version)

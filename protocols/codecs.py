@@ -6,11 +6,11 @@ mapped bytes themselves; each lossy codec has a file of its own, `codec_*.py`. W
 is `codecspec.py`'s affair, and what becomes of the part that a codec loses is `feedback.py`'s.
 """
 
-import ctypes
 import functools
 import math
 import sys
 import typing
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -23,6 +23,10 @@ from atoll.protocols.codecspec import BUILTIN, Chain, known, parse
 from atoll.protocols.errors import UsageError
 
 assert sys.byteorder == "little", "sections are little-endian and are mapped, not converted"
+
+with warnings.catch_warnings():  # torch warns once that a tensor over read-only bytes is writable
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 TILE = 1 << 20  # elements; half of it costs 3 % more, tiles that fit the L2 cache 10-70 %
 
@@ -265,7 +269,7 @@ def as_tensor(view: memoryview, dtype: torch.dtype) -> Tensor:
     """
     if len(view) == 0:
         return torch.empty(0, dtype=dtype)
-    values = torch.frombuffer(_writable(view), dtype=dtype)
+    values = torch.frombuffer(view, dtype=dtype)
     if values.data_ptr() % dtype.itemsize:  # int64 after an odd number of float32
         return torch.frombuffer(bytearray(view), dtype=dtype)
     return values
@@ -290,13 +294,3 @@ class _Widened:
 
     def __call__(self, lo: int, hi: int, out: Tensor) -> Tensor:
         return out[: hi - lo].copy_(self._values[lo:hi])
-
-
-def _writable(view: memoryview) -> object:
-    """A buffer torch accepts in silence: for read-only bytes it would warn at each tensor."""
-    if not view.readonly:
-        return view
-    address = np.frombuffer(view, np.uint8).ctypes.data
-    window = (ctypes.c_char * len(view)).from_address(address)
-    window.owner = view  # type: ignore[attr-defined]  # the bytes live as long as the tensor
-    return window

@@ -10,8 +10,8 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from atoll.protocols.errors import AtollError, ServerError
@@ -24,6 +24,7 @@ from atoll.protocols.events import (
     Then,
     TimerFired,
 )
+from atoll.protocols.hand import Hand
 from atoll.server.clock import Clock
 from atoll.server.inputs import Input, in_order
 from atoll.server.journal import Journal, Payload
@@ -114,7 +115,7 @@ class Driver:
         self._limit: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None  # to write what waits for no input
         self._due = False  # it has waited long enough
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._disk = Hand("journal")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
 
@@ -196,10 +197,10 @@ class Driver:
         assert self._loop is not None
         try:
             await self._settle()
-            await self._loop.run_in_executor(self._disk, self.journal.flush)
+            await self._disk.do(self.journal.flush)
         except AtollError as error:
             self.fail(error)
-        self._disk.shutdown()
+        self._disk.close()
         for handle in (*self._timers.values(), self._limit, self._late):
             if handle is not None:
                 handle.cancel()
@@ -288,9 +289,9 @@ class Driver:
         batch = self.journal.take(payloads, *self.world.spent())
         if batch.size <= AT_ONCE:
             self.journal.write(batch)  # into memory: handing it over would take longer
-            writing = self._loop.run_in_executor(self._disk, self.journal.seal)
+            writing = self._disk.do(self.journal.seal)
         else:
-            writing = self._loop.run_in_executor(self._disk, self.journal.commit, batch)
+            writing = self._disk.do(partial(self.journal.commit, batch))
         try:
             followed = self._follow(said)
         finally:
@@ -305,7 +306,7 @@ class Driver:
             text = self.snapshot()
             if text is not None:
                 now = said[-1].input.now
-                await self._loop.run_in_executor(self._disk, self.journal.snapshot, now, text)
+                await self._disk.do(partial(self.journal.snapshot, now, text))
 
     def _follow(self, said: list[_Decided]) -> list[_Decided]:
         """What follows from these inputs alone, worked out while they are being written."""

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from atoll.protocols import state
+import orjson
 
 OVER = "the run is over"  # why an order open at the end came to nothing
 
@@ -347,9 +347,9 @@ _TAKERS = {
 def line(row: Row) -> str:
     """A row as the line of `history.jsonl`, newline included; what is not finite becomes null."""
     try:
-        return state.encode(row) + "\n"
-    except ValueError:
-        return state.encode(_finite(row)) + "\n"
+        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE).decode()
+    except TypeError:  # numpy's floats, and whatever else is not quite plain
+        return json.dumps(_finite(row), separators=(",", ":")) + "\n"
 
 
 def _finite(value: Any) -> Any:

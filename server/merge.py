@@ -39,6 +39,7 @@ class InterruptedMergeError(Exception):
 
 Buffers = Literal["weighted_mean", "keep_server", "personal"]
 PLAIN = Sgd()
+NORM_WHOLE = 1 << 15  # elements
 NORM_BLOCK = 1 << 12  # elements; norms add up block by block, alike for every number of threads
 
 
@@ -393,6 +394,8 @@ def _culprits(manifest: Manifest, items: Sequence[Item]) -> dict[str, str]:
 
 def _squared_norm(values: Tensor) -> float:
     """In float64 over float32 blocks, so that neither threads nor alignment change a bit of it."""
+    if values.numel() <= NORM_WHOLE:  # torch takes one thread for so few
+        return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
     whole = values.numel() // NORM_BLOCK * NORM_BLOCK
     norms = torch.linalg.vector_norm(values[:whole].view(-1, NORM_BLOCK), dim=1).double()
     rest = torch.linalg.vector_norm(values[whole:]).double()

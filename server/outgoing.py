@@ -5,6 +5,7 @@ A model is packed once for all who start from it over the same link and hold the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from atoll.aggregation import half
 from atoll.protocols import messages, tensors, wire_pb2
@@ -101,10 +102,7 @@ class Outgoing:
         return size + self._extra_size
 
     def outcome(self, session: Session, outcome: Outcome) -> None:
-        told = messages.Outcome(
-            outcome.order, outcome.update, outcome.fate, outcome.version, outcome.reason
-        )
-        session.send_later(wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told)))
+        session.send_later(outcome.update, partial(_outcome, outcome))
 
     def counted(self, client: str) -> Traffic:
         return self.traffic.setdefault(client, Traffic())
@@ -119,5 +117,18 @@ class Outgoing:
     def receipt(self, client: str, result: Result) -> None:
         session = self._sessions.of.get(client)
         if session is not None:
-            receipt = wire_pb2.Receipt(order=result.order, update=result.update, final=result.final)
-            session.send_later(wire_pb2.ServerMessage(receipt=receipt))
+            session.send_later(
+                result.update, partial(_receipt, result.order, result.update, result.final)
+            )
+
+
+def _outcome(outcome: Outcome) -> wire_pb2.ServerMessage:
+    told = messages.Outcome(
+        outcome.order, outcome.update, outcome.fate, outcome.version, outcome.reason
+    )
+    return wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told))
+
+
+def _receipt(order: str, update: str, final: bool) -> wire_pb2.ServerMessage:
+    receipt = wire_pb2.Receipt(order=order, update=update, final=final)
+    return wire_pb2.ServerMessage(receipt=receipt)

@@ -15,7 +15,7 @@ from atoll.protocols import state
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Action, Evaluated, Event, Merged
 from atoll.protocols.membership import Membership
-from atoll.server.journal import Journal, Row, dump_actions
+from atoll.server.journal import Journal, Row, dump_actions, same
 from atoll.server.rules import Rules
 from atoll.server.run import Effect, Merge, Run
 from atoll.server.workshop import Stock
@@ -99,7 +99,7 @@ def _again(found: Recovered, row: Row, told: Heard | None) -> None:
         if row.actions is not None:
             raise _unlike(f"{heard} was answered before, and now fails: {error!r}") from error
         raise failed(heard, error) from error
-    if row.actions is not None and dump_actions(actions) != row.actions:
+    if row.actions is not None and not same(row.actions, dump_actions(actions)):
         raise ValueError(
             f"input {row.seq} ({type(row.event).__name__} at {row.now:.3f} s) was answered with "
             f"{row.actions}, now with {dump_actions(actions)}"

@@ -6,6 +6,7 @@ order waits in the run's book and an outcome in its untold ones, and both go out
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from atoll.protocols import wire_pb2
@@ -13,6 +14,8 @@ from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.links import PLAIN_LINK, Link
 from atoll.protocols.packed import MORE, Parts, nested, size
+
+Pack = Callable[[], wire_pb2.ServerMessage]
 
 LATER = 0.05  # seconds a receipt or an outcome may wait for company
 QUEUE = 256  # messages; a client that does not read is cut off rather than buffered without bound
@@ -31,7 +34,7 @@ class Session:
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # it does not read: end it now
     batch: bool = False  # the client reads several messages in one
     step: int = 0  # local steps done of the order in training, as last heard
-    _later: dict[str, wire_pb2.ServerMessage] = field(default_factory=dict)
+    _later: dict[str, Pack] = field(default_factory=dict)  # by update
     _timer: asyncio.TimerHandle | None = None
 
     def send(self, message: wire_pb2.ServerMessage) -> None:
@@ -43,12 +46,13 @@ class Session:
         self.flush()
         self._put(message)
 
-    def send_later(self, message: wire_pb2.ServerMessage) -> None:
+    def send_later(self, update: str, pack: Pack) -> None:
         """Queue a receipt or an outcome, for which nobody waits: with the next message that is
-        urgent, or within LATER seconds. An outcome says all that its receipt would."""
+        urgent, or within LATER seconds. An outcome says all that its receipt would: of one update
+        only the last message is packed and sent."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LATER, self.flush)
-        self._later[message.outcome.update or message.receipt.update] = message
+        self._later[update] = pack
 
     def flush(self) -> None:
         if self._timer is not None:
@@ -57,8 +61,8 @@ class Session:
         if not self._later:
             return
         later, self._later = self._later, {}
-        for message in later.values():
-            self._put((message.SerializeToString(),))
+        for pack in later.values():
+            self._put((pack().SerializeToString(),))
 
     async def next(self) -> bytes | None:
         """What to write next: all that is queued in one message where the client reads that."""

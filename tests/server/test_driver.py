@@ -808,4 +808,4 @@ def test_a_journal_that_failed_writes_nothing_that_followed(tmp_path: Path) -> N
 
         asyncio.run(full())
         assert [type(event).__name__ for _, event, _ in rows(driver)] == ["ClientJoined"]
-        driver._disk.shutdown()
+        driver._disk.close()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -143,6 +143,19 @@ def test_a_changed_strategy_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="now with") as found:
         recovered(Cut(rows, len(rows)), FedBuff(size=4, steps=9, max_age=4.0))
     assert found.value.code == "FL-S206"
+
+
+def test_another_spelling_of_the_same_numbers_is_no_other_decision() -> None:
+    """A journal outlives the library that wrote it: 1e-05 or 0.00001, it is the same weight."""
+    rows = written(MADE["fedbuff"])
+    told = [json.loads(row.actions) for row in rows if row.actions is not None]
+    respelt = [
+        row if row.actions is None else replace(row, actions=json.dumps(json.loads(row.actions)))
+        for row in rows
+    ]
+    assert any(told)
+    assert [row.actions for row in respelt] != [row.actions for row in rows]
+    assert recovered(Cut(respelt, len(rows)), MADE["fedbuff"]()).inputs == len(rows)
 
 
 def test_another_strategy_is_found_out_by_its_snapshot() -> None:

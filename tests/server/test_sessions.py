@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 import pytest
@@ -21,6 +22,10 @@ def order(number: int, size: int = 0) -> wire_pb2.ServerMessage:
 
 def outcome(number: int) -> wire_pb2.ServerMessage:
     return wire_pb2.ServerMessage(outcome=wire_pb2.Outcome(update=f"o{number}.0"))
+
+
+def tell(session: Session, number: int) -> None:
+    session.send_later(f"o{number}.0", partial(outcome, number))
 
 
 def run(work: Callable[[], Awaitable[T]]) -> T:
@@ -49,8 +54,8 @@ async def written(session: Session) -> list[str]:
 def test_what_is_not_urgent_travels_before_the_next_that_is() -> None:
     async def send() -> list[str]:
         session = Session("c", 1)
-        session.send_later(outcome(1))
-        session.send_later(outcome(2))
+        tell(session, 1)
+        tell(session, 2)
         session.send(order(3))
         session.close()
         return await written(session)
@@ -63,8 +68,8 @@ def test_an_outcome_stands_for_the_receipt_that_still_waits() -> None:
         session = Session("c", 1)
         for update in ("o1.0", "o2.0"):
             receipt = wire_pb2.Receipt(update=update)
-            session.send_later(wire_pb2.ServerMessage(receipt=receipt))
-        session.send_later(outcome(1))
+            session.send_later(update, partial(wire_pb2.ServerMessage, receipt=receipt))
+        tell(session, 1)
         session.close()
         kinds = []
         while (message := await read(session)) is not None:
@@ -77,7 +82,7 @@ def test_an_outcome_stands_for_the_receipt_that_still_waits() -> None:
 def test_what_nothing_urgent_follows_is_sent_all_the_same() -> None:
     async def send() -> float:
         session = Session("c", 1)
-        session.send_later(outcome(1))
+        tell(session, 1)
         began = asyncio.get_running_loop().time()
         message = await asyncio.wait_for(read(session), 5)
         assert message is not None
@@ -92,10 +97,10 @@ def test_what_travelled_with_another_hurries_nothing_that_waits_after_it() -> No
 
     async def send() -> int:
         session = Session("c", 1)
-        session.send_later(outcome(1))
+        tell(session, 1)
         session.send(order(2))
         await asyncio.sleep(LATER / 2)
-        session.send_later(outcome(3))
+        tell(session, 3)
         await asyncio.sleep(LATER * 0.75)
         return session.out.qsize()
 
@@ -105,7 +110,7 @@ def test_what_travelled_with_another_hurries_nothing_that_waits_after_it() -> No
 def test_closing_lets_out_what_waits() -> None:
     async def send() -> list[str]:
         session = Session("c", 1)
-        session.send_later(outcome(1))
+        tell(session, 1)
         session.close()
         return await written(session)
 
@@ -148,7 +153,7 @@ def test_a_backlog_of_outcomes_leaves_room_for_the_rest() -> None:
         session.room += 300
         session.send(order(0))
         for number in range(300):
-            session.send_later(outcome(number))
+            tell(session, number)
         session.send(order(1))
         assert not session.cut.is_set()
         session.close()
