@@ -159,9 +159,7 @@ class Training:
             aggregator(aggregation), lambda: build(model, whole.info, seed), whole,
             data if isinstance(data, str) else "", proxy, seed, aggregation,
         )  # fmt: skip
-        kept_back = proxy if isinstance(proxy, str) else ""
-        if left is not whole and not kept_back:
-            kept_back = VALIDATORS
+        kept_back = (proxy if isinstance(proxy, str) else "") or VALIDATORS * (left is not whole)
         trainers = Trainers(
             clients, model, data if isinstance(data, str) else left, partition, seed, local,
             algorithm, attacks or {}, proxy=kept_back, given=left,
@@ -181,9 +179,8 @@ class Training:
             crew=engine(trainers) if engine else None,
             spec=RunSpec(
                 "", aggregator=aggregation, outer=step, algorithm=algorithm, codec_up=up,
-                codec_down=down, dp=dp, local_dp=local_dp,
+                codec_down=down, dp=dp, local_dp=local_dp, proxy=_named(proxy),
                 local={"optimizer": local.optimizer, "momentum": local.momentum},
-                proxy="" if not proxy else proxy if isinstance(proxy, str) else "own",
             ),
         )  # fmt: skip
 
@@ -400,3 +397,8 @@ class Training:
 def simulated_key(seed: int) -> bytes:
     """Noise that comes again with the seed: right for a simulation, and protects nobody."""
     return derived(bytes(KEY), "simulated", seed)
+
+
+def _named(proxy: "str | Data") -> str:
+    """Of proxy data, for a run's spec."""
+    return proxy if isinstance(proxy, str) else "own"

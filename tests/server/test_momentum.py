@@ -45,6 +45,8 @@ class Quadratic(nn.Module):
 class Chosen(Strategy):
     """Rounds with the clients that `who` names, each time merged with equal weights."""
 
+    gives = frozenset({"rounds"})
+
     who: Callable[[int], Sequence[str]]
     rounds: int
     steps: int = STEPS
