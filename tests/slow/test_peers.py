@@ -72,9 +72,14 @@ def test_two_peers_train_on_text_and_end_with_the_same_bits(folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "moment", ["train", "reduce", "made", "vote", "decided", "bind", "mean", "model"]
+    ("moment", "dying"),
+    [
+        pytest.param(moment, dying, marks=() if quick else pytest.mark.long)
+        for moment in ("train", "reduce", "made", "vote", "decided", "bind", "mean", "model")
+        for dying in "ab"
+        for quick in [(moment, dying) in (("reduce", "b"), ("bind", "a"))]
+    ],
 )
-@pytest.mark.parametrize("dying", ["a", "b"])
 def test_a_peer_that_kills_itself_at_any_moment_comes_back_as_itself(
     folder: Path, moment: str, dying: str
 ) -> None:
