@@ -1,12 +1,12 @@
 """FedCompass: arrival groups against waiting for all (FedAvg) and for nobody (FedBuff, FedAsync).
 
-MNIST pooled to 14x14, MLP 196-32-10, five clients of 5 or 6 classes each (the paper's class
-partition), Adam 0.003, batch 32. A step takes a second on average: the same for all (homo), normal
-with a deviation of 0.3, or exponential; 5 % noise an order; transfers take no time. FedAvg, FedBuff
-and FedAsync 50 steps, FedCompass 10 to 50 with slack 1.2. The asynchronous three weigh by
-0.9 / sqrt(1 + staleness) and by the client's share, FedBuff (K = 3) and FedAsync each client as a
-fifth. 3,000 virtual seconds, every version evaluated, seeds 0 to 2. A target that was missed counts
-as 3,000 s.
+MNIST pooled to 14x14, MLP 196-32-10, five clients of 5 or 6 classes each, Adam 0.003, batch 32. The
+classes are the paper's partition, drawn again until each has two owners. A step takes a second on
+average: the same for all (homo), normal with a deviation of 0.3, or exponential; 5 % noise an
+order; transfers take no time. FedAvg, FedBuff and FedAsync 50 steps, FedCompass 10 to 50 with slack
+1.2. The asynchronous three weigh by 0.9 / sqrt(1 + staleness) and by the client's share, FedBuff
+(K = 3) and FedAsync each client as a fifth. 3,000 virtual seconds, evaluated about every 10 (FedAvg
+at every version), seeds 0 to 2. A target that was missed counts as 3,000 s.
 """
 
 import mnist
@@ -30,6 +30,7 @@ SPEEDS: dict[str, Draw] = {
 END = 3000.0  # virtual seconds
 TARGETS = (0.85, 0.9)
 CLIENTS = 5
+LOOKS = {"FedCompass": 2, "FedAvg": 1, "FedBuff": 1, "FedAsync": 3}  # versions: about 10 s
 
 
 def strategies() -> dict[str, Strategy]:
@@ -49,11 +50,14 @@ def once(name: str, speeds: str, seed: int) -> Simulation:
         [model.name for model in models],
         model=mnist.POOLED,
         data=data,
-        partition=mnist.class_partition(data, CLIENTS, 5, 6, seed),
+        partition=mnist.class_partition(data, CLIENTS, 5, 6, seed, owners=2),
         seed=seed,
         local=LocalConfig(lr=0.003, batch=32, optimizer="adam", device="cpu"),
     )
-    made = simulate(strategies()[name], models, END, seed, learning=learning, history=False)
+    made = simulate(
+        strategies()[name], models, END, seed, learning=learning, history=False,
+        evaluate_every=LOOKS[name],
+    )  # fmt: skip
     say(f"{speeds:7} {name:10} seed {seed}: {made.versions} versions, {times(made)}")
     return made
 
@@ -125,8 +129,10 @@ def claims(made: dict[tuple[str, str], list[Simulation]]) -> list[Claim]:
 
 
 SAID = """
-Thin: the order rests on seed 2 most of all. With seeds 0 and 1 three classes lie with a single
-client each; nobody reached 90 % within 3,000 s there, and 85 % only FedCompass (seed 1).
+With the paper's partition as it is, where one owner is enough, seeds 0 and 1 have three classes
+that a single client holds. Nobody reached 90 % within 3,000 s there, and only FedCompass 85 %
+(seed 1, homo and normal: 1,936 and 2,634 s); the means over the three seeds, misses as 3,000 s,
+had the same order: exp, 85 %: FedCompass 2,047, FedAvg 2,252, FedBuff 2,456, FedAsync 3,000 s.
 """.strip().replace("\n", " ")
 
 
