@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The other files in benchmarks/ are their tools.
-BENCHMARKS := batched_trainer codecs fedlaw joiner kill_in_reduce merge rate rendezvous round simulator time_to_target
+BENCHMARKS := allreduce batched_trainer codecs fedlaw joiner kill_in_reduce merge rate rendezvous round simulator time_to_target
 # One thread a process: the tests' models are small, and processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
