@@ -17,7 +17,7 @@ BENCHMARKS := allreduce batched_trainer codecs fedlaw joiner kill_in_reduce merg
 # One thread a process: the tests' models are small, and processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check lint bench proto prove-processes prove-long prove-packaging prove-peers prove-science clean
+.PHONY: help setup demo peers test check lint bench proto prove-processes prove-long prove-packaging prove-peers prove-science clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## The main job: a real federation on this machine (ARGS="--strategy fedavg ...")
 	@$(BIN)/fl-server demo $(ARGS)
+
+peers: $(STAMP)  ## The same without a server: peers on this machine, one late, one killed (ARGS="--peers 5 ...")
+	@$(BIN)/fl-peer demo $(ARGS)
 
 test: $(STAMP)  ## All fast tests, on all cores (ARGS="tests/protocols -x ...")
 	@$(PYTEST) -n logical --dist loadfile $(ARGS)

@@ -5,6 +5,7 @@ from typing import NoReturn
 
 import click
 
+from atoll.p2p.cli_demo import demo
 from atoll.p2p.cli_look import doctor, invite, leave, status
 from atoll.p2p.cli_run import init, join, start
 from atoll.protocols import console
@@ -19,5 +20,5 @@ def main() -> NoReturn:
     sys.exit(console.run(cli))
 
 
-for command in (init, join, start, status, invite, leave, doctor):
+for command in (demo, init, join, start, status, invite, leave, doctor):
     cli.add_command(command)

@@ -80,6 +80,10 @@ def _machine(command: F) -> F:
     help="How averages travel: int8, or up=topk:0.01+ef,down=int8: see `fl-server codecs`.",
 )  # fmt: skip
 @click.option("--rounds", default=0, help="Averages until it ends.  [default: no end]")
+@click.option(
+    "--first", type=click.IntRange(1), default=1, show_default=True, metavar="PEERS",
+    help="Members that the first round waits for.",
+)  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Of the first model and the batches.")
 @click.option("--no-start", is_flag=True, help="Found it only; `fl-peer start` trains.")
 @_FOLDER
@@ -87,7 +91,7 @@ def _machine(command: F) -> F:
 @console.json_option
 def init(
     run_name: str, model: str, data: str, local_steps: int, batch: int, lr: float, outer: str,
-    codec: str, rounds: int, seed: int, no_start: bool, folder: Path | None, name: str,
+    codec: str, rounds: int, first: int, seed: int, no_start: bool, folder: Path | None, name: str,
     port: int | None, host: str, no_listen: bool, device: str, speed_factor: float,
     stop_with_stdin: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -103,7 +107,7 @@ def init(
     from atoll.protocols.loops import run
 
     _begin(stop_with_stdin)
-    wish = Wish(run_name, model, data, seed, local_steps, batch, lr, outer, codec, rounds)
+    wish = Wish(run_name, model, data, seed, local_steps, batch, lr, outer, codec, rounds, first)
     console.say(f"founding {run_name}: {model} on {data}, {local_steps} steps a round …")
     papers, paper = run(
         found(

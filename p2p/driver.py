@@ -117,6 +117,7 @@ class Tally:
     loss_first: float | None = None
     loss: float | None = None
     digest: str = ""  # of the model; empty where it is not known yet
+    digested: int = 0  # the round whose model that was: `round` is counted before it is applied
     group: tuple[str, ...] = ()  # of the last commit
     weights: tuple[float, ...] = ()
     steps: int = 0  # local ones, in all
@@ -468,7 +469,7 @@ class Driver:
     async def _digest(self, stand: Stand, model: SyncState) -> None:
         bits = await asyncio.to_thread(lambda: model.digest)
         self.shelved.put(stand.chain, model)
-        self.tally.digest = bits
+        self.tally.digest, self.tally.digested = bits, stand.epoch
         self.say(Digested(stand.chain, bits))
 
     async def _save(self, stand: Stand, model: SyncState) -> None:

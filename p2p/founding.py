@@ -17,6 +17,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from atoll.aggregation.circle import Patience
 from atoll.aggregation.outer import outer
 from atoll.p2p import folder as folders
 from atoll.p2p import manifest
@@ -46,6 +47,7 @@ class Wish:
     outer: str = "nesterov:lr=0.7,momentum=0.9"
     codec: str = "fp32"
     rounds: int = 0
+    first: int = 1  # peers that the first round waits for
 
 
 async def found(
@@ -95,9 +97,11 @@ def _draft(wish: Wish, device: str, speed_factor: float) -> manifest.Manifest:
     for chain in (ways.up[0], ways.down[0]):
         packer(chain)
     known = facts(wish.model, wish.data, wish.seed)
+    wished = dict(vars(wish))
     values: dict[str, Any] = {
         "run": ulid(), "elements": known.elements, "schema": known.schema, "init": known.init,
-        "speed": 1.0, "founder": "0" * 64, "peer": "unknown", **vars(wish),
+        "speed": 1.0, "founder": "0" * 64, "peer": "unknown",
+        "patience": Patience(first=wished.pop("first")), **wished,
     }  # fmt: skip
     try:
         draft = manifest.Manifest(**values)

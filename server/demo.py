@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from atoll.protocols.children import MAX_RESTARTS, Child
 from atoll.protocols.errors import AtollError, ServerError, UsageError
-from atoll.server.children import MAX_RESTARTS, Child
 from atoll.server.history import History, Row, line
 from atoll.server.live import ClientView, Live, LiveView, view
 from atoll.server.options import make_folder

@@ -75,12 +75,22 @@ class Child:
         self.close()
         self.start()
 
+    def ask_to_end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """With SIGKILL: to the others it is as if its machine had lost power."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self.close()
+
     def stop(self, seconds: float) -> None:
         """Ask it to end, then make it."""
         if self._process is None:
             return
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        self.ask_to_end()
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
