@@ -51,10 +51,13 @@ MACHINES = [
     "protocols/events.py",
     "protocols/manifest.py",
     "protocols/membership.py",
-    "protocols/state.py",
     "server/run.py",
 ]
-BESIDE_MACHINES = {"aggregation/checks.py", "protocols/errors.py"}  # pure, used by machines
+BESIDE_MACHINES = {  # pure, used by machines
+    "aggregation/checks.py",
+    "protocols/errors.py",
+    "protocols/state.py",
+}
 NOT_IN_MACHINES = {
     "asyncio", "grpc", "hivemind", "logging", "os", "socket", "threading", "time", "torch",
 }  # fmt: skip
