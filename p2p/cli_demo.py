@@ -18,7 +18,7 @@ EXIT_MISSED = 5  # not all of it happened in time: what did went well
 )  # fmt: skip
 @click.option("--rounds", default=40, show_default=True, help="Averages until it ends.")
 @click.option(
-    "--steps", default=20, show_default=True, help="Local steps between two averages (H)."
+    "--steps", default=30, show_default=True, help="Local steps between two averages (H)."
 )
 @click.option(
     "--model", default="charlm:width=64,depth=2", show_default=True,
@@ -28,7 +28,7 @@ EXIT_MISSED = 5  # not all of it happened in time: what did went well
     "--data", default="topics:context=64", show_default=True,
     help="topics (comes with Python), text:FILE, digits, ... or MODULE:OBJECT.",
 )  # fmt: skip
-@click.option("--lr", default=3e-3, show_default=True, help="AdamW's step size.")
+@click.option("--lr", default=6e-3, show_default=True, help="AdamW's step size.")
 @click.option(
     "--codec", default="fp32", show_default=True,
     help="How averages travel: int8, ...: see `fl-server codecs`.",

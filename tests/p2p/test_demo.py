@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from atoll.p2p import folder as folders
 from atoll.p2p.cli import cli
 from atoll.p2p.cli_demo import ending
 from atoll.p2p.demo import Digests, Swarm, SwarmSpec
@@ -41,6 +42,20 @@ def test_a_fork_is_a_round_of_which_two_peers_hold_other_models() -> None:
     assert (digests.compared, digests.forks) == (2, 1)
     digests.note("b", 1, "x")  # healed before the next look
     assert (digests.compared, digests.forks) == (2, 0)
+
+
+def test_a_fork_is_seen_in_what_the_peers_write(tmp_path: Path) -> None:
+    swarm = Swarm(spec(tmp_path), Show(quiet=True), print)
+    for name, digest in (("peer-1", "aa"), ("peer-2", "bb")):
+        swarm.children[name] = Child(name, "atoll.p2p", (), tmp_path)
+        swarm.folder(name).mkdir(parents=True)
+        status = {"round": 3, "digested": 2, "digest": digest, "state": "training", "loss": 2.0}
+        (swarm.folder(name) / folders.STATUS).write_text(json.dumps(status))
+    swarm._look()
+    view = swarm.view()
+    assert (view.forks, view.round, view.loss) == (1, 3, 2.0)
+    assert swarm.digests.said == {2: {"peer-1": "aa", "peer-2": "bb"}}
+    assert [p.state for p in view.peers] == ["training", "training", "to come", "to come"]
 
 
 @pytest.mark.parametrize(
