@@ -67,7 +67,7 @@ build/proto/.installed: Makefile
 	@touch $@
 
 prove-processes: $(STAMP)  ## Slow proofs: real sockets, real processes, kills
-	@$(PYTEST) -m "slow and not long" $(ARGS)
+	@$(PYTEST) -m "slow and not long" -n logical --dist loadfile $(ARGS)
 
 prove-long: $(STAMP)  ## Slow proof: what takes minutes: all pairs of parts, 200 cases a codec, 10,000 swarms
 	@$(PYTEST) -m long $(ARGS)

@@ -115,6 +115,7 @@ def test_all_are_killed_at_once_and_go_on(folder: Path) -> None:
         agreed(swarm)
 
 
+@pytest.mark.long
 def test_a_late_joiner_has_the_model_and_one_that_gives_other_bits_harms_nobody(
     folder: Path,
 ) -> None:
@@ -154,6 +155,7 @@ def test_one_leaves_with_a_goodbye_and_another_comes_under_a_new_name(folder: Pa
         assert again.told("end")[0]["peer"] != old
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_daemon_that_is_killed_or_frozen_is_replaced_and_its_peer_goes_on(
     folder: Path, how: signal.Signals
@@ -170,6 +172,7 @@ def test_a_daemon_that_is_killed_or_frozen_is_replaced_and_its_peer_goes_on(
         agreed(swarm)
 
 
+@pytest.mark.long
 def test_peers_that_are_frozen_for_a_while_catch_up(folder: Path) -> None:
     """Half of four, the second half of all ids: the others go on, or wait, and nothing forks."""
     with Swarm(folder, first=4) as swarm:
@@ -184,6 +187,7 @@ def test_peers_that_are_frozen_for_a_while_catch_up(folder: Path) -> None:
         agreed(swarm)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lies", ["nan", "short"])
 def test_work_that_is_none_and_work_of_another_shape_weigh_nothing(folder: Path, lies: str) -> None:
     with Swarm(folder, first=3) as swarm:
@@ -198,6 +202,7 @@ def test_work_that_is_none_and_work_of_another_shape_weigh_nothing(folder: Path,
         assert weights["a"] == weights["b"] > 0
 
 
+@pytest.mark.long
 def test_one_that_cannot_be_connected_to_takes_part(folder: Path) -> None:
     with Swarm(folder, first=3) as swarm:
         swarm.up("a", "b")
