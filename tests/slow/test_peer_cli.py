@@ -82,6 +82,7 @@ def ended(one: "subprocess.Popen[str]") -> dict[str, Any]:
     return told
 
 
+@pytest.mark.long
 def test_one_founds_another_joins_and_both_end_with_the_same_model(shell: Shell) -> None:
     code, made = shell.ask("init", *SMALL, "--rounds", "400", "--no-start", "--name", "first")
     assert code == 0
@@ -113,6 +114,7 @@ def test_one_founds_another_joins_and_both_end_with_the_same_model(shell: Shell)
     assert (shell.folder / "b" / "model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_one_alone_stops_and_goes_on_where_it_was(shell: Shell) -> None:
     code, _ = shell.ask("init", *SMALL, "--no-start")
     assert code == 0
@@ -175,6 +177,7 @@ def two_machines() -> Iterator[list[list[str]]]:
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.long
 def test_two_machines_that_share_nothing_but_a_cable(
     shell: Shell, two_machines: list[list[str]]
 ) -> None:

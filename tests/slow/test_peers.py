@@ -77,7 +77,7 @@ def test_two_peers_train_on_text_and_end_with_the_same_bits(folder: Path) -> Non
         pytest.param(moment, dying, marks=() if quick else pytest.mark.long)
         for moment in ("train", "reduce", "made", "vote", "decided", "bind", "mean", "model")
         for dying in "ab"
-        for quick in [(moment, dying) in (("reduce", "b"), ("bind", "a"))]
+        for quick in [(moment, dying) == ("reduce", "b")]
     ],
 )
 def test_a_peer_that_kills_itself_at_any_moment_comes_back_as_itself(
@@ -101,6 +101,7 @@ def test_a_peer_that_kills_itself_at_any_moment_comes_back_as_itself(
         swarm.until(lambda: again.told("beat") and dying in group(swarm, swarm.round))
 
 
+@pytest.mark.long
 def test_all_are_killed_at_once_and_go_on(folder: Path) -> None:
     with Swarm(folder, first=3) as swarm:
         swarm.up("a", "b", "c")
@@ -134,6 +135,7 @@ def test_a_late_joiner_has_the_model_and_one_that_gives_other_bits_harms_nobody(
         assert "q" in group(swarm, swarm.peers["q"].told("commit")[1]["round"])
 
 
+@pytest.mark.long
 def test_one_leaves_with_a_goodbye_and_another_comes_under_a_new_name(folder: Path) -> None:
     with Swarm(folder, first=3) as swarm:
         swarm.up("a", "b", "c")

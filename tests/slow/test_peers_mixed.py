@@ -70,6 +70,7 @@ def test_two_peers_and_two_grpc_clients_train_one_model(
     peers.until(lambda: peers.round > before + 1, what="the peers going on without the server")
 
 
+@pytest.mark.long
 def test_a_server_goes_on_when_all_other_peers_have_left_and_stops_with_ctrl_c(
     tmp_path: Path, federation: Federation
 ) -> None:
