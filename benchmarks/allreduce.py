@@ -43,9 +43,11 @@ async def peer(number: int, folder: Path, elements: int) -> None:
     from atoll.p2p.exchange import Exchange
     from atoll.p2p.node import Node
     from atoll.p2p.roads import Roads
+    from atoll.protocols.channel import tune_malloc
     from atoll.protocols.codecspec import parse
 
     torch.set_num_threads(1)
+    tune_malloc()  # as a peer does
     loop = asyncio.get_running_loop()
     first = json.loads(await _line()) if number else {}
     node = Node(

@@ -31,6 +31,7 @@ from atoll.p2p.roads import Roads
 from atoll.p2p.roster import Entry, local_steps, weight
 from atoll.p2p.work import Work
 from atoll.protocols.blobs import Blob
+from atoll.protocols.channel import tune_malloc
 from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import PeerError
 
@@ -114,6 +115,7 @@ class Peer:
 
     async def run(self) -> PeerResult:
         """PeerError where it cannot start, or cannot go on."""
+        tune_malloc()
         await asyncio.to_thread(self._memory.open)
         try:
             async with contextlib.AsyncExitStack() as stack:

@@ -192,6 +192,7 @@ def test_a_flush_ends_though_a_peer_is_frozen() -> None:
         sent.send("b", Prepare("c", ONE))
         async with asyncio.timeout(10):
             await sent.flush(0.05)
+        assert not network.heard, "it is frozen"
         await sent.close()
 
     asyncio.run(work())
