@@ -6,13 +6,12 @@ not notice when it is gone or frozen.
 
 import asyncio
 import contextlib
-import ctypes
 import importlib.resources
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from atoll.protocols.errors import PeerError
@@ -20,7 +19,18 @@ from atoll.protocols.errors import PeerError
 START_SECONDS = 15.0
 STOP_SECONDS = 2.0
 LONGEST_SOCKET = 100  # bytes: a Unix socket's path ends at 107, hivemind adds a name to it
-PR_SET_PDEATHSIG = 1
+# Has the kernel kill it when its parent's thread ends, and becomes p2pd; where the kernel cannot,
+# it dies when its socket's other end is silent for long. A program of its own, not a function
+# between fork and exec: that one runs amid whatever locks gRPC's threads held.
+BECOME = """\
+import ctypes, os, signal, sys
+parent, binary = int(sys.argv[1]), sys.argv[2]
+if sys.platform.startswith("linux"):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it was killed before the line above
+        sys.exit(1)
+os.execv(binary, sys.argv[2:])
+"""
 
 
 class Daemon:
@@ -78,9 +88,9 @@ class Daemon:
             arguments += ["-b=1", f"-bootstrapPeers={','.join(self.bootstrap)}"]
         try:
             self._process = await asyncio.create_subprocess_exec(
-                str(binary), *arguments, stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-                preexec_fn=_dying_with(os.getpid()),
+                sys.executable, "-ISc", BECOME, str(os.getpid()), str(binary), *arguments,
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
             )  # fmt: skip
         except OSError as error:
             raise _did_not_start(f"{binary}: {error.strerror}") from error
@@ -139,21 +149,6 @@ class Daemon:
             text = line.decode(errors="replace").strip()
             self._said = [*self._said[-9:], text]
             yield text
-
-
-def _dying_with(parent: int) -> Callable[[], None] | None:
-    """For the child, before it becomes p2pd: have the kernel kill it when its parent's thread ends.
-    None where the kernel cannot; there it dies when its socket's other end is silent for long."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def die() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed between the fork and the line above
-            os._exit(1)
-
-    return die
 
 
 def unreachable(bootstrap: Sequence[str], why: str) -> PeerError:

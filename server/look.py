@@ -150,7 +150,7 @@ class Watch:
 
     def _news(self, status: Status) -> Iterator[tuple[float, Status, list[Row]]]:
         """(run clock, status, rows) until the run is over or its server has stopped."""
-        asked = heard = time.monotonic()
+        asked = heard = news = time.monotonic()
         source = self._source()
         while True:
             served = status.state == "running"
@@ -167,10 +167,17 @@ class Watch:
                 continue
             since = time.monotonic() - asked if served else 0.0
             yield status.elapsed_s + since, status, rows
-            if self.history.finished is not None or not (served or rows):
+            if self.history.finished is not None:
                 return
-            if served and not rows:
+            if not (served or rows):
+                # A server says that it has finished before the last rows are written.
+                if status.state != "finished" or time.monotonic() - news > PATIENCE:
+                    return
+                time.sleep(PAUSE)
+            elif served and not rows:
                 time.sleep(source.pause)
+            if served or rows:
+                news = time.monotonic()
 
     def _source(self) -> Source:
         if self.place.state is not None:
