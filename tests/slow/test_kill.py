@@ -168,7 +168,8 @@ def test_an_upload_goes_on_where_it_was_when_the_server_was_killed(
     client = federation.client("c0", "--model", "big:Big", address=gate.address)
     until(lambda: gate.shut, 120, "half of an upload")
     (part,) = (federation.state / "updates").glob("*.part")
-    until(lambda: part.stat().st_size > 7 << 20, 60, "the chunks that came")
+    # What it says of itself lies at the end, so its size is the whole's from the first chunk on.
+    until(lambda: part.stat().st_blocks * 512 > 7 << 20, 60, "the chunks that came")
     gate.refuse = True  # until somebody is there again
     server.kill()
     server = federation.server(*options)
@@ -179,7 +180,7 @@ def test_an_upload_goes_on_where_it_was_when_the_server_was_killed(
     assert (report["orders"], report["used"]) == (1, 1)
     size = sum(row["bytes"] for row in federation.history("update"))
     assert size > 12 << 20
-    assert gate.passed < size + (8 << 20)  # both times together; 9 would be all once more
+    assert gate.passed < size + (6 << 20)  # both times together; 9 would be all once more
     federation.ledger().check()
 
 
