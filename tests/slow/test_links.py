@@ -133,7 +133,8 @@ def test_clients_judge_the_model_that_they_hold(federation: "Federation") -> Non
 
 
 def test_a_demo_with_few_bytes_reaches_its_target(federation: "Federation") -> None:
-    """1 % of each update and a byte a value down: 100 times fewer bytes up, 2 times fewer down."""
+    """1 % of each update and a byte a value down: 100 times fewer bytes up; down the model once,
+    then about a quarter of it a version, however many of them a client skips."""
     demo = federation.command(
         "demo", "fl-server", "demo", "--codec", "up=topk:0.01+ef,down=int8", "--timeout", "200",
         "--out", str(federation.folder / "out"), "--json",
@@ -143,7 +144,7 @@ def test_a_demo_with_few_bytes_reaches_its_target(federation: "Federation") -> N
     whole = 4 * 4810  # bytes of the demo's model
     for client in told["clients"]:
         assert client["bytes_up"] < client["updates"] * whole / 100
-        assert client["bytes_down"] < client["updates"] * whole / 2
+        assert whole < client["bytes_down"] < whole + told["versions"] * whole * 0.3
 
 
 def test_a_client_that_asks_for_what_the_run_forbids_is_told_so(federation: "Federation") -> None:
