@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import struct
 import subprocess
 import zlib
@@ -436,19 +437,33 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+def fill(disk: Path) -> Path:
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+@pytest.mark.parametrize("part", ["all", "versions", "journal.sqlite", "history.jsonl"])
 def test_a_full_disk_stops_the_run_and_loses_nothing(
-    federation: "Federation", small_disk: Path
+    federation: "Federation", small_disk: Path, part: str
 ) -> None:
-    federation.state = small_disk / "state"
+    """The whole state directory, or one part of it that lies on a disk of its own."""
     options: dict[str, Any] = {"strategy": ONE, "keep": 2}
+    if part == "all":
+        federation.state = small_disk / "state"
+    else:
+        begun = federation.local(**options)
+        begun.server.stop()
+        begun.ended()
+        shutil.move(federation.state / part, small_disk / part)
+        (federation.state / part).symlink_to(small_disk / part)
     local = federation.local(**options)
     assert local.error is None
     guest = federation.digits("good", slowdown=0.002)
     wait(federation, 3)
-    ballast = small_disk / "ballast"
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
+    ballast = fill(small_disk)
     local.join(20)
     assert local.error is not None
     assert local.error.code == "FL-S203"
