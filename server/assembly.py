@@ -43,7 +43,7 @@ from atoll.server.run import Run
 from atoll.server.secret import key_of, privacy_of
 from atoll.server.server import Summary
 from atoll.server.spec import STRATEGIES, RunSpec
-from atoll.server.uploads import Uploads
+from atoll.server.uploads import Uploads, order_of
 from atoll.server.versions import VersionStore
 from atoll.server.workshop import Stock, Workshop
 
@@ -205,10 +205,8 @@ class Assembly:
                     uploads.keep(payload.id, payload.data)
             else:
                 uploads.restore(payload.id, payload.info.size, payload.info.sha256)
-        waited_for = {
-            o.id for o in (*run.open.values(), *(o for f in run.former.values() for o in f))
-        }
-        uploads.sweep(keep | {u for u in uploads.names() if u.partition(".")[0] in waited_for})
+        awaited = run.awaited()
+        uploads.sweep(keep | {u for u in uploads.names() if order_of(u) in awaited})
         self.journal.append([], forget=gone)
         self.workshop.stock = Stock([m for m in merges if m.version <= run.published])
         self._redo = [m for m in merges if m.version > run.published]

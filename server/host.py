@@ -96,6 +96,7 @@ class Host:
             published=lambda: self.run.published,
             best=lambda: self.driver.rules.best_version,
             ordered=lambda: [order.version for order in self.run.open.values()],
+            awaited=self.run.awaited,
             freed=self._spent_more,
             failed=lambda error: self.driver.fail(error),
         )

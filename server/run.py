@@ -173,6 +173,11 @@ class Run:
             return current
         return next((o for o in self.former.get(client, ()) if o.id == order), None)
 
+    def awaited(self) -> set[str]:
+        """The orders of which results may still come."""
+        closed = (order for former in self.former.values() for order in former)
+        return {order.id for order in (*self.open.values(), *closed)}
+
     def acknowledge(self, client: str, update: str) -> bool:
         """The client knows this outcome; it need not be told again. False where it had no need."""
         told = self.untold.get(client, {})

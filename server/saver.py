@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from atoll.protocols.errors import AtollError
+from atoll.server.uploads import order_of
 from atoll.server.workshop import Workshop
 
 PAUSE = 9.0  # times a save's duration, before the next
@@ -17,7 +18,8 @@ PAUSE = 9.0  # times a save's duration, before the next
 
 class Saver:
     """`published` and `best` say which version is the newest and the best, `ordered` which ones
-    clients still train from; `freed` hears of updates that need not be kept any longer."""
+    clients still train from, `awaited` which orders may still have a result; `freed` hears of
+    updates that need not be kept any longer."""
 
     def __init__(
         self,
@@ -27,12 +29,14 @@ class Saver:
         published: Callable[[], int],
         best: Callable[[], int | None],
         ordered: Callable[[], Collection[int]],
+        awaited: Callable[[], set[str]],
         freed: Callable[[list[str]], None],
         failed: Callable[[AtollError], None],
     ) -> None:
         self._workshop = workshop
         self._every = every
         self._published, self._best, self._ordered = published, best, ordered
+        self._awaited = awaited
         self._freed, self._failed = freed, failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._task: asyncio.Task[None] | None = None
@@ -83,3 +87,8 @@ class Saver:
             workshop.best = best
         ordered = set(self._ordered())
         await loop.run_in_executor(self._thread, workshop.prune, ordered)
+        # In this order: what is announced from now on is of an order that is awaited.
+        coming = workshop.uploads.unfinished()
+        awaited = self._awaited()
+        given_up = [update for update in coming if order_of(update) not in awaited]
+        await loop.run_in_executor(self._thread, workshop.forget, given_up)

@@ -45,6 +45,11 @@ class _Upload:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+def order_of(update: str) -> str:
+    """The order that an update with this id is a result of."""
+    return update.partition(".")[0]
+
+
 def disk_free(folder: Path) -> int:
     """Bytes that may still be written to the disk of `folder`."""
     stat = os.statvfs(folder)
@@ -77,6 +82,7 @@ class Uploads:
         self.durable = durable
         self._free = free
         self._uploads: dict[str, _Upload] = {}
+        self._left: set[str] = set()  # have a file from a former process that nobody goes on with
         self._reserved = 0  # bytes of all of them
         self._spares = Spares(folder, spare)
         self._lock = threading.Lock()  # of the two above; held for moments only
@@ -92,6 +98,8 @@ class Uploads:
             elif NAME.fullmatch(update) and update not in known:
                 path.unlink()
                 gone.append(update)
+        with self._lock:
+            self._left = self.names() - self._uploads.keys()
         return gone
 
     def names(self) -> set[str]:
@@ -200,13 +208,22 @@ class Uploads:
             upload = self._uploads.get(update)
         return upload.stored if upload else None
 
+    def unfinished(self) -> set[str]:
+        """Updates of which bytes were announced or are here, and which are not committed."""
+        with self._lock:
+            coming = {name for name, upload in self._uploads.items() if upload.stored is None}
+            return coming | self._left
+
     def free(self, update: str) -> None:
         """Forget `update` and its file, finished or not; no-op where it is not known.
 
         Views that someone still holds stay as they are. Waits for a chunk that is being written.
         """
         with self._lock:
-            upload = self._pop(update)
+            upload, left = self._pop(update), update in self._left
+            self._left.discard(update)
+        if left:
+            SpillFile(self.folder, update, 0).remove()
         if upload is None:
             return
         with upload.lock:
@@ -250,6 +267,7 @@ class Uploads:
                 small = size <= self.memory_limit
                 file = None if small else SpillFile(self.folder, update, size)
                 upload = self._uploads[update] = _Upload(update, size, file)
+                self._left.discard(update)
                 self._reserved += size
                 upload.lock.acquire()  # nobody else may see it before its file was looked at
         assert upload is not None

@@ -439,6 +439,23 @@ def test_two_streams_of_one_upload_cannot_mix_their_bytes(uploads: Uploads) -> N
     assert set(refused) == {"FL-W111"}
 
 
+def test_what_nobody_goes_on_with_can_be_named_and_freed(uploads: Uploads) -> None:
+    data = payload()
+    for update in ("o1.0", "o2.0", "o3.0"):
+        send(uploads, update, data)
+    uploads.commit("o3.0", sha(data))
+    assert uploads.unfinished() == {"o1.0", "o2.0"}
+    again = Uploads(uploads.folder, min_free=0)
+    again.restore("o3.0", SIZE, sha(data))
+    again.sweep({"o1.0", "o2.0", "o3.0"})
+    assert again.open("o1.0", SIZE) == SIZE
+    assert again.unfinished() == {"o1.0", "o2.0"}
+    again.free("o1.0")
+    again.free("o2.0")
+    assert again.unfinished() == set()
+    assert [path.name for path in uploads.folder.iterdir()] == ["o3.0"]
+
+
 def test_a_chunk_after_the_upload_was_freed_is_refused(uploads: Uploads) -> None:
     uploads.open("o1.0", SIZE)
     uploads.put("o1.0", chunks(payload())[0])

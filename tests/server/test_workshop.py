@@ -416,3 +416,21 @@ def test_a_slow_client_finds_the_version_of_its_order_whatever_came_since(tmp_pa
     assert life.host.run.open["slow"].version == 2
     assert life.assembly.store.numbers() == [0, 2, 5, 6]
     life.die()
+
+
+def test_half_an_upload_stays_as_long_as_its_order_is_awaited(tmp_path: Path) -> None:
+    """Its file stayed until the next start, and was the next one's when a server was restarted."""
+    life = Life(tmp_path, keep=2)
+
+    async def half() -> None:
+        life.driver.post(ClientJoined("slow", ClientInfo(1)))
+        await life.until(lambda: "slow" in life.host.run.open)
+        life.assembly.workshop.uploads.open(f"{life.host.run.open['slow'].id}.0", 2 * INLINE)
+        life.assembly.workshop.uploads.open("o99.0", 2 * INLINE)
+
+    async def saved() -> None:
+        await life.until(lambda: not life.host._saver.busy)
+
+    life.live(2, saved, half, 1, saved)
+    assert life.assembly.workshop.uploads.unfinished() == {f"{life.host.run.open['slow'].id}.0"}
+    life.die()
