@@ -169,7 +169,7 @@ class _Training:
         shapes = vector_only(manifest_of(module))
         named = {name: tensor.detach() for name, tensor in module.state_dict().items()}
         vector = flatten(shapes, named, "trainable")
-        self.facts: Facts = facts_of(shapes, vector)
+        self.facts: Facts = facts_of(shapes, named)
         self.engine = _Engine(outer(manifest.outer), vector, changed)
         self._speed, self._loop = manifest.speed, loop
         self._offered: tuple[SyncState, Tensor] | None = None

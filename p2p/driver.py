@@ -54,7 +54,7 @@ from atoll.p2p.reducing import Fetch
 from atoll.p2p.work import Facts
 from atoll.protocols.blobs import Blob
 from atoll.protocols.codecspec import Ways
-from atoll.protocols.errors import RemoteError
+from atoll.protocols.errors import PeerError, RemoteError
 
 QUEUE = 10_000  # events that wait; what others say beyond is lost, as on a network
 AGAIN = 1.0  # seconds between work that must not count and the next
@@ -94,6 +94,7 @@ class Terms:
     """What all peers of a run agree on, of its manifest."""
 
     run: str  # hash of the manifest: the first model's chain begins with it
+    init: str  # SHA-256, in hex, of the first model
     founder: str  # peer id of who decides the first commit
     rounds: int  # 0: no end
     ways: Ways
@@ -187,11 +188,13 @@ class Driver:
 
     async def recall(self) -> bool:
         """Take up what the disk remembers of this peer, if anything; False where that is not whole:
-        then it must come under another name, which its promises do not bind."""
+        then it must come under another name, which its promises do not bind. Who comes for the
+        first time and made another first model, as another version of torch may, downloads the
+        run's; PeerError FL-P408 where that is the founder, whom the others take theirs from."""
         kept = await asyncio.to_thread(self._memory.recall, self.terms.run)
         size, patience = self._work.engine.state.anchor.numel(), self.terms.patience
         if kept is None or kept.peer != self.me:
-            start, founders = self.terms.start, (self.terms.founder,)
+            start, founders = self._first(), (self.terms.founder,)
             self._machine = Rendezvous(self.me, size, founders, start, patience)
         else:
             model = await asyncio.to_thread(self._remembered, kept.bound)
@@ -200,8 +203,24 @@ class Driver:
             self._work.engine.load(model)
             self._machine = Rendezvous.again(self.me, size, kept.bound, patience)
         self._bound, self._chain = self._machine.bound(), self._machine.stand.chain
-        self.tally.round = self._machine.stand.epoch
+        self.tally.round = max(0, self._machine.stand.epoch)
         return True
+
+    def _first(self) -> Stand:
+        here, run = self._work.facts.init, self.terms.init
+        if here == run:
+            return self.terms.start
+        if self.me == self.terms.founder:
+            raise PeerError(
+                "FL-P408",
+                f"the first model here is {here[:12]}, the run was founded with {run[:12]}",
+                "take the versions of torch and of the model that it was founded with",
+            )
+        logger.warning(
+            "peer=%s the first model here is %s, the run's is %s: that will be downloaded",
+            self.me, here[:12], run[:12],
+        )  # fmt: skip
+        return Stand()
 
     def _remembered(self, bound: Bound) -> SyncState | None:
         """The model of `bound`, and its means in the exchange. None where it is not whole."""
@@ -309,7 +328,7 @@ class Driver:
             event = await self._events.get()
             actions = self._machine.handle(event, self.clock())
             await self._bind(self._machine.bound())
-            self.tally.round = self._machine.stand.epoch
+            self.tally.round = max(0, self._machine.stand.epoch)
             for action in actions:
                 self._do(action)
             if isinstance(event, BeatDue):

@@ -156,8 +156,8 @@ class Peer:
         stack.push_async_callback(self._direct.close)
         self._roads = Roads(self._node, self._direct)
         terms = Terms(
-            invite.manifest, manifest.peer, manifest.rounds, parse_ways(manifest.codec),
-            manifest.patience, MOST,
+            invite.manifest, manifest.init, manifest.peer, manifest.rounds,
+            parse_ways(manifest.codec), manifest.patience, MOST,
         )  # fmt: skip
         self._driver = Driver(
             self._node.id, terms, self._work, self._memory,
@@ -211,21 +211,21 @@ class Peer:
         return signed
 
     def _made_work(self) -> Training:
-        """Blocks. PeerError FL-P408 where the first model comes out otherwise than the run's."""
+        """Blocks. PeerError FL-P408 where it trains another model than the run's."""
         manifest, me = self._manifest, self._node.id
         if self._training is not None:
             work = self._training(manifest, me)
         else:
             factor, device = self._speed_factor, self._device
             work = Work(manifest, self.folder, shard=me, device=device, speed_factor=factor)
-        for what in ("elements", "schema", "init"):
+        for what in ("elements", "schema"):
             here, run = getattr(work.facts, what), getattr(manifest, what)
             if here != run:
                 work.close()
                 raise PeerError(
                     "FL-P408",
-                    f"{what} of the first model: {str(here)[:12]} here, {str(run)[:12]} in the run",
-                    "use the founder's versions of torch and of the model, and the same data",
+                    f"{what} of the model: {str(here)[:12]} here, {str(run)[:12]} in the run",
+                    "use the founder's version of the model, and the same data",
                 )
         return work
 

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ class Facts:
     """Of a model, as a run's manifest has them."""
 
     elements: int  # of its vector
-    schema: str  # hash of names, shapes and dtypes
+    schema: str  # hash of names, shapes and dtypes, and of the values that never change
     init: str  # SHA-256, in hex, of the vector it starts from
 
 
@@ -110,7 +110,7 @@ class Work:
         )  # fmt: skip
         self.manifest = vector_only(self._trainer.manifest)
         vector = flatten(self.manifest, self._trainer.export(), "trainable")
-        self.facts = facts_of(self.manifest, vector)
+        self.facts = facts_of(self.manifest, _detached(self._trainer.model))
         self.engine = SyncEngine(outer(recipe.outer), vector)
         self.speed = 0.0  # local steps a second, a running mean over orders; 0: none yet
         self._factor = speed_factor
@@ -252,13 +252,20 @@ def facts(model: str, data: str, seed: int) -> Facts:
     """Of the model that a run with these would have. Blocks."""
     module = build(model, load_data(data).info, seed)
     manifest = vector_only(manifest_of(module))
-    tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    return facts_of(manifest, flatten(manifest, tensors, "trainable"))
+    return facts_of(manifest, _detached(module))
 
 
-def facts_of(manifest: Manifest, vector: Tensor) -> Facts:
-    init = hashlib.sha256(as_bytes(vector)).hexdigest()
-    return Facts(vector.numel(), manifest.schema, init)
+def facts_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Facts:
+    """Of a model with these values, before any training."""
+    vector, schema = flatten(manifest, tensors, "trainable"), manifest.schema
+    if manifest.counts["frozen"]:  # they do not travel, so all must have the same
+        never = as_bytes(flatten(manifest, tensors, "frozen"))
+        schema = hashlib.sha256(schema.encode() + bytes(never)).hexdigest()
+    return Facts(vector.numel(), schema, hashlib.sha256(as_bytes(vector)).hexdigest())
+
+
+def _detached(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
 def vector_only(manifest: Manifest) -> Manifest:

@@ -24,6 +24,7 @@ from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import RemoteError
 
 SIZE = 40_000
+FIRST = "1" * 64  # hash of the first model
 # Timers that hurry: nothing is lost here but what a test loses.
 PATIENCE = Patience(beat=0.05, silence=1.0, ready=3.0, reply=0.5, reduce=5.0, fetch=3.0, load=5.0)
 
@@ -44,15 +45,16 @@ class Trainee:
     name: str
     pause: float = 0.0
     engine: SyncEngine = field(init=False)
+    low: float = -1.0  # where its first model begins
     spoiled: set[int] = field(default_factory=set)  # rounds whose work is not finite, once
 
     def __post_init__(self) -> None:
         outer = Nesterov(lr=0.7, momentum=0.9)
-        self.engine = SyncEngine(outer, torch.linspace(-1, 1, SIZE))
+        self.engine = SyncEngine(outer, torch.linspace(self.low, 1, SIZE))
 
     @property
     def facts(self) -> Facts:
-        return Facts(SIZE, "", "")
+        return Facts(SIZE, "", FIRST if self.low == -1.0 else "other")
 
     def bench(self, seconds: float) -> float:
         return 1.0
@@ -118,7 +120,7 @@ class Swarm:
     spoil: Callable[[str, str, memoryview], None] = lambda giver, name, data: None
     names: tuple[str, ...] = ("a", "b", "c")
 
-    async def start(self, name: str, pause: float = 0.0) -> Driver:
+    async def start(self, name: str, pause: float = 0.0, low: float = -1.0) -> Driver:
         """For the first time, or again."""
         memory = self.memories[name] = Mortal(self.folder / name)
         memory.open()
@@ -139,13 +141,13 @@ class Swarm:
             return Got(hashlib.sha256(dest[: len(found.view)]).digest(), len(found.view))
 
         patience = Patience(**{**PATIENCE.__dict__, "first": self.first})
-        terms = Terms("5eed" * 16, "a", self.rounds, parse_ways(self.codec), patience, 1e9)
+        terms = Terms("5eed" * 16, FIRST, "a", self.rounds, parse_ways(self.codec), patience, 1e9)
         post = Post(
             call,
             lambda peer, letter: driver.heard(peer, letter),
             lambda peer: driver.say(Lost(peer)),
         )
-        trainee = self.trainees[name] = Trainee(name, pause)
+        trainee = self.trainees[name] = Trainee(name, pause, low)
         driver = Driver(
             name, terms, trainee, memory, steps=lambda: 5, post=post, fetch=fetch
         )  # fmt: skip
@@ -185,6 +187,8 @@ class Swarm:
         for name in list(self.runs):
             if name in self.drivers:
                 await self.kill(name)
+        for memory in self.memories.values():  # of drivers that did not start
+            memory.close()
 
     @property
     def round(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from atoll.aggregation.outer import Nesterov
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p import donor
+from atoll.protocols.errors import PeerError
 from tests.p2p.swarm import SIZE, Swarm, work_of
 
 
@@ -49,6 +50,31 @@ def test_three_peers_end_with_the_bits_that_the_arithmetic_gives(tmp_path: Path)
             assert {d.tally.rounds_joined for d in swarm.drivers.values()} == {4}
 
     run(work)
+
+
+def test_who_draws_another_first_model_takes_the_founders(tmp_path: Path) -> None:
+    """As another version of torch may. It was sent away."""
+
+    async def work() -> None:
+        async with Swarm(tmp_path, rounds=4, first=2) as swarm:
+            for name, low in (("a", -1.0), ("b", -2.0), ("c", -3.0)):
+                await swarm.start(name, low=low)
+            await swarm.ended()
+            assert len(swarm.digests) == 1
+            assert [swarm.drivers[name].tally.downloads for name in "abc"] == [0, 1, 1]
+
+    run(work)
+
+
+def test_a_founder_that_draws_another_first_model_than_it_promised_is_refused(
+    tmp_path: Path,
+) -> None:
+    async def work() -> None:
+        async with Swarm(tmp_path) as swarm:
+            await swarm.start("a", low=-2.0)
+
+    with pytest.raises(PeerError, match="FL-P408: the first model here is other"):
+        run(work)
 
 
 def test_codecs_that_lose_leave_all_with_the_same_bits(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from atoll.p2p.work import Facts, Trained, Work, facts
+from atoll.client.models import manifest_of
+from atoll.p2p.work import Facts, Trained, Work, facts, facts_of
 from atoll.protocols.errors import UsageError
 
 
@@ -123,6 +124,19 @@ def test_facts_are_those_of_the_model_that_every_peer_builds() -> None:
     assert found != facts(Small.model, Small.data, 8)
     assert isinstance(found, Facts)
     assert found.elements == Work(Small(), None, shard=1).engine.state.anchor.numel()
+
+
+def test_values_that_never_change_are_a_part_of_what_a_model_is() -> None:
+    found = []
+    for frozen in (0.0, 1.0):
+        module = torch.nn.Linear(2, 2)
+        with torch.no_grad():
+            module.weight.fill_(1.0)
+            module.bias.fill_(frozen)
+        module.bias.requires_grad = False
+        found.append(facts_of(manifest_of(module), dict(module.named_parameters())))
+    assert found[0].init == found[1].init
+    assert found[0].schema != found[1].schema
 
 
 def test_a_model_with_buffers_is_refused() -> None:
