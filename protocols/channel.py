@@ -25,7 +25,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = _SHARED
 SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     *_SHARED,
     ("grpc.so_reuseport", 0),  # else a second server shares the port in silence
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # below: GOAWAY too_many_pings
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # below: GOAWAY too_many_pings
     ("grpc.server_handshake_timeout_ms", 10_000),  # the default is 120 s
     ("grpc.max_concurrent_streams", 16),  # per client
 )
