@@ -3,7 +3,7 @@
 import ipaddress
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,26 +30,40 @@ class Check:
 async def examine(invite: Invite | None, port: int | None, host: str = "0.0.0.0") -> list[Check]:
     """`invite` None: what can be seen from here alone. `port` None: as `fl-peer join` takes one."""
     found = [_disk()]
+    name = "daemon"
     try:
-        async with _trial(invite, port, host) as (node, seen):
-            found += seen
-            found.append(_addresses(await node.addresses()))
-            if invite is None:
-                what = "no invite given: the way to a run, the way back and the clock are not tried"
-                found.append(Check("run", "note", what, "fl-peer doctor INVITE tries them"))
-            else:
-                found += await _run(node, invite)
+        with tempfile.TemporaryDirectory(prefix="atoll-doctor-") as folder:
+            async with _door(Path(folder), port, host) as (door, seen):
+                found += seen
+                addresses = await door.addresses()
+                found.append(_addresses(addresses))
+                if invite is None:
+                    what = "no invite given: the run, the way back and the clock are not tried"
+                    found.append(Check("run", "note", what, "fl-peer doctor INVITE tries them"))
+                else:
+                    name = "run"
+                    asks = Node(Path(folder) / "asks", listen=(), bootstrap=invite.addresses)
+                    async with _up(asks):
+                        found += await _run(asks, invite, addresses)
     except AtollError as error:
-        name = "run" if error.code == "FL-P202" else "daemon"
         found.append(Check(name, "problem", error.message, error.hint))
     return found
 
 
 @asynccontextmanager
-async def _trial(
-    invite: Invite | None, port: int | None, host: str
+async def _up(node: Node) -> AsyncIterator[Node]:
+    await node.start()
+    try:
+        yield node
+    finally:
+        await node.stop()
+
+
+@asynccontextmanager
+async def _door(
+    folder: Path, port: int | None, host: str
 ) -> AsyncIterator[tuple[Node, list[Check]]]:
-    """A node of its own, for a moment."""
+    """A node that listens, for a moment, and knows nobody: who wants to talk to it must connect."""
     from atoll.p2p.cli_run import PORT, free
 
     seen = []
@@ -57,17 +71,11 @@ async def _trial(
         port = PORT if free(host, PORT) else 0
         if not port:
             seen.append(Check("port", "note", f"{PORT} is taken: another is used", "see --port"))
-    bootstrap = invite.addresses if invite is not None else ()
-    with tempfile.TemporaryDirectory(prefix="atoll-doctor-") as folder:
-        node = Node(Path(folder), listen=(f"/ip4/{host}/tcp/{port}",), bootstrap=bootstrap)
-        await node.start()
-        try:
-            used = node.listen[0].split("/")[4]
-            seen.insert(0, Check("daemon", "good", "p2pd starts and answers"))
-            seen.append(Check("port", "good", f"TCP {used} can be listened on"))
-            yield node, seen
-        finally:
-            await node.stop()
+    async with _up(Node(folder / "door", listen=(f"/ip4/{host}/tcp/{port}",))) as door:
+        used = door.listen[0].split("/")[4]
+        seen.insert(0, Check("daemon", "good", "p2pd starts and answers"))
+        seen.append(Check("port", "good", f"TCP {used} can be listened on"))
+        yield door, seen
 
 
 def _disk() -> Check:
@@ -101,27 +109,20 @@ def _addresses(addresses: list[str]) -> Check:
     return Check("address", "problem", said, "connect it to a network")
 
 
-async def _run(node: Node, invite: Invite) -> list[Check]:
-    """The way to the run's members and back, and the clock."""
+async def _run(node: Node, invite: Invite, addresses: Sequence[str]) -> list[Check]:
+    """The way to the run's members, the way back to `addresses`, and the clock."""
     from atoll.p2p.gate import fetch_manifest
 
     found, answered = [], False
     for peer in by_peer(invite.addresses):
         try:
-            ahead, reaches = await node.asked(peer)
+            ahead = await node.ahead(peer)
         except RemoteError as error:
             found.append(Check("run", "note", f"…{peer[-8:]}: {error.message}"))
             continue
         answered = True
         found.append(Check("run", "good", f"…{peer[-8:]} answers"))
-        found.append(
-            Check("way back", "good", f"…{peer[-8:]} can connect to this machine")
-            if reaches
-            else Check(
-                "way back", "problem", f"…{peer[-8:]} cannot connect to this machine",
-                "open the port in its firewall, or join with --no-listen",
-            )
-        )  # fmt: skip
+        found += await _way_back(node, invite, peer, addresses)
         said = f"{abs(ahead):.1f} s {'behind' if ahead > 0 else 'ahead of'} …{peer[-8:]}"
         found.append(
             Check("clock", "good", said)
@@ -138,3 +139,23 @@ async def _run(node: Node, invite: Invite) -> list[Check]:
         else:
             found.append(Check("run", "problem", error.message, error.hint))
     return found
+
+
+async def _way_back(node: Node, invite: Invite, peer: str, addresses: Sequence[str]) -> list[Check]:
+    """None where the member cannot say: it does not take the invite's secret."""
+    from atoll.p2p.gate import reached_by
+
+    try:
+        for address in addresses:
+            if await reached_by(node, invite, peer, address):
+                host = address.split("/")[2]
+                said = f"…{peer[-8:]} can connect to this machine at {host}"
+                return [Check("way back", "good", said)]
+    except RemoteError:
+        return []
+    return [
+        Check(
+            "way back", "problem", f"…{peer[-8:]} cannot connect to this machine",
+            "open the port in its firewall, or join with --no-listen",
+        )
+    ]  # fmt: skip

@@ -26,7 +26,7 @@ from atoll.p2p.node import CALL_SECONDS, Answer, Node, Stream
 from atoll.p2p.roster import Entry, Roster
 from atoll.protocols.errors import PeerError, RemoteError
 
-HELLO, MANIFEST = "atoll.hello", "atoll.manifest"
+HELLO, MANIFEST, REACH = "atoll.hello", "atoll.manifest", "atoll.reach"
 BEAT = 2.0  # seconds between two rounds of hellos and looks into the directory
 SECONDS = 5.0  # that one of those may take
 RENEW = 60.0  # seconds after which the own entry is written anew
@@ -80,6 +80,7 @@ class Gate:
         await self._renew()
         await self._node.serve(HELLO, self._hello)
         await self._node.serve(MANIFEST, self._give_manifest)
+        await self._node.serve(REACH, self._reach)
         self._spawn(self._living())
 
     async def close(self) -> None:
@@ -158,8 +159,8 @@ class Gate:
     async def _renew(self) -> None:
         """Write the own entry anew, where this peer is now."""
         with contextlib.suppress(RemoteError):  # its daemon is being restarted
-            found = tuple(await self._node.addresses())
-            self.me = replace(self.me, addresses=found[: roster.ADDRESSES])
+            found = [a for a in await self._node.addresses() if roster.leads(a, self._node.id)]
+            self.me = replace(self.me, addresses=tuple(found[: roster.ADDRESSES]))
         self.me = replace(self.me, at=max(time.time(), self.me.at + 1e-3))
         self._letter = roster.write(self.me, self._identity, self._invite)
 
@@ -229,6 +230,16 @@ class Gate:
         if not roster.proven(self._invite, peer, said[:128].decode(errors="replace")):
             raise roster.no_proof(peer)
         return self._signed
+
+    async def _reach(self, peer: str, said: bytes) -> bytes:
+        """Whether this peer can connect to an address: who is not here yet wants to know."""
+        shown, _, address = said[:1024].decode(errors="replace").partition("\n")
+        if not roster.proven(self._invite, peer, shown):
+            raise roster.no_proof(peer)
+        if not roster.leads(address, address.rpartition("/")[2]):
+            raise RemoteError("FL-P305", f"no address: {address[:80]!r}", "send one of a peer")
+        async with self._slots:
+            return b"yes" if await self._node.meet([address]) else b"no"
 
     # ---- the life of it ------------------------------------------------------------------------
 
@@ -301,6 +312,15 @@ class Gate:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def reached_by(node: Node, invite: Invite, peer: str, address: str) -> bool:
+    """Whether the member `peer` can connect to `address`, of a peer that it is not connected to.
+
+    RemoteError FL-P203 where it does not answer, FL-P304 where it does not take our proof.
+    """
+    said = f"{roster.proof(invite, node.id)}\n{address}".encode()
+    return await node.call(peer, REACH, said, 2 * CALL_SECONDS) == b"yes"
 
 
 async def fetch_manifest(node: Node, invite: Invite) -> bytes:

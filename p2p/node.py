@@ -101,28 +101,27 @@ class Node:
         from hivemind.p2p import PeerID
         from hivemind.utils.multiaddr import Multiaddr
 
-        peer = PeerID.from_base58(addresses[0].rpartition("/p2p/")[2])
-        bare = [Multiaddr(one.rpartition("/p2p/")[0]) for one in addresses]
         try:
+            peer = PeerID.from_base58(addresses[0].rpartition("/p2p/")[2])
+            bare = [Multiaddr(one.rpartition("/p2p/")[0]) for one in addresses]
             client = self._up_p2p()._client  # hivemind has no public way to connect
             await _within(CALL_SECONDS, client.connect(peer, bare), f"peer {peer}")
             pinged = self._up_dht().protocol.call_ping(peer)
             return await _within(CALL_SECONDS, pinged, f"peer {peer}") is not None
-        except RemoteError:
+        except (RemoteError, ValueError):  # nobody there, or no address at all
             return False
 
-    async def asked(self, peer: str) -> tuple[float, bool]:
-        """How many seconds its clock is ahead of ours, and whether it can connect to us: it tries.
-        RemoteError FL-P203 where it does not answer."""
+    async def ahead(self, peer: str) -> float:
+        """How many seconds its clock is ahead of ours. RemoteError FL-P203 where it is silent."""
         from hivemind.p2p import PeerID
         from hivemind.proto.dht_pb2 import PingRequest
 
         protocol = self._up_dht().protocol
-        request = PingRequest(peer=protocol.node_info, validate=True)
+        request = PingRequest(peer=protocol.node_info)
         began = time.time()
         asked = protocol.get_stub(PeerID.from_base58(peer)).rpc_ping(request, timeout=CALL_SECONDS)
         answer = await _within(CALL_SECONDS, asked, f"peer {peer}")
-        return answer.dht_time - (began + time.time()) / 2, bool(answer.available)
+        return float(answer.dht_time) - (began + time.time()) / 2
 
     async def _up(self, bootstrap: Sequence[str]) -> None:
         from hivemind.dht.node import DHTNode

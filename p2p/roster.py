@@ -7,8 +7,10 @@ from gossip: what is false, too long, too old or of another run is refused, and 
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -25,6 +27,10 @@ FRESH = 600.0  # seconds for which an entry is believed
 AHEAD = 60.0  # seconds by which another's clock may be before ours
 DOMAIN = b"atoll-roster-v1\0"
 ADDRESSES = 8
+ADDRESS = re.compile(
+    r"/ip(?P<version>[46])/(?P<host>[0-9a-f.:]+)/(tcp|udp)/(?P<port>[0-9]{1,5})"
+    r"(/[a-z0-9-]+)*/p2p/(?P<peer>[0-9A-Za-z]+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +53,23 @@ class Entry:
             raise ValueError("texts of an entry are printable, a name has at most 64 characters")
         if len(self.addresses) > ADDRESSES:
             raise ValueError(f"{len(self.addresses)} addresses, at most {ADDRESSES}")
+        for address in self.addresses:  # daemons are started with them, and refuse all for one
+            if not leads(address, self.peer):
+                raise ValueError(f"{address[:80]!r} is no address of {self.peer}")
         for value in (self.bandwidth, self.speed, self.at):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{value} is no measure")
+
+
+def leads(address: str, peer: str) -> bool:
+    """Whether it is a multiaddr by which `peer` may be reached, as its daemon would print it."""
+    found = ADDRESS.fullmatch(address)
+    if found is None or found["peer"] != peer or int(found["port"]) > 65535:
+        return False
+    try:
+        return ipaddress.ip_address(found["host"]).version == int(found["version"])
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,8 +72,9 @@ def test_what_is_false_is_refused(people: list[Identity]) -> None:
         assert refused(book.hear(data, NOW), "FL-P305", "clocks")
     assert refused(book.hear(b"x" * 5000, NOW), "FL-P305", "5000 bytes")
     assert book.entries() == []
+    long = f"/ip4/10.0.0.7/tcp/1/{'q' * 440}/p2p/{b.id}"
     with pytest.raises(ValueError, match="at most"):
-        roster.write(entry_of(b, NOW, addresses=("/" * 512,) * 8), b, INVITE)
+        roster.write(entry_of(b, NOW, addresses=(long,) * 8), b, INVITE)
 
 
 def test_one_who_left_is_not_brought_back_by_an_old_entry(people: list[Identity]) -> None:
@@ -142,7 +143,7 @@ def test_garbage_is_refused_and_never_raises(people: list[Identity]) -> None:
         {"name": "a\nb"},
         {"name": "n" * 65},
         {"bulk": "b" * 513},
-        {"addresses": ("a",) * 9},
+        {"addresses": ("/ip4/10.0.0.7/tcp/1/p2p/QmB",) * 9},
         {"speed": -1.0},
         {"bandwidth": float("inf")},
         {"at": float("nan")},
@@ -153,6 +154,26 @@ def test_values_that_cannot_be_are_no_entry(
 ) -> None:
     with pytest.raises(ValueError, match=r"entry|addresses|measure"):
         replace(entry_of(people[0], NOW), **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "garbage",
+        "/ip4/10.0.0.7/tcp/4001",
+        "/ip4/10.0.0.7/tcp/4001/p2p/QmAnother",
+        "/ip4/10.0.0.777/tcp/4001/p2p/{}",
+        "/ip4/::1/tcp/4001/p2p/{}",
+        "/ip4/10.0.0.7/tcp/65536/p2p/{}",
+        "/ip4/10.0.0.7/tcp/4001,/ip4/10.0.0.8/tcp/4001/p2p/{}",
+        "/unix/tmp/socket/p2p/{}",
+    ],
+)
+def test_an_address_that_leads_nowhere_is_no_entry(people: list[Identity], address: str) -> None:
+    """A daemon that is started with one of those among its addresses does not start at all."""
+    address = address.format(people[0].id)
+    with pytest.raises(ValueError, match="is no address of"):
+        entry_of(people[0], NOW, addresses=(address,))
 
 
 def test_shares_are_by_speed_and_nobody_has_more_than_one(people: list[Identity]) -> None:
