@@ -3,6 +3,7 @@
 The state of `rendezvous.py`, and the small questions that both its halves ask of it.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from atoll.aggregation.rendezvous_events import (
 )
 
 Actions = Iterator[PeerAction]
+LEAP = 1 << 20  # by which a ballot may be above the promised one: counts must never run out
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Circle:
     roster: dict[str, Known] = field(default_factory=dict)
     last: Commit | None = None
     bits: str = ""  # digest of this peer's model; empty: not known yet
+    most: float = math.inf  # weight of a whole share: by the run's rule nobody has more
     # of the epoch under way
     ready: bool = False
     promised: Ballot = (0, "")
@@ -139,6 +142,18 @@ class Circle:
         mine = self.stand.rank
         ranks = {peer: goodbye.stand.rank for peer, goodbye in self.farewells.items()}
         return sorted(p for p, r in ranks.items() if r == mine or (r < mine and not here))
+
+    def _may_propose(self, peer: str, ballot: Ballot) -> bool:
+        """Only members do, in their own name; who is a member all at one model know alike."""
+        return ballot[1] == peer and peer in self.members and self._counts(ballot)
+
+    def _counts(self, ballot: Ballot) -> bool:
+        """A count that no other could be above would end all proposals."""
+        return ballot[0] <= self.promised[0] + LEAP
+
+    def _fair(self, value: Value) -> bool:
+        """No peer that keeps to the rules has voted for any other."""
+        return any(value.weights) and all(0 <= weight <= self.most for weight in value.weights)
 
     def _near(self, now: float) -> list[str]:
         """Others that were heard of lately, sorted."""

@@ -84,7 +84,7 @@ class Proposer(Circle):
             return
         known = [p.accepted for p in lead.promises.values()]
         known += [self.farewells[p].accepted for p in self.gone(here=True)]
-        voted = [accepted for accepted in known if accepted is not None]
+        voted = [a for a in known if a is not None and self._fair(a[1])]
         if voted:
             # It may be decided already, by some who are gone: no other value may be proposed.
             lead.value = max(voted, key=lambda accepted: accepted[0])[1]

@@ -154,11 +154,11 @@ class Rendezvous(Proposer):
         """From another peer, or from this one to itself where it proposes."""
         match message:
             case Announce(stand, _, last):
-                if stand.follows(last):
+                if stand.follows(last) and (last is None or self._fair(last.value)):
                     self._learn(self.roster[peer], message)
                     yield from self._compare(peer, stand, last, now)
             case Commit(base, value):
-                if base == self.stand.chain:
+                if base == self.stand.chain and self._fair(value):
                     yield from self._owe(value, peer)
             case Goodbye():
                 self.farewells[peer] = message
@@ -166,18 +166,20 @@ class Rendezvous(Proposer):
             case _ if message.chain != self.stand.chain:
                 if not isinstance(message, Promise | Refuse | Reduced | Failed | Accepted):
                     yield Say(peer, self._here())  # too late, or too early: this is where I stand
-            case Prepare(_, ballot):
+            case Prepare(_, ballot) if self._may_propose(peer, ballot):
                 yield from self._prepare(peer, ballot, now)
-            case Begin(_, ballot, plan):
+            case Begin(_, ballot, plan) if self._may_propose(peer, ballot):
                 yield from self._begin(peer, ballot, plan, now)
-            case Accept():
+            case Accept(_, ballot, value) if self._may_propose(peer, ballot) and self._fair(value):
                 yield from self._accept(peer, message, now)
-            case Refuse(_, ballot):
+            case Refuse(_, ballot) if self._counts(ballot):
                 self.promised = max(self.promised, ballot)
                 if self.lead is not None and ballot > self.lead.ballot:
                     self._give_way(now)
-            case Promise() | Reduced() | Failed() | Accepted():  # pragma: no branch
+            case Promise() | Reduced() | Failed() | Accepted():
                 self._answered(peer, message)
+            case _:
+                pass  # a proposal of who may make none
 
     def _learn(self, known: Known, said: Announce) -> None:
         if said.stand.rank < known.stand.rank:
@@ -225,15 +227,18 @@ class Rendezvous(Proposer):
         if ballot < self.promised:
             yield from self._say(peer, Refuse(self.stand.chain, self.promised), now)
             return
+        key = _key(ballot)
+        known = ballot <= self.lost or ballot == self.reducing or key in {*self.made, *self.failed}
+        if not known and (wrong := self._wrong(plan)):  # it binds nobody
+            said = Failed(self.stand.chain, ballot, wrong, (), ())
+            yield from self._say(peer, said, now)
+            return
         yield from self._promise(ballot, now)
-        if (digest := self.made.get(_key(ballot))) is not None:
+        if (digest := self.made.get(key)) is not None:
             yield from self._say(peer, Reduced(self.stand.chain, ballot, digest), now)
         elif ballot <= self.lost:
             yield from self._say(peer, self._ended(ballot), now)
-        elif (failed := self.failed.get(_key(ballot))) is not None:
-            yield from self._say(peer, failed, now)
-        elif wrong := self._wrong(plan):
-            failed = Failed(self.stand.chain, ballot, wrong, (), ())
+        elif (failed := self.failed.get(key)) is not None:
             yield from self._say(peer, failed, now)
         elif self.reducing != ballot:
             self.reducing = ballot

@@ -41,7 +41,7 @@ class Stand:
     def follows(self, last: "Commit | None") -> bool:
         """Whether `last` leads here: an announcement is not taken at its word. None: to a start."""
         if last is None:
-            return self.epoch <= 0
+            return self.epoch <= 0 and self.heavy <= 0
         return self.chain == _chain(self.epoch, self.heavy, last)
 
 

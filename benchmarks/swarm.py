@@ -9,6 +9,7 @@ clock that all processes of a machine share. `die` names the moment at which it 
 
 import asyncio
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -61,7 +62,9 @@ class Done:
 class Known:
     """The training half: its work is `work_of`, after `pause` seconds."""
 
-    def __init__(self, name: str, elements: int, pause: float, tell: Callable[..., None]) -> None:
+    def __init__(
+        self, name: str, elements: int, pause: float, tell: Callable[..., None], lies: str
+    ) -> None:
         import torch
 
         from atoll.aggregation.outer import Nesterov
@@ -71,7 +74,7 @@ class Known:
         self.engine = SyncEngine(Nesterov(), torch.zeros(elements))
         self.facts = Facts(elements, "known", "0" * 64)
         self._name, self._elements, self._pause, self._tell = name, elements, pause, tell
-        self.lies = ""
+        self.lies = lies
 
     async def train(self, steps: int) -> Done:
         import torch
@@ -84,7 +87,7 @@ class Known:
         return Done(await asyncio.to_thread(work_of, self._name, round_, self._elements))
 
     def bench(self, seconds: float) -> float:
-        return 1.0
+        return 1e9 if self.lies == "hostile" else 1.0
 
     def close(self) -> None:
         pass
@@ -122,7 +125,14 @@ def process(told: Mapping[str, Any]) -> None:
 
         async def _live(self) -> Any:
             self._observe()
-            return await super()._live()
+            if told["lies"] != "hostile":
+                return await super()._live()
+            torment = importlib.import_module("hostile").torment
+            deeds = asyncio.create_task(torment(self, tell))
+            try:
+                return await super()._live()
+            finally:
+                deeds.cancel()
 
         def _names(self) -> dict[str, str]:
             members = [self._gate.me, *self._gate.roster.entries()]
@@ -203,8 +213,6 @@ def process(told: Mapping[str, Any]) -> None:
                 self._moment("made")
                 over(attempt, end)
 
-            if told["lies"] == "nan":
-                work.lies = "nan"
             driver._apply, driver._reduce, driver._bind = applied, reduces, binds
             driver.exchange._over = ends
             engine.commit, work.train, memory._write = committed, trains, writes
@@ -215,7 +223,8 @@ def process(told: Mapping[str, Any]) -> None:
         tell("beat", round=status["round"], state=status["state"], addresses=addresses)
 
     pause, elements = told["pause"], told["elements"]
-    known = None if told["real"] else lambda m, me: Known(name, elements, pause, tell)
+    lies = told["lies"]
+    known = None if told["real"] else lambda m, me: Known(name, elements, pause, tell, lies)
     peer = Observed(
         folder, read(told["invite"]), bytes.fromhex(told["signed"]), name=name,
         listen=LOOPBACK if told["accepts"] else (), watch=watch, training=known,
@@ -334,7 +343,7 @@ class Swarm:
     ) -> One:
         """A peer, for the first time or again; the first, `a`, has founded the run. `die`:
         "MOMENT:ROUND". `lies`: "nan" (its work is none), "short" (it gives too few bytes), "bits"
-        (it gives other bits for its model)."""
+        (it gives other bits for its model), "hostile" (see `hostile.py`)."""
         from atoll.p2p import invite
 
         addresses = self.addresses()

@@ -139,7 +139,7 @@ def _asked(said: bytes) -> tuple[str, int]:
     try:
         plain = json.loads(said)
         blob, offset = plain["blob"], plain["offset"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RemoteError("FL-W101", "a malformed request", "send blob and offset") from error
     if not isinstance(blob, str) or not isinstance(offset, int) or offset < 0 or len(blob) > 128:
         raise RemoteError("FL-W101", "a malformed request", "send blob and offset")

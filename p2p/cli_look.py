@@ -108,8 +108,12 @@ def leave(folder: Path, timeout: float, as_json: bool) -> None:
                 f"wait longer with --timeout, or: kill -9 {pid}",
             )
         time.sleep(0.05)
-    told = {**folders.status(folder), "running": False, "folder": str(folder)}
-    console.emit(told, as_json, f"left after {told.get('round', 0)} rounds")
+    last = folders.status(folder)
+    left = last.get("state") == "left"  # with a goodbye; who is alone says none
+    told = {**last, "running": False, "left": left, "folder": str(folder)}
+    after = f"after {told.get('round', 0)} rounds"
+    human = f"left {after}" if left else f"stopped {after}; go on with   fl-peer start {folder}"
+    console.emit(told, as_json, human)
 
 
 @click.command()

@@ -74,6 +74,8 @@ class Daemon:
     async def start(self) -> None:
         """Start it and wait until it answers. PeerError FL-P201 where it does not."""
         binary = importlib.resources.files("hivemind.hivemind_cli") / "p2pd"
+        if not os.access(str(binary), os.X_OK):
+            raise _did_not_start(f"no program {binary}", "install hivemind anew, from its wheel")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.sockets / "p2pd.sock")
         arguments = [
@@ -94,15 +96,18 @@ class Daemon:
             )  # fmt: skip
         except OSError as error:
             raise _did_not_start(f"{binary}: {error.strerror}") from error
+        late = False
         try:
             async with asyncio.timeout(START_SECONDS):
                 ready = await self._ready()
         except TimeoutError:
-            ready = False
+            ready, late = False, True
         if not ready:
             await self.stop()
-            said = "; ".join(self._said[-3:]) or "it said nothing"
-            raise unreachable(self.bootstrap, said) if "bootstrap" in said else _did_not_start(said)
+            said = "; ".join(self._said[-3:]) or f"nothing came for {START_SECONDS:g} s"
+            # With no place to start from it is up in a second: so long takes only the way there.
+            away = "bootstrap" in said or (late and self.bootstrap)
+            raise unreachable(self.bootstrap, said) if away else _did_not_start(said)
         self._reading = asyncio.create_task(self._drain())
 
     async def stop(self) -> None:
@@ -160,9 +165,9 @@ def unreachable(bootstrap: Sequence[str], why: str) -> PeerError:
     )
 
 
-def _did_not_start(why: str) -> PeerError:
+def _did_not_start(why: str, remedy: str = "") -> PeerError:
     return PeerError(
         "FL-P201",
         f"the peer daemon p2pd does not start: {why}",
-        "is the port taken, or the address not this machine's? see `fl-peer doctor`",
+        remedy or "is the port taken, or the address not this machine's? see `fl-peer doctor`",
     )

@@ -137,7 +137,7 @@ class Direct:
             peer, blob = self._tokens[asked["token"]], asked["blob"]
             if not isinstance(blob, str) or len(blob) > 128:
                 raise TypeError(blob)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "FL-P402\nno such token\nask anew")
             return
         try:

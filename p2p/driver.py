@@ -100,6 +100,7 @@ class Terms:
     ways: Ways
     patience: Patience
     most: float  # medians of length that a peer's part may have
+    share: float  # weight of a whole share of the work
 
     @property
     def start(self) -> Stand:
@@ -202,6 +203,7 @@ class Driver:
                 return False
             self._work.engine.load(model)
             self._machine = Rendezvous.again(self.me, size, kept.bound, patience)
+        self._machine.most = self.terms.share
         self._bound, self._chain = self._machine.bound(), self._machine.stand.chain
         self.tally.round = max(0, self._machine.stand.epoch)
         return True

@@ -158,6 +158,7 @@ class Peer:
         terms = Terms(
             invite.manifest, manifest.init, manifest.peer, manifest.rounds,
             parse_ways(manifest.codec), manifest.patience, MOST,
+            float(manifest.local_steps * manifest.batch),
         )  # fmt: skip
         self._driver = Driver(
             self._node.id, terms, self._work, self._memory,

@@ -17,8 +17,9 @@ EPOCHS = 3  # that all must make, after the faults
 def storm(seed: int) -> Swarm:
     """2 to 6 founders: paces up to 4-fold apart, bad weather, late joiners, deaths, a goodbye.
 
-    Some of the dead come back as themselves; memories spoil, and donors give other bits.
-    Fewer than half of the founders die. All faults may meet; the network heals at 12 s.
+    Some of the dead come back as themselves; memories spoil, donors give other bits, and in an
+    eighth of the storms one lies all the time. Fewer than half of the founders die. All faults may
+    meet; the network heals at 12 s.
     """
     rng = random.Random(f"storm {seed}")
     names = [f"p{i}" for i in range(rng.randint(2, 6))]
@@ -65,6 +66,9 @@ def storm(seed: int) -> Swarm:
         calm=rng.choice([12.0, float("inf")]),
         parted=tuple(parted),
     )
+    lying = rng.randrange(8 * len(peers))
+    if lying < len(peers):
+        peers[lying] = replace(peers[lying], lies=True)
     return Swarm(peers, weather, seed)
 
 

@@ -12,6 +12,7 @@ import heapq
 import math
 import random
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +39,7 @@ from atoll.aggregation.rendezvous_events import (
     Lost,
     MeanFailed,
     MeanMade,
+    Message,
     NotDownloaded,
     PeerAction,
     PeerEvent,
@@ -49,12 +51,14 @@ from atoll.aggregation.rendezvous_events import (
     TrainOn,
     Wake,
 )
+from atoll.p2p.lies import lies
 from atoll.protocols import state
 
 Vector = list[float]
 Listen = Callable[[float, str, PeerEvent, list[PeerAction]], None]
 
 START = Stand(0, "start", 0.0)
+HEARD = 50  # messages that a liar may say again
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class PeerModel:
     spoils: int = -1  # the epoch in which its work is not finite, until it is done again
     flips: int = -1  # the epoch whose model its memory spoils: other bits than the others'
     poisons: bool = False  # what it gives for its model are other bits
+    lies: bool = False  # at each beat it says one of `lies.py` to each of the others
     returns: float = math.inf  # seconds from its first death until it is there again, as itself
 
 
@@ -124,6 +129,7 @@ class _Peer:
     given: set[str] = field(default_factory=set)  # attempts that it has put its work out for
     lives: int = 0  # so far: what was begun in another is nothing in this
     handled: int = 0
+    heard: deque[Message] = field(default_factory=lambda: deque(maxlen=HEARD))
     trained: str = ""  # the model it works on
     reduces: dict[str, AllReduce] = field(default_factory=dict)  # attempt -> its machine
     inputs: dict[str, dict[int, dict[str, Vector]]] = field(default_factory=dict)
@@ -156,6 +162,7 @@ class Swarm:
         self._again: set[tuple[str, str]] = set()  # (peer, chain): work that was done twice
         self._forks = self._wrong = self._aborts = 0
         self._patience, self._flipped = patience or Patience(), False
+        self._most = max(p.weight for p in peers)
         founders = tuple(sorted(p.name for p in peers if p.joins == 0))
         self._peers: dict[str, _Peer] = {}
         for model in peers:
@@ -166,6 +173,7 @@ class Swarm:
                 founders,
                 START if first else Stand(),
                 self._patience,
+                most=self._most,
             )
             for other in peers:
                 machine.handle(Admitted(other.name, other.weight, other.bandwidth), 0.0)
@@ -266,6 +274,7 @@ class Swarm:
         for kept in (peer.reduces, peer.inputs, peer.parts, peer.given):
             kept.clear()
         peer.machine = Rendezvous.again(name, self._size, bound, self._patience)
+        peer.machine.most = self._most
         for other in self._peers.values():
             admitted = Admitted(other.model.name, other.model.weight, other.model.bandwidth)
             peer.machine.handle(admitted, self._now)
@@ -293,11 +302,23 @@ class Swarm:
             return
         for action in actions:
             self._do(peer, action)
+        if isinstance(event, Heard):
+            peer.heard.append(event.message)
         if isinstance(event, BeatDue):
             for attempt in sorted(peer.reduces):
                 self._reduce(name, attempt, allreduce.Beat())
+            if peer.model.lies:
+                self._lie(peer)
         if peer.machine.left:
             self._die(name)
+
+    def _lie(self, peer: _Peer) -> None:
+        for other in sorted(self._peers):
+            found = lies(peer.machine, other, peer.heard)
+            kinds = sorted(kind for kind, said in found.items() if said)
+            if other != peer.model.name:
+                said = self._rng.choice(found[self._rng.choice(kinds)])
+                self._do(peer, Say(other, said))
 
     def _dies_now(self, peer: _Peer, actions: list[PeerAction]) -> bool:
         applies = any(isinstance(action, Apply) for action in actions)

@@ -3,6 +3,7 @@
 import pytest
 
 from atoll.aggregation.allreduce import Part, Plan
+from atoll.aggregation.circle import LEAP
 from atoll.aggregation.rendezvous import Rendezvous
 from atoll.aggregation.rendezvous_events import (
     Abort,
@@ -220,6 +221,66 @@ def test_a_vote_is_told_to_whoever_proposes_next(b: Rendezvous) -> None:
 def test_a_plan_that_is_wrong_is_not_carried_out(b: Rendezvous, plan: Plan, reason: str) -> None:
     failed = Failed("s", ONE, reason, (), ())
     assert hear(b, "a", Begin("s", ONE, plan)) == [Say("a", failed)]
+
+
+def test_a_plan_that_is_wrong_binds_nobody(b: Rendezvous) -> None:
+    """Else one who proposes nonsense again and again keeps the honest from proposing."""
+    wrong = Plan(PLAN.group, (1.0, 1.0, 1e9), PLAN.parts)
+    hear(b, "c", Begin("s", (7, "c"), wrong))
+    assert b.promised == (0, "")
+    assert hear(b, "a", Begin("s", ONE, PLAN)) == [Reduce("s", ONE, PLAN, 11.0)]
+
+
+@pytest.mark.parametrize(
+    ("peer", "ballot"),
+    [
+        pytest.param("q", (1, "q"), id="no member"),
+        pytest.param("c", ONE, id="in another's name"),
+        pytest.param("c", (LEAP + 1, "c"), id="counts would run out"),
+    ],
+)
+def test_who_may_not_propose_is_not_heard(b: Rendezvous, peer: str, ballot: Ballot) -> None:
+    for said in (
+        Prepare("s", ballot),
+        Begin("s", ballot, PLAN),
+        Accept("s", ballot, VALUE, ("a",)),
+    ):
+        assert hear(b, peer, said) == []
+    hear(b, "c", Refuse("s", (LEAP + 1, "c")))
+    assert b.promised == (0, "")
+    assert hear(b, "c", Prepare("s", (LEAP, "c"))) != []  # it may
+
+
+def test_a_weight_above_a_whole_share_is_no_decision(b: Rendezvous) -> None:
+    b.most = 1.0
+    heavy = Value(ONE, PLAN.group, (1.0, 1.0, 1e9), "d")
+    assert hear(b, "c", Commit("s", heavy)) == []
+    assert hear(b, "a", Accept("s", ONE, heavy, ("a",))) == []
+    assert hear(b, "c", Announce(S.next(heavy), False, Commit("s", heavy))) == []
+    assert b.stand == S
+    assert b.owed is None
+    assert hear(b, "c", Commit("s", VALUE)) == [Get("s", "d", ("c", "a"))]
+
+
+def test_a_vote_that_nobody_can_have_given_is_not_proposed_again(a: Rendezvous) -> None:
+    a.most = 1.0
+    heavy = Value(ONE, PLAN.group, (1.0, 1.0, 1e9), "d")
+    hear(a, "b", Promise("s", ONE, True, ((1, "b"), heavy)))
+    begin = hear(a, "c", Promise("s", ONE, True, None))
+    assert isinstance(begin[0], Reduce)
+
+
+def test_a_plan_under_way_is_not_judged_by_a_newer_roster(b: Rendezvous) -> None:
+    assert hear(b, "a", Begin("s", ONE, PLAN)) == [Reduce("s", ONE, PLAN, 11.0)]
+    b.handle(Admitted("c", 0.5, 100.0), 1.0)
+    assert hear(b, "a", Begin("s", ONE, PLAN)) == []
+    assert b.reducing == ONE
+
+
+def test_a_first_model_has_no_weight_behind_it(b: Rendezvous) -> None:
+    for now in (1.0, 2.0):
+        assert hear(b, "c", Announce(Stand(0, "z", 1e18), False, None, "x"), now) == []
+    assert b.roster["c"].stand == S
 
 
 def test_a_plan_is_carried_out_once_and_its_mean_reported_again(b: Rendezvous) -> None:

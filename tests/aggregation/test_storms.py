@@ -92,6 +92,19 @@ def test_work_that_is_not_finite_weighs_nothing() -> None:
     assert outcome.commits[2][1] == (0.0, 1.0)
 
 
+def test_one_that_lies_all_the_time_neither_stalls_the_others_nor_weighs_more_than_its_share() -> (
+    None
+):
+    """Wherever it stands in the order, so also where it is the one that proposes."""
+    for seed in range(20):
+        for lying in "abcd":
+            peers = [PeerModel(p, weight=2.0, lies=p == lying) for p in "abcd"]
+            outcome = Swarm(peers, seed=seed).run(epochs=3, until=30)
+            assert outcome.good, f"seed {seed}, {lying} lies: {outcome}"
+            weights = {w for _, by in outcome.commits.values() for w in by}
+            assert weights <= {0.0, 2.0}, f"seed {seed}, {lying} lies: {outcome}"
+
+
 def test_a_late_joiner_counts_from_its_first_whole_round() -> None:
     outcome = Swarm([PeerModel("a"), PeerModel("b"), PeerModel("q", joins=3.2)], seed=2).run(6)
     assert outcome.good

@@ -141,7 +141,9 @@ class Swarm:
             return Got(hashlib.sha256(dest[: len(found.view)]).digest(), len(found.view))
 
         patience = Patience(**{**PATIENCE.__dict__, "first": self.first})
-        terms = Terms("5eed" * 16, FIRST, "a", self.rounds, parse_ways(self.codec), patience, 1e9)
+        terms = Terms(
+            "5eed" * 16, FIRST, "a", self.rounds, parse_ways(self.codec), patience, 1e9, 1.0
+        )
         post = Post(
             call,
             lambda peer, letter: driver.heard(peer, letter),

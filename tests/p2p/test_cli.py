@@ -145,6 +145,12 @@ def test_leave_ends_a_running_peer_alone(
         assert sent == [(2**30, 15)]
         monkeypatch.setattr(os, "kill", lambda pid, number: lock.close())
         assert console.run(cli, ["leave", str(folder)]) == 0
+    said = f"stopped after 4 rounds; go on with   fl-peer start {folder}\n"
+    assert capsys.readouterr().out == said
+    (folder / folders.STATUS).write_text(json.dumps({**STATUS, "state": "left"}))
+    with open(folder / folders.LOCK, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert console.run(cli, ["leave", str(folder)]) == 0
     assert capsys.readouterr().out == "left after 4 rounds\n"
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -121,7 +122,7 @@ def test_one_alone_stops_and_goes_on_where_it_was(shell: Shell) -> None:
     first = shell.begin("start", "--json")
     until(lambda: shell.status("atoll-peer").get("round", 0) >= 3, "three rounds")
     code, left = shell.ask("leave")
-    assert (code, left["running"]) == (0, False)
+    assert (code, left["running"], left["left"]) == (0, False, False)
     assert not ended(first)["left"]
     assert (code := shell.ask("leave")[0]) == 3, code
     before = shell.status("atoll-peer")["round"]
@@ -138,6 +139,10 @@ def test_what_stands_in_the_way_is_told(shell: Shell, tmp_path: Path) -> None:
     nobody = replace(INVITE, addresses=(f"/ip4/127.0.0.1/tcp/9/p2p/{who}",))
     code, told = shell.ask("join", invite.write(nobody), "--host", "127.0.0.1")
     assert (code, told["code"]) == (69, "FL-P202")
+    with silent_port() as port:
+        silent = replace(INVITE, addresses=(f"/ip4/127.0.0.1/tcp/{port}/p2p/{who}",))
+        code, told = shell.ask("join", invite.write(silent), "--host", "127.0.0.1")
+    assert (code, told["code"]) == (69, "FL-P202")
     code, told = shell.ask("doctor", invite.write(nobody))
     assert code == 9
     assert "run" in [c["name"] for c in told["checks"] if c["verdict"] == "problem"]
@@ -148,6 +153,43 @@ def test_what_stands_in_the_way_is_told(shell: Shell, tmp_path: Path) -> None:
     code, told = shell.ask("init", *SMALL, "--codec", "powersgd", "--folder", "c")
     assert (code, told["code"]) == (64, "FL-P401")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_daemon_that_is_missing_is_told(shell: Shell, tmp_path: Path) -> None:
+    import hivemind
+
+    at = Path(hivemind.__file__).parent
+    broken = tmp_path / "path" / "hivemind"
+    (broken / "hivemind_cli").mkdir(parents=True)
+    for one in at.iterdir():
+        if one.name != "hivemind_cli":
+            (broken / one.name).symlink_to(one)
+    for one in (at / "hivemind_cli").iterdir():
+        if one.name != "p2pd":
+            (broken / "hivemind_cli" / one.name).symlink_to(one)
+    paths = os.pathsep.join([str(broken.parent), os.environ.get("PYTHONPATH", "")])
+    code, told = shell.ask("init", *SMALL, PYTHONPATH=paths)
+    assert (code, told["code"]) == (69, "FL-P201")
+    assert str(broken / "hivemind_cli" / "p2pd") in told["message"]
+    assert "install hivemind" in told["hint"]
+
+
+@contextlib.contextmanager
+def silent_port() -> Iterator[int]:
+    """Where packets are dropped: a listener that accepts nobody, its queue full."""
+    with socket.socket() as listening, contextlib.ExitStack() as stack:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        port: int = listening.getsockname()[1]
+        for _ in range(4):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+        late = stack.enter_context(socket.socket())
+        late.settimeout(1.0)
+        with pytest.raises(TimeoutError):
+            late.connect(("127.0.0.1", port))
+        yield port
 
 
 @pytest.fixture
@@ -194,3 +236,35 @@ def test_two_machines_that_share_nothing_but_a_cable(
     one, other = ended(first), ended(second)
     assert one["digest"] == other["digest"]
     assert other["bytes_in"] > 0
+
+
+@pytest.mark.long
+def test_the_doctor_finds_a_port_that_a_firewall_keeps_shut(
+    shell: Shell, two_machines: list[list[str]]
+) -> None:
+    """What leaves this machine comes through all the same: only a connection from there tells."""
+    here, there = two_machines
+    shell.before = here
+    code, made = shell.ask("init", *SMALL[:6], "--no-start")
+    assert code == 0
+    shell.begin("start", "--json")
+    until(lambda: shell.status("atoll-peer").get("round", 0) >= 1, "a round alone")
+    shell.before = there
+
+    def way_back() -> tuple[int, dict[str, str]]:
+        code, told = shell.ask("doctor", made["invite"], "--port", "7555")
+        (found,) = [c for c in told["checks"] if c["name"] == "way back"]
+        return code, found
+
+    code, found = way_back()
+    assert (code, found["verdict"]) == (0, "good"), found
+    assert "10.77.0.2" in found["said"]
+    # What the port answers is lost: there is no filter that every kernel has.
+    shut = "ip rule add pref 1 ipproto tcp sport 7555 blackhole"
+    try:
+        subprocess.run([*there, *shut.split()], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine has no way to shut a port: {error}")
+    code, found = way_back()
+    assert (code, found["verdict"]) == (9, "problem"), found
+    assert "open the port" in found["remedy"]

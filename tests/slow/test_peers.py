@@ -212,3 +212,27 @@ def test_one_that_cannot_be_connected_to_takes_part(folder: Path) -> None:
         reach(swarm, 3, "a", "b", "c")
         agreed(swarm)
         assert group(swarm, 3) == {"a": 8.0, "b": 8.0, "c": 8.0}
+
+
+@pytest.mark.long
+def test_one_that_torments_the_others_changes_nothing_but_by_a_share_of_its_own(
+    folder: Path,
+) -> None:
+    """It holds the secret and takes part; what it claims and sends besides is `hostile.py`'s."""
+    kinds = ("weight", "shape", "ballot", "stale", "replay", "garbage", "oversize", "bulk")
+    with Swarm(folder, first=4) as swarm:
+        for name in "abcq":
+            swarm.start(name, lies="hostile" if name == "q" else "")
+            if name == "a":
+                swarm.until(swarm.addresses)
+        reach(swarm, 2, "a", "b", "c", seconds=240)
+        one = swarm.peers["q"]
+        swarm.until(lambda: all(one.told("hostile", kind=kind) for kind in kinds), 240)
+        reach(swarm, swarm.round + 5, "a", "b", "c", seconds=240)
+        agreed(swarm)
+        for by in swarm.commits().values():
+            for _, event in by:
+                assert all(weight <= 8.0 for weight in event["weights"]), event
+        assert all(swarm.peers[name].alive for name in "abc")
+        answers = {e["answer"] for e in one.told("hostile") if e["kind"] == "garbage"}
+        assert answers >= {"FL-W101", "FL-P304", "FL-P305"}
