@@ -14,6 +14,9 @@ its dc_i does not, on either side.
 
 A client that lost its disk has another life. What it had stands in c and nobody knows it, so all
 begin anew: c = 0, and the `epoch` that orders carry grows, at which clients forget their c_i.
+
+With `table` the c_i are the server's: kept in its table (`server/table.py`), sent to their clients
+alone, and changed by the same rule. Then a client keeps nothing, and can lose nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +25,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from atoll.aggregation.direction import Direction, DirectionTurn
-from atoll.aggregation.half import Half, Numbers, State, Turn, Work
+from atoll.aggregation.half import COMMITS, Half, Numbers, State, Turn, Work
 
 CONTROL = "control"  # c
 CHANGE = "dc"  # of c_i
-STANDING = ("life", "epoch", "commits")  # what an update says of the state that it rests on
+VARIATE = "variate"  # c_i, where the server keeps it
+STANDING = ("life", "epoch", COMMITS)  # what an update says of the state that it rests on
 
 
 class Ledger:
@@ -52,15 +56,25 @@ class Ledger:
                 return [False] * len(works)
         return [self._counts(work, epoch, overlapping) for work in works]
 
+    def take_own(self, works: Sequence[Work]) -> list[bool]:
+        """The same where the states are the server's own, and nobody can have lost one."""
+        return [self._commits(work) for work in works]
+
     def closed(self) -> Numbers:
         return {**self.numbers, "epoch": self.epoch, "clients": self.clients}
 
     def _counts(self, work: Work, epoch: float, overlapping: bool) -> bool:
-        commits = self.numbers.get(f"commits/{work.client}", 0.0)
-        counts = work.said["epoch"] == epoch and (overlapping or work.said["commits"] == commits)
+        counts = work.said["epoch"] == epoch and self._commits(work, overlapping)
         if counts:
             self.numbers[f"life/{work.client}"] = work.said["life"]
-            self.numbers[f"commits/{work.client}"] = commits + 1
+        return counts
+
+    def _commits(self, work: Work, overlapping: bool = False) -> bool:
+        """Take it in, if it rests on the state that the client is known to have."""
+        commits = self.numbers.get(f"{COMMITS}/{work.client}", 0.0)
+        counts = overlapping or work.said[COMMITS] == commits
+        if counts:
+            self.numbers[f"{COMMITS}/{work.client}"] = commits + 1
         return counts
 
     def _begin_anew(self) -> None:
@@ -69,17 +83,18 @@ class Ledger:
         self.numbers = {
             name: value
             for name, value in self.numbers.items()
-            if not name.startswith(("life/", "commits/"))
+            if not name.startswith(("life/", f"{COMMITS}/"))
         }
 
 
 class ControlTurn(DirectionTurn):
     def __init__(self, works: Sequence[Work], former: Numbers, known: int, half: "Control") -> None:
         ledger = Ledger(former, known)
-        counted = ledger.take(works)
+        counted = ledger.take_own(works) if half.table else ledger.take(works)
         super().__init__(works, ledger.closed(), half.former)
         self.half = half
         self.sums = {f"extra:{CHANGE}": [yes / ledger.clients for yes in counted]}
+        self.rows = counted if half.table else ()
         self.shrink = 0.0 if ledger.reset else ledger.before / ledger.clients
         if ledger.reset:
             self.stats["state_lost"] = 1.0
@@ -94,10 +109,12 @@ class ControlTurn(DirectionTurn):
 
 @dataclass(frozen=True)
 class Control(Half):
-    """`momentum`: the direction g is kept and sent too. `former`: for the -VR form."""
+    """`momentum`: the direction g is kept and sent too. `former`: for the -VR form. `table`: the
+    c_i are kept here, not by the clients."""
 
     momentum: bool = False
     former: bool = False
+    table: bool = False
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -112,8 +129,12 @@ class Control(Half):
         return (CHANGE,)
 
     @property
+    def own(self) -> tuple[str, str] | None:
+        return (VARIATE, CHANGE) if self.table else None
+
+    @property
     def says(self) -> tuple[str, ...]:
-        return ("steps", "lr", *STANDING)
+        return ("steps", "lr", *((COMMITS,) if self.table else STANDING))
 
     def begin(self, works: Sequence[Work], former: Numbers, known: int) -> Turn:
         return ControlTurn(works, former, known, self)

@@ -8,6 +8,8 @@ engine that merges carries it out, tile by tile, with the merge itself:
     down      those of them that clients are sent with the model, the same bytes for all
     up        vectors, as long, that each update must bring besides its delta
     says      numbers that each update must bring
+    own       a vector kept for each client on the server and sent to it alone, and the one of
+              `up` that is added to it (`server/table.py`)
     numbers   of a version: go to clients with each order (those without a "/" in their name)
 
 `begin` plans one merge; `Turn.tile` is then asked for any tile, from any thread. What a half knows
@@ -23,6 +25,7 @@ from atoll.protocols.tensors import SAID
 
 Numbers = Mapping[str, float]
 State = dict[str, Tensor]  # vector -> its tile
+COMMITS = "commits"  # of a client: how many changes its state has taken in
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class Turn:
         self.numbers = dict(numbers)  # of the new version
         self.scales = scales  # what each delta is multiplied with before all else; None: as it is
         self.sums: dict[str, Sequence[float]] = {}  # section -> what of each update's is added up
+        self.rows: Sequence[bool] = ()  # whose own vector takes in what the update brought
         self.stats: dict[str, float] = {}  # for `Merged`
 
     def tile(self, anchor: Tensor, delta: Tensor, sums: Mapping[str, Tensor], state: State) -> None:
@@ -70,6 +74,11 @@ class Half:
         return ()
 
     @property
+    def own(self) -> tuple[str, str] | None:
+        """It starts as zeros, which are not sent."""
+        return None
+
+    @property
     def says(self) -> tuple[str, ...]:
         return ()
 
@@ -91,12 +100,23 @@ def told(numbers: Numbers) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if "/" not in name}
 
 
+def generation(numbers: Numbers, client: str) -> int:
+    """How many changes there are in the client's state; 0: it is all zeros."""
+    return int(numbers.get(f"{COMMITS}/{client}", 0))
+
+
+def told_to(numbers: Numbers, client: str) -> dict[str, float]:
+    """What goes to one client beside a vector of its own."""
+    return {COMMITS: float(generation(numbers, client))}
+
+
 @dataclass
 class Extras:
     """Sizes of what travels beside a model or a delta, in elements: section name -> count."""
 
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
+    own: dict[str, int] = field(default_factory=dict)  # down, to each client its own
 
 
 def extras_of(half: Half | None, count: int) -> Extras:
@@ -104,4 +124,5 @@ def extras_of(half: Half | None, count: int) -> Extras:
     if half is None:
         return Extras()
     said = {SAID: len(half.says)} if half.says else {}
-    return Extras(dict.fromkeys(half.down, count), {**dict.fromkeys(half.up, count), **said})
+    own = {half.own[0]: count} if half.own is not None else {}
+    return Extras(dict.fromkeys(half.down, count), {**dict.fromkeys(half.up, count), **said}, own)

@@ -108,7 +108,7 @@ class Ours:
     def _authorize(self, metadata: Mapping[str, str | bytes]) -> str:
         return str(metadata["atoll-session"])
 
-    def _find_blob(self, name: str) -> Blob:
+    def _find_blob(self, client: str, name: str) -> Blob:
         assert self.blob
         assert self.blob.info.id == name
         return self.blob

@@ -5,6 +5,7 @@ Beside it may come vectors, for a local algorithm that has a half on the server.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -90,9 +91,16 @@ class Holding:
 class Beside:
     """The extras of orders. Large ones are mapped, and fetched once for several orders."""
 
-    def __init__(self, expected: Mapping[str, int], folder: Path | None) -> None:
-        """`expected`: elements of each vector that the client's local algorithm asks for."""
+    def __init__(
+        self,
+        expected: Mapping[str, int],
+        folder: Path | None,
+        own: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """`expected`: elements of each vector that the client's local algorithm asks for; `own`:
+        of those for this client alone, which do not come while they are zeros."""
         self.expected = expected
+        self.known = {**expected, **own}
         self.folder = folder
         self._held: dict[int, tuple[memoryview, bytes]] = {}  # place in an order -> bytes, SHA-256
 
@@ -102,7 +110,7 @@ class Beside:
         found: dict[str, Tensor] = {}
         for place, (info, inline) in enumerate(order.extras):
             view = memoryview(inline) if inline else self._fetched(place, info, fetch)
-            found |= tensors.read_extras(info.sections, view, self.expected)
+            found |= tensors.read_extras(info.sections, view, self.known)
         missing = sorted(self.expected.keys() - found.keys())
         if missing:
             raise ClientError(
@@ -118,7 +126,7 @@ class Beside:
         if sum(s.length for s in info.sections) != info.size:
             raise RemoteError("FL-W104", f"blob {info.id} is not as long as its sections")
         if len(view) != info.size:
-            most = sum(4 * count for count in self.expected.values())
+            most = sum(4 * count for count in self.known.values())
             if info.size > most:
                 what = f"extras of {info.size} bytes, at most {most} are expected"
                 raise RemoteError("FL-W104", what, "send what the local algorithm asks for")

@@ -9,24 +9,28 @@ gradient of the last order that was used, c its mean over all clients, g as in `
     SCAFFOLD-M-VR    d = G(y) + beta (c - c_i) + (1 - beta) (g - G(x_prev))
 
 After the order c_i + dc is the mean of its G(y); the client takes it when it hears that the update
-was used and the server could count it (`atoll.aggregation.control`, whose rule this repeats).
+was used and the server could count it (`atoll.aggregation.control`, whose rule this repeats). With
+`table=server` the server keeps c_i and sends it with each order, for clients that keep no state.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from atoll.aggregation.control import CHANGE, CONTROL, Control
+from atoll.aggregation.control import CHANGE, CONTROL, VARIATE, Control
 from atoll.aggregation.direction import DIRECTION
-from atoll.aggregation.half import Half
+from atoll.aggregation.half import COMMITS, Half
 from atoll.client.algorithm import Again, Measured, Params, flat_like
 from atoll.client.keep import Named, Rule, Sent, added
 from atoll.client.momentum import Steering, former, gradients, recursive
 from atoll.client.trainer import Task
+from atoll.protocols.errors import ClientError, UsageError
 
 KIND = "control"
+Where = Literal["client", "server"]
 
 
 class Variate(Rule):
@@ -58,23 +62,33 @@ class Scaffold(Steering):
     needs: ClassVar[frozenset[str]] = frozenset({"plain_sgd", "client_state", "mixture"})
     gives: ClassVar[frozenset[str]] = frozenset({"control_variates"})
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        table: Where = "client",  # who keeps c_i; "server": a table there, clients keep nothing
+    ) -> None:
         self.mix(beta=1)
+        self.keep(table)
+
+    def keep(self, table: Where) -> None:
+        """UsageError FL-S102."""
+        if table not in get_args(Where):
+            raise UsageError("FL-S102", f"table={table!r}", f"one of {', '.join(get_args(Where))}")
+        self.table = table == "server"
         self._sum: list[Tensor] = []  # of raw gradients
 
     @property
     def rules(self) -> Mapping[str, Rule]:
-        return {KIND: Variate()}
+        return {} if self.table else {KIND: Variate()}
 
     def server_half(self) -> Half:
-        return Control(momentum=self.momentum)
+        return Control(momentum=self.momentum, table=self.table)
 
     def before_order(self, params: Params, task: Task) -> None:
         super().before_order(params, task)
         self._sum = [torch.zeros_like(p, dtype=torch.float32) for p in params.values()]
 
     def fixed(self, task: Task) -> Tensor:
-        mine = variate(task.state(KIND), epoch_of(task))
+        mine = sent(task) if self.table else variate(task.state(KIND), epoch_of(task))
         correction = task.vector(CONTROL) if mine is None else task.vector(CONTROL) - mine
         if not self.momentum:
             return correction
@@ -86,18 +100,20 @@ class Scaffold(Steering):
 
     def measure(self, params: Params, task: Task, steps: int, lr: float) -> Measured:
         """dc rests on the state as it is now: an outcome may have come while it was training."""
+        if self.table:
+            return self._change_of(sent(task), steps, lr, {COMMITS: commits_of(task)})
         held = task.latest(KIND)
         epoch, commits = standing(held, epoch_of(task))
+        said = {"life": float(task.life), "epoch": float(epoch), COMMITS: float(commits)}
+        state = {KIND: {"epoch": torch.tensor(epoch), "commits": torch.tensor(commits)}}
+        return replace(self._change_of(variate(held, epoch), steps, lr, said), state=state)
+
+    def _change_of(
+        self, mine: Tensor | None, steps: int, lr: float, said: Mapping[str, float]
+    ) -> Measured:
         mean = flat_like(self._sum) / max(1, steps)
-        mine = variate(held, epoch)
-        return Measured(
-            extras={CHANGE: mean if mine is None else mean - mine},
-            said={
-                "steps": float(steps), "lr": lr, "life": float(task.life),
-                "epoch": float(epoch), "commits": float(commits),
-            },
-            state={KIND: {"epoch": torch.tensor(epoch), "commits": torch.tensor(commits)}},
-        )  # fmt: skip
+        change = mean if mine is None else mean - mine
+        return Measured({CHANGE: change}, {"steps": float(steps), "lr": lr, **said})
 
 
 class ScaffoldM(Scaffold):
@@ -110,9 +126,10 @@ class ScaffoldM(Scaffold):
         self,
         beta: float = 0.1,  # weight of the fresh gradient, 1: no momentum; try 0.2, 0.5
         warm: bool = False,  # before the first merge g is 0: train that round with beta = 1
+        table: Where = "client",  # who keeps c_i; "server": a table there, clients keep nothing
     ) -> None:
-        super().__init__()
         self.mix(beta, warm)
+        self.keep(table)
 
 
 class ScaffoldMVR(ScaffoldM):
@@ -125,12 +142,13 @@ class ScaffoldMVR(ScaffoldM):
         self,
         beta: float = 0.1,  # weight of the fresh gradient, 1: no momentum; try 0.2, 0.5
         warm: bool = False,  # before the first merge g is 0: train that round with beta = 1
+        table: Where = "client",  # who keeps c_i; "server": a table there, clients keep nothing
     ) -> None:
-        super().__init__(beta, warm)
+        super().__init__(beta, warm, table)
         self._former: list[Tensor] = []
 
     def server_half(self) -> Half:
-        return Control(momentum=True, former=True)
+        return Control(momentum=True, former=True, table=self.table)
 
     def before_order(self, params: Params, task: Task) -> None:
         super().before_order(params, task)
@@ -143,3 +161,19 @@ class ScaffoldMVR(ScaffoldM):
 
 def epoch_of(task: Task) -> int:
     return int(task.extra.get("epoch", 0))
+
+
+def commits_of(task: Task) -> float:
+    """How many changes there are in the c_i that came with the order."""
+    return task.extra.get(COMMITS, 0.0)
+
+
+def sent(task: Task) -> Tensor | None:
+    """c_i as it came; None: it is 0. ClientError FL-C103 where it was to come and did not."""
+    if VARIATE in task.extras or not commits_of(task):
+        return task.extras.get(VARIATE)
+    raise ClientError(
+        "FL-C103",
+        f"an order brings no {VARIATE!r}, of which there are {commits_of(task):g} changes",
+        "let client and server run the same version of atoll",
+    )

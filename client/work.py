@@ -71,7 +71,7 @@ class Workbench:
             )
         if _keeps(trainer) and outbox.folder is not None:
             inner.read(trainer, outbox.folder, outbox.memory.run)
-        self._beside = Beside(self._extras.down, outbox.folder)
+        self._beside = Beside(self._extras.down, outbox.folder, self._extras.own)
 
     def agree(self, up: Codec, down: Codec, rule: ErrorFeedback | None = None) -> None:
         """Pack and read so from the next order on; one that is at work keeps to its own codec.

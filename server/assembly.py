@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -43,6 +43,7 @@ from atoll.server.run import Run
 from atoll.server.secret import key_of, privacy_of
 from atoll.server.server import Summary
 from atoll.server.spec import STRATEGIES, RunSpec
+from atoll.server.table import table_of
 from atoll.server.uploads import Uploads, order_of
 from atoll.server.versions import VersionStore
 from atoll.server.workshop import Stock, Workshop
@@ -128,6 +129,8 @@ class Assembly:
     def _merger(self, strategy: Strategy, module: torch.nn.Module) -> Merger:
         if (group := self.slots.get("group")) is not None:
             return JointMerger(self.manifest, outer(self.spec.outer), cast("Group", group))
+        half = local_algorithm(self.spec.algorithm).server_half()
+        count = self.manifest.counts["trainable"]
         return Merger(
             self.manifest,
             self._aggregator(module),
@@ -137,7 +140,8 @@ class Assembly:
             ),
             cast("Buffers", self.spec.buffers),
             privacy=self._privacy(strategy),
-            half=local_algorithm(self.spec.algorithm).server_half(),
+            half=half,
+            table=table_of(half, count, self.folder / "rows"),
         )
 
     def _privacy(self, strategy: Strategy) -> Privacy | None:
@@ -191,11 +195,14 @@ class Assembly:
     def _restore(self, found: Recovered, uploads: Uploads) -> None:
         """Take up kept updates, make unsaved versions again; the rest is forgotten."""
         run: Run = found.run
-        newest = self._newest(run.published)
+        payloads = list(self.journal.payloads())
+        there = {payload.id for payload in payloads}
+        again = [m for m in found.stock.merges if there.issuperset(u for u, _ in m.items)]
+        newest = self._newest(run.published, {m.version for m in again})
         merges = [m for m in found.stock.merges if m.version > newest]
         keep = set(run.held) | {update for merge in merges for update, _ in merge.items}
         gone = []
-        for payload in self.journal.payloads():
+        for payload in payloads:
             if payload.id not in keep:
                 gone.append(payload.id)
                 continue
@@ -210,18 +217,28 @@ class Assembly:
         self.journal.append([], forget=gone)
         self.workshop.stock = Stock([m for m in merges if m.version <= run.published])
         self._redo = [m for m in merges if m.version > run.published]
+        if (table := self.workshop.merger.table) is not None:
+            table.roll_back(self.store.open(newest).facts.numbers)
         self.workshop.rebuild(self.workshop.stock.merges)
         self.workshop.best = found.rules.best_version
 
-    def _newest(self, published: int) -> int:
-        """The newest whole version on disk that the journal knows of: a later one was made when
-        the process died, and is made again. Damaged ones are set aside."""
+    def _newest(self, published: int, again: Collection[int]) -> int:
+        """The newest whole version on disk that the journal knows of (a later one was made when the
+        process died, and is made again), with all versions after it among those that can be made
+        `again`. Damaged ones are set aside."""
+        damage = ""
         for number in reversed(self.store.saved()):
-            if number <= published:
-                with contextlib.suppress(ServerError):
-                    return self.store.open(number).number
+            if number > published or not set(range(number + 1, published + 1)).issubset(again):
+                continue
+            try:
+                version = self.store.open(number)
+                if (table := self.workshop.merger.table) is not None:
+                    table.check(version.facts.numbers)
+                return number
+            except ServerError as error:
+                damage = damage or f": {error.message}"
         raise ServerError(
-            "FL-S206", f"no whole version in {self.folder}", "restore it from a backup"
+            "FL-S206", f"no whole version in {self.folder}{damage}", "restore it from a backup"
         )
 
     def _evaluator(self, judge: Judge | None) -> Evaluator | None:

@@ -70,7 +70,7 @@ class Bulk(grpc.GenericRpcHandler):  # type: ignore[misc]
     would prefer that one's methods. The other calls need a handler of their own.
 
     authorize(metadata): the client whose session it names; raises FL-W110.
-    find_blob(id): the blob, held until its stream ends; raises FL-W107.
+    find_blob(client, id): the blob, held until its stream ends; raises FL-W107.
     may_upload(client, result): the id to store it under, None where it was accepted before (the
         client is told so); raises FL-W102 (unknown order), FL-W104 (does not fit).
     accepted(client, result, stored): all bytes are here and right. Runs once per update, to its
@@ -83,7 +83,7 @@ class Bulk(grpc.GenericRpcHandler):  # type: ignore[misc]
         uploads: Uploads,
         *,
         authorize: Callable[[Mapping[str, str | bytes]], str],
-        find_blob: Callable[[str], Blob],
+        find_blob: Callable[[str, str], Blob],
         may_upload: Callable[[str, Result], str | None],
         accepted: Callable[[str, Result, StoredUpdate], Awaitable[None]],
         run: str = "",
@@ -116,7 +116,7 @@ class Bulk(grpc.GenericRpcHandler):  # type: ignore[misc]
         client = self._client(context)
         asked = _read(wire_pb2.BlobRequest, request)
         self._check_run(asked.run)
-        blob = self.find_blob(asked.blob)
+        blob = self.find_blob(client, asked.blob)
         size = len(blob.view)
         assert len(blob.info.sha256) == 32, f"blob {blob.info.id} is not sealed"
         if asked.offset > size or (asked.offset % CHUNK and asked.offset != size):

@@ -56,6 +56,6 @@ def _withdraw(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("journal.sqlite*"):
         path.unlink()
-    for name in ("updates", "versions"):
+    for name in ("updates", "versions", "rows"):
         with contextlib.suppress(OSError):
             (folder / name).rmdir()

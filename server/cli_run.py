@@ -89,11 +89,7 @@ def show(state: Path, as_json: bool) -> None:
     state = offline.find(state)
     spec, where = RunSpec.read(state / "run.json"), Place(state=state).status()
     kept = offline.kept(state, offline.history(state))
-    files = {
-        p.name: p.stat().st_size
-        for p in sorted(state.iterdir())
-        if p.is_file() and p.name != "lock"
-    }
+    files = offline.files(state)
     told = {"spec": spec, "status": where, "versions": kept, "files": files}
     console.emit(told, as_json, _shown(run_screen(spec, where, kept, files)))
 

@@ -30,13 +30,14 @@ class Job:
     extra: Mapping[str, float] = field(default_factory=dict)
     # What a local algorithm brings besides; follows from the above.
     extras: Tensors = field(default_factory=dict, compare=False)  # came beside the model
+    own: Tensors = field(default_factory=dict, compare=False)  # the same, for this client alone
     state: Mapping[str, Tensors] = field(default_factory=dict, compare=False)  # as it was found
     latest: Mapping[str, Tensors] = field(default_factory=dict, compare=False)  # as it is now
     life: int = field(default=0, compare=False)
 
     def task(self) -> Task:
         return Task(
-            self.steps, self.done, self.extra, extras=self.extras, life=self.life,
+            self.steps, self.done, self.extra, extras={**self.extras, **self.own}, life=self.life,
             state=lambda kind: self.state.get(kind, {}),
             latest=lambda kind: self.latest.get(kind, {}),
         )  # fmt: skip

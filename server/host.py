@@ -95,7 +95,7 @@ class Host:
             spec.save_every,
             published=lambda: self.run.published,
             best=lambda: self.driver.rules.best_version,
-            ordered=lambda: [order.version for order in self.run.open.values()],
+            ordered=lambda: {c: order.version for c, order in self.run.open.items()},
             awaited=self.run.awaited,
             freed=self._spent_more,
             failed=lambda error: self.driver.fail(error),
@@ -120,7 +120,8 @@ class Host:
             session.send(wire_pb2.ServerMessage(ask=messages.ask_to_wire(order.id, then)))
 
     def quick(self, merge: Merge) -> bool:
-        return self.outgoing.model_size <= INLINE and not self.workshop.merger.learns
+        merger = self.workshop.merger
+        return self.outgoing.model_size <= INLINE and not merger.learns and merger.table is None
 
     def merge(self, merge: Merge) -> None:
         self.workshop.stock.merges.append(merge)

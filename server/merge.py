@@ -31,6 +31,8 @@ from atoll.server.combine import MEAN, MEMORY, Plan, Source, plan, summed
 from atoll.server.draft import Draft, Version
 from atoll.server.passes import Area, Crew, NotFiniteError, scratch
 from atoll.server.privacy import Privacy, fits
+from atoll.server.rewrite import rewrite
+from atoll.server.table import Table
 
 
 class InterruptedMergeError(Exception):
@@ -88,6 +90,7 @@ class Merger:
         tile: int = TILE,
         privacy: Privacy | None = None,
         half: Half | None = None,
+        table: Table | None = None,
     ) -> None:
         if buffers not in get_args(Buffers):
             raise UsageError(
@@ -102,6 +105,7 @@ class Merger:
         self.tile = tile
         self.privacy = privacy
         self.half = half  # the server's part of the local algorithm
+        self.table = table  # of vectors that it keeps for each client
         self.crew = Crew(threads)
 
     @property
@@ -192,8 +196,24 @@ class Merger:
         draft.numbers = base.facts.numbers
         if step.turn is None or self.half is None:
             return {"delta_norm": norm, **step.plan.stats} if step.moved else {}
-        draft.numbers = self.half.after(norm, step.turn.numbers)
+        numbers = self.half.after(norm, step.turn.numbers)
+        draft.numbers = {**numbers, **self._rewritten(base, items, step.turn)}
         return {"delta_norm": norm, **step.plan.stats, **step.turn.stats}
+
+    def _rewritten(self, base: Version, items: Sequence[Item], turn: Turn) -> dict[str, float]:
+        """The rows of those whose change counts, and what the new version says of them."""
+        if not any(turn.rows):
+            return {}
+        assert self.half is not None
+        assert self.half.own is not None
+        assert self.table is not None, "a half that keeps rows has a table"
+        section = EXTRA + self.half.own[1]
+        changes = (
+            (update.client, update.payload.decoder(section))
+            for (update, _), counts in zip(items, turn.rows, strict=True)
+            if counts
+        )
+        return rewrite(self.table, self.crew, base.facts.numbers, changes, self.tile)
 
     def _proxy(self) -> Proxy | None:
         """What the rule learns by; None: it learns nothing."""

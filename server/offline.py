@@ -1,5 +1,6 @@
 """Offline: what a state directory tells when no server runs. Never writes to it."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -126,6 +127,17 @@ def _counted(client: ClientStatus, told: History) -> ClientStatus:
 def _last_words(told: History, name: str) -> str:
     left = (r for r in reversed(told.rows) if r["kind"] == "leave" and r["client"] == name)
     return str(next(left)["reason"])
+
+
+def files(state: Path) -> dict[str, int]:
+    """What else lies there, in bytes: files, and the table's rows together."""
+    found = {p.name: p.stat().st_size for p in sorted(state.iterdir()) if p.is_file()}
+    found.pop("lock", None)
+    rows = 0
+    for path in (state / "rows").glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # forgotten by the server meanwhile
+            rows += path.stat().st_size
+    return {**found, "rows/": rows} if rows else found
 
 
 # ---- versions --------------------------------------------------------------------------------

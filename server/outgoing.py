@@ -3,7 +3,7 @@
 A model is packed once for all who start from it over the same link and hold the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,6 +43,7 @@ class Outgoing:
         self.model_size = sum(s.length for s in workshop.store.shelf.sections)
         self._run = run
         self._workshop = workshop
+        self._table = workshop.merger.table
         self._links = links
         self._sessions = sessions
         self._fail = fail
@@ -58,23 +59,35 @@ class Outgoing:
         if key not in self._packed:  # once for all who start from it and hold the same
             self._packed = {k: p for k, p in self._packed.items() if k[0] == order.version}
             self._packed[key] = messages.sent_to_order(load.sent).SerializeToString()
-        extra = order.extra
-        if self._workshop.merger.half is not None:
-            numbers = self._workshop.store.open(order.version).facts.numbers
-            extra = {**half.told(numbers), **extra}
+        try:
+            extra, beside = self._besides(order)
+        except AtollError as error:
+            self._fail(error)
+            return
         told = messages.Order(order.id, 0, order.version, order.steps, None, extra=extra)
-        beside = self._packed_beside(order.version)
         session.send_parts(messages.packed_order(told, self._packed[key], beside))
+
+    def _besides(self, order: Order) -> tuple[Mapping[str, float], bytes]:
+        """What goes beside a model, counted as sent: numbers, and vectors packed. ServerError
+        FL-S206 where its client's own cannot be read."""
+        extra, vectors = order.extra, self._packed_beside(order.version)
+        if self._workshop.merger.half is None:
+            return extra, vectors
+        numbers = self._numbers(order)
+        extra = {**half.told(numbers), **extra}
+        if self._table is not None:
+            extra |= half.told_to(numbers, order.client)
+            own = self._table.blob(numbers, order.client)
+            vectors += _beside(own) if own is not None else b""
+        self.counted(order.client).down += self._beside_size(order)
+        return extra, vectors
 
     def _packed_beside(self, version: int) -> bytes:
         """What goes beside the model of an order, once for all; nothing without such a half."""
         if not self._workshop.extras.down:
             return b""
         if self._packed_extras[0] != version:
-            blob = self.extras(version)
-            small = bytes(blob.view) if blob.info.size <= INLINE else b""
-            beside = wire_pb2.Order(extras=[messages.blob_to_wire(blob.info, small)])
-            self._packed_extras = version, beside.SerializeToString()
+            self._packed_extras = version, _beside(self.extras(version))
         return self._packed_extras[1]
 
     def extras(self, version: int) -> Blob:
@@ -97,9 +110,19 @@ class Outgoing:
         """Bytes of what an order of now brings down."""
         session = self._sessions.of.get(order.client)
         if session is None:
-            return self.model_size + self._extra_size
+            return self.model_size + self._beside_size(order)
         size = self._links.size(session.link, order.version, session.held)
-        return size + self._extra_size
+        return size + self._beside_size(order)
+
+    def _beside_size(self, order: Order) -> int:
+        """Bytes of what goes beside its model."""
+        if self._table is None:
+            return self._extra_size
+        own = self._table.bytes if half.generation(self._numbers(order), order.client) else 0
+        return self._extra_size + own
+
+    def _numbers(self, order: Order) -> half.Numbers:
+        return self._workshop.store.open(order.version).facts.numbers
 
     def outcome(self, session: Session, outcome: Outcome) -> None:
         session.send_later(outcome.update, partial(_outcome, outcome))
@@ -107,7 +130,9 @@ class Outgoing:
     def counted(self, client: str) -> Traffic:
         return self.traffic.setdefault(client, Traffic())
 
-    def find_blob(self, blob: str) -> Blob:
+    def find_blob(self, client: str, blob: str) -> Blob:
+        if self._table is not None and (own := self._table.find(client, blob)) is not None:
+            return own
         if self._workshop.extras.down:
             for version in reversed(self._workshop.store.numbers()):
                 if blob == f"v{version}/{EXTRA}":
@@ -120,6 +145,13 @@ class Outgoing:
             session.send_later(
                 result.update, partial(_receipt, result.order, result.update, result.final)
             )
+
+
+def _beside(blob: Blob) -> bytes:
+    """An order with nothing but a blob of extras."""
+    small = bytes(blob.view) if blob.info.size <= INLINE else b""
+    made = wire_pb2.Order(extras=[messages.blob_to_wire(blob.info, small)])
+    return made.SerializeToString()
 
 
 def _outcome(outcome: Outcome) -> wire_pb2.ServerMessage:

@@ -6,7 +6,7 @@ are made again from kept updates after a crash.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from atoll.protocols.errors import AtollError
@@ -17,8 +17,8 @@ PAUSE = 9.0  # times a save's duration, before the next
 
 
 class Saver:
-    """`published` and `best` say which version is the newest and the best, `ordered` which ones
-    clients still train from, `awaited` which orders may still have a result; `freed` hears of
+    """`published` and `best` say which version is the newest and the best, `ordered` which one each
+    client still trains from, `awaited` which orders may still have a result; `freed` hears of
     updates that need not be kept any longer."""
 
     def __init__(
@@ -28,7 +28,7 @@ class Saver:
         *,
         published: Callable[[], int],
         best: Callable[[], int | None],
-        ordered: Callable[[], Collection[int]],
+        ordered: Callable[[], Mapping[str, int]],
         awaited: Callable[[], set[str]],
         freed: Callable[[list[str]], None],
         failed: Callable[[AtollError], None],
@@ -85,7 +85,7 @@ class Saver:
         if best is not None and best != workshop.best and best in workshop.store.numbers():
             await loop.run_in_executor(self._thread, workshop.save, best)
             workshop.best = best
-        ordered = set(self._ordered())
+        ordered = self._ordered()
         await loop.run_in_executor(self._thread, workshop.prune, ordered)
         # In this order: what is announced from now on is of an order that is awaited.
         coming = workshop.uploads.unfinished()

@@ -1,7 +1,7 @@
 """Server: one run, from an empty or an existing state directory to its last version.
 
     state/  lock  server.json (pid, address)  run.json  journal.sqlite  history.jsonl
-            versions/<N>/model.safetensors  updates/
+            versions/<N>/model.safetensors  updates/  rows/
 
 The port accepts before torch is imported; callers wait for the run, not for a connection.
 """
@@ -258,7 +258,7 @@ class Server:
         return Bulk(
             uploads,
             authorize=lambda metadata: now().authorize(metadata),
-            find_blob=lambda blob: now().outgoing.find_blob(blob),
+            find_blob=lambda client, blob: now().outgoing.find_blob(client, blob),
             may_upload=lambda client, result: now().intake.may_upload(client, result),
             accepted=accepted,
             run=self.spec.id,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from atoll.aggregation.aggregator import Aggregator, aggregator
-from atoll.aggregation.half import extras_of, told
+from atoll.aggregation.half import Numbers, extras_of, generation, told, told_to
 from atoll.aggregation.noise import KEY, derived
 from atoll.aggregation.outer import Outer, outer
 from atoll.aggregation.strategy import Strategy
@@ -50,6 +50,7 @@ from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order
 from atoll.server.simlinks import SimLinks
 from atoll.server.spec import RunSpec
+from atoll.server.table import table_of
 from atoll.server.trainers import VALIDATORS, Trainers
 from atoll.server.versions import VersionStore
 
@@ -105,8 +106,11 @@ class Training:
         self._sent: dict[str, str] = {}  # update not known to be used -> its client
         self._private, self._key = local_dp, simulated_key(seed)
         self._noisy: dict[str, int] = {}  # client -> updates with noise of its own
-        self._merger = Merger(manifest, aggregator, outer, buffers, 1, privacy=privacy, half=half)
         self._count = manifest.counts["trainable"]
+        self._table = table_of(half, self._count, None)
+        self._merger = Merger(
+            manifest, aggregator, outer, buffers, 1, privacy=privacy, half=half, table=self._table
+        )
         self._extras = extras_of(half, self._count)
         self._rules = algorithm.rules if algorithm is not None else {}
         self._keeps: dict[str, Keep] = {}  # private state of each client
@@ -245,14 +249,14 @@ class Training:
             self._drop(gone)
 
     def download(self, order: Order) -> int | None:
-        return self._links.size(order) + self._extra_bytes
+        return self._links.size(order) + self._beside(order)
 
     def sent(self, order: Order) -> int | None:
         size, anew = self._links.send(order, self._newest.number)
         if anew:
             self._crew.forget(order.id)
             self._crew.begin(self._job(order, order.steps), partial(self._start, order))
-        return size + self._extra_bytes
+        return size + self._beside(order)
 
     def died(self, client: str) -> None:
         self._links.died(client)
@@ -261,6 +265,16 @@ class Training:
     def _extra_bytes(self) -> int:
         """What goes down beside a model."""
         return sum(s.length for s in tensors.extra_sections(self._extras.down))
+
+    def _beside(self, order: Order) -> int:
+        """The same to this client."""
+        if self._table is None:
+            return self._extra_bytes
+        own = self._table.bytes if generation(self._numbers(order.version), order.client) else 0
+        return self._extra_bytes + own
+
+    def _numbers(self, version: int) -> Numbers:
+        return self._versions.open(version).facts.numbers
 
     def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:
         base = self._links.model(order)
@@ -308,9 +322,15 @@ class Training:
         if self._merger.half is None and not self._rules:
             return job
         base, zero = self._versions.open(order.version), torch.zeros(self._count)
+        numbers, extra, own = base.facts.numbers, {}, {}
+        if self._table is not None:
+            extra = told_to(numbers, order.client)
+            row = self._table.row(numbers, order.client)
+            own = {self._table.name: row} if row is not None else {}
         return replace(
             job,
-            extra={**told(base.facts.numbers), **order.extra},
+            own=own,
+            extra={**told(numbers), **order.extra, **extra},
             extras={name: base.outer.get(name, zero) for name in self._extras.down},
             state=self._found[order.id],
             latest=self._state_of(order.client),
@@ -331,6 +351,9 @@ class Training:
         wanted = {v for orders in self._orders.values() for v in orders.values()}
         self._links.follow(merge.version, wanted)
         self._versions.prune({merge.version, *wanted})
+        if self._table is not None:
+            starts = {c: list(map(self._numbers, o.values())) for c, o in self._orders.items()}
+            self._table.prune(self._newest.facts.numbers, starts)
         return Merged(merge.version, made.used, made.dropped, {**made.stats, **self._paid()})
 
     def _paid(self) -> dict[str, float]:

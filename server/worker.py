@@ -87,7 +87,7 @@ class Worker:
         own = opened(frame.head, frame.body)
         state, latest = by_kind(own["state"]), by_kind(own["latest"])
         return replace(
-            job, extras=self._extras.get(job.version, {}), state=state,
+            job, extras=self._extras.get(job.version, {}), own=own["own"], state=state,
             latest=latest if frame.head["newer"] else state, life=frame.head["life"],
         )  # fmt: skip
 
@@ -127,7 +127,8 @@ def told(job: Job) -> dict[str, Any]:
 def telling(job: Job) -> tuple[dict[str, Any], bytes]:
     """Head and body that make the job on the other side, but for what goes with its model."""
     newer = not alike(job.state, job.latest)
-    beside, body = closed(state=flat_of(job.state), latest=flat_of(job.latest) if newer else {})
+    latest = flat_of(job.latest) if newer else {}
+    beside, body = closed(state=flat_of(job.state), latest=latest, own=job.own)
     return {"job": told(job), "life": job.life, "newer": newer} | beside, body
 
 
@@ -161,7 +162,7 @@ def closed(**groups: Tensors) -> tuple[dict[str, Any], bytes]:
 
 def opened(head: Mapping[str, Any], body: bytes) -> Mapping[str, Tensors]:
     """What `closed` was given; a group that is not there is empty."""
-    found: dict[str, dict[str, Tensor]] = {"extras": {}, "state": {}, "latest": {}}
+    found: dict[str, dict[str, Tensor]] = {"extras": {}, "state": {}, "latest": {}, "own": {}}
     for path, tensor in unpacked(head["beside"], body).items():
         group, _, name = path.partition("/")
         found[group][name] = tensor

@@ -6,10 +6,11 @@ so a crash, or one damaged version, costs a merge done again and nothing else.
 
 import logging
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
-from atoll.aggregation.half import extras_of
+from atoll.aggregation.half import Numbers, extras_of
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
@@ -111,6 +112,8 @@ class Workshop:
     def save(self, number: int, *, durable: bool = True) -> Version:
         """Version `number` on disk for good."""
         version = self.store.open(number)
+        if durable and self.merger.table is not None:
+            self.merger.table.sync()
         self.store.save(version, durable=durable)
         self._durable = sorted({*self._durable, number})[-2:]
         return version
@@ -122,20 +125,28 @@ class Workshop:
         self.stock.merges = [m for m in self.stock.merges if m.version > safe]
         return [update for m in gone for update, _ in m.items]
 
-    def prune(self, ordered: Collection[int] = ()) -> None:
+    def prune(self, ordered: Mapping[str, int] = MappingProxyType({})) -> None:
         """Forget old versions; the first, the best and those to rebuild from stay, and those that
-        open orders start from: their clients may have to fetch them, again or for the first time.
+        open orders start from (`ordered`, by client): their clients may have to fetch them, again
+        or for the first time. So it is with the rows of the table.
         """
         numbers = self.store.numbers()
         needed = [m.version - 1 for m in self.stock.merges]
         oldest = min(needed, default=max(numbers, default=0))
-        stay = kept(numbers, self.keep) | {0, *ordered, *(n for n in numbers if n >= oldest)}
+        stay = kept(numbers, self.keep) | {0, *ordered.values()}
+        stay.update(n for n in numbers if n >= oldest)
+        if self.merger.table is not None:
+            starts = {c: [self._numbers(v)] for c, v in ordered.items() if v in numbers}
+            self.merger.table.prune(self._numbers(oldest), starts)
         with self._lock:
             stay |= self._pinned
         if self.best is not None:
             stay.add(self.best)
         if not stay.issuperset(numbers):
             self.store.prune(stay)
+
+    def _numbers(self, version: int) -> Numbers:
+        return self.store.open(version).facts.numbers
 
     def forget(self, updates: Iterable[str]) -> None:
         for update in updates:

@@ -8,7 +8,7 @@ import torch
 from atoll.aggregation.control import CHANGE, CONTROL, Control, Ledger
 from atoll.aggregation.direction import DIRECTION, Direction, DirectionTurn, guarded
 from atoll.aggregation.dynamic import Dynamic
-from atoll.aggregation.half import Half, Numbers, Work, extras_of, told
+from atoll.aggregation.half import Half, Numbers, Work, extras_of, generation, told, told_to
 from atoll.protocols.errors import ServerError
 
 
@@ -43,6 +43,24 @@ def test_another_life_resets_all_and_an_older_epoch_counts_for_nothing() -> None
     anew = Ledger(numbers, known=2)
     assert anew.take([work("b", 1, epoch=0), work("a", 0, life=8, epoch=1)]) == [False, True]
     assert not anew.reset
+
+
+def test_the_servers_own_states_take_a_change_by_the_same_rule_and_are_never_lost() -> None:
+    said = {"steps": 5.0, "lr": 0.1}
+
+    def own(client: str, commits: int) -> Work:
+        return Work(f"{client}.{commits}", client, 0.5, {**said, "commits": float(commits)})
+
+    half = Control(table=True)
+    first = half.begin([own("a", 0), own("b", 0), own("a", 0)], {}, 4)
+    assert first.rows == [True, True, False]
+    assert first.sums == {f"extra:{CHANGE}": [0.25, 0.25, 0.0]}
+    second = half.begin([own("a", 1), own("b", 0)], first.numbers, 4)
+    assert second.rows == [True, False]
+    assert second.stats == {"variates_skipped": 1.0}
+    assert (generation(second.numbers, "a"), generation(second.numbers, "c")) == (2, 0)
+    assert told_to(second.numbers, "b") == {"commits": 1.0}
+    assert not any(name.startswith("life/") for name in second.numbers)
 
 
 def turn(half: Half, works: list[Work], former: Numbers, known: int, dc: float) -> torch.Tensor:
@@ -110,6 +128,11 @@ def test_what_travels_follows_from_the_half() -> None:
     extras = extras_of(Control(momentum=True), 10)
     assert extras.down == {"direction": 10, "control": 10}
     assert extras.up == {"dc": 10, "said": 5}
+    assert extras.own == extras_of(None, 10).own == {}
+    kept = extras_of(Control(table=True), 10)
+    assert (kept.down, kept.up, kept.own) == (
+        {"control": 10}, {"dc": 10, "said": 3}, {"variate": 10},
+    )  # fmt: skip
     assert extras_of(None, 10).up == extras_of(None, 10).down == {}
     assert extras_of(Dynamic(), 10).down == {}
     assert extras_of(Half(), 10).up == {}

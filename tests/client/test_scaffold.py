@@ -17,7 +17,7 @@ from atoll.client.models import manifest_of
 from atoll.client.scaffold import KIND, ScaffoldM, Variate, standing
 from atoll.client.trainer import Task
 from atoll.protocols import tensors
-from atoll.protocols.errors import UsageError
+from atoll.protocols.errors import ClientError, UsageError
 
 
 class Net(nn.Module):
@@ -163,6 +163,37 @@ def test_what_an_order_says_is_the_mean_raw_gradient_and_where_it_stands() -> No
     assert trained.said == {"steps": 6.0, "lr": 0.1, "life": 11.0, "epoch": 0.0, "commits": 2.0}
     u = (start - tensors.flatten(made.manifest, trained.tensors, "trainable")) / (0.1 * 6)
     assert torch.allclose((u - 0.5 * g) / 0.5 + mine - c, trained.extras["dc"] + mine, atol=1e-5)
+
+
+def test_with_a_table_the_client_keeps_nothing_and_answers_what_it_was_sent() -> None:
+    made = trainer(named("scaffold-m:beta=0.5,table=server"))
+    assert made.rules == {}
+    size = made.manifest.counts["trainable"]
+    g, c, mine = (torch.randn(size) * 0.1 for _ in range(3))
+    extras = {"direction": g, "control": c, "variate": mine}
+    sent = made.train(Task(6, extras=extras, extra={"commits": 3.0}))
+    assert sent.said == {"steps": 6.0, "lr": 0.1, "commits": 3.0}
+    assert sent.state == {}
+    kept = trainer(ScaffoldM(beta=0.5))
+    held = {"c": mine, "commits": torch.tensor(3), "epoch": torch.tensor(0)}
+    state: Mapping[str, Named] = {KIND: held}
+    same = kept.train(Task(6, extras=extras, state=state.__getitem__, latest=state.__getitem__))
+    assert torch.equal(sent.extras["dc"], same.extras["dc"])
+    assert all(torch.equal(sent.tensors[n], same.tensors[n]) for n in same.tensors)
+
+
+def test_a_variate_that_should_have_come_and_did_not_is_one_clear_error() -> None:
+    made = trainer(named("scaffold:table=server"))
+    vectors = {"control": torch.zeros(made.manifest.counts["trainable"])}
+    assert made.train(Task(1, extras=vectors)).said["commits"] == 0.0
+    with pytest.raises(ClientError, match=r"FL-C103.*'variate', of which there are 2 changes"):
+        made.train(Task(1, extras=vectors, extra={"commits": 2.0}))
+
+
+@pytest.mark.parametrize("spec", ["scaffold", "scaffold-m", "scaffold-m-vr"])
+def test_a_table_is_with_the_client_or_the_server(spec: str) -> None:
+    with pytest.raises(UsageError, match=r"FL-S102.*one of client, server"):
+        named(f"{spec}:table=peer")
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.5, float("nan")])

@@ -345,6 +345,21 @@ def test_vectors_come_inline_or_are_fetched_once_for_several_orders(tmp_path: Pa
     assert fetched == ["v3/extra"]
 
 
+def test_a_vector_of_ones_own_comes_once_it_is_not_zero(tmp_path: Path) -> None:
+    own = beside(variate=[5.0, 6.0])
+    holding = Beside({"control": 2}, tmp_path, {"variate": 2})
+    first = holding.take(replace(order(), extras=(beside(control=[1.0, 2.0]),)), no_fetch)
+    assert sorted(first) == ["control"]
+    found = holding.take(replace(order(), extras=(beside(control=[1.0, 2.0]), own)), no_fetch)
+    assert found["variate"].tolist() == [5.0, 6.0]
+    with pytest.raises(RemoteError, match="FL-W104"):
+        Beside({"control": 2}, None).take(
+            replace(order(), extras=(beside(control=[1.0, 2.0]), own)), no_fetch
+        )
+    with pytest.raises(RemoteError, match=r"FL-W104.*20 bytes, at most 16"):
+        holding.take(replace(order(), extras=((beside(variate=[0.0] * 5)[0], b""),)), no_fetch)
+
+
 @pytest.mark.parametrize(
     ("extras", "code"),
     [

@@ -72,6 +72,20 @@ def test_one_of_each_goes_together() -> None:
         check(spec(**{**mix, "aggregator": "rfa", "proxy": ""}))
 
 
+def test_a_table_on_the_server_goes_with_what_its_kin_goes_with() -> None:
+    kept = {"strategy": "fedcompass", "algorithm": "scaffold-m:table=server"}
+    check(spec(**kept))
+    for given, what in (
+        ({"dp": "clip=1,noise=1"}, r"--dp clip=1,noise=1 cannot work with a server that keeps"),
+        ({"local_dp": "clip=1,noise=1"}, r"--local-dp .* cannot work with a server that keeps"),
+        ({"aggregator": "rfa"}, r"scaffold-m:table=server needs a merge that adds up whole updat"),
+    ):
+        with pytest.raises(UsageError, match=what) as caught:
+            check(spec(**kept, **given))
+        assert caught.value.code == "FL-S104"
+        assert caught.value.hint
+
+
 def test_a_partition_is_known_by_name() -> None:
     assert [name.partition(":")[0] for name in KNOWN_PARTITIONS.split(", ")] == list(PARTITIONS)
     check_partition("dirichlet:0.5")

@@ -293,6 +293,11 @@ def test_show_tells_spec_counters_files_and_versions(state: Path, capsys: Capsys
     payload = WEIGHTS[1].numpy().tobytes()
     assert told["versions"][1]["sha256"] == hashlib.sha256(payload).hexdigest()
     assert told["files"]["history.jsonl"] == (state / "history.jsonl").stat().st_size
+    assert "rows/" not in told["files"]
+    (state / "rows").mkdir()
+    for name in ("a.1", "b.3"):
+        (state / "rows" / name).write_bytes(b"0123")
+    assert data(capsys, "run", "show", str(state))["files"]["rows/"] == 8
     assert console.run(cli, ["run", "show", str(state)]) == 0
     out = capsys.readouterr().out
     assert "v1 best" in out

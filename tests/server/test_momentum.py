@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atoll.aggregation import FedAvg, Strategy
+from atoll.aggregation import FedAvg, FedBuff, Strategy
 from atoll.aggregation.outer import Outer, Sgd, outer
 from atoll.aggregation.strategy import Actions
 from atoll.client.algorithm import local_algorithm
@@ -110,6 +110,9 @@ class Watched(Training):
     def variates(self) -> list[Tensor]:
         """c_i of every client; of one that has none yet: zero."""
         zero = torch.zeros_like(self.models[0])
+        if self._table is not None:
+            rows = [self._table.row(self._newest.facts.numbers, name) for name in self.toys]
+            return [zero if row is None else row for row in rows]
         held = {n: k.now("control") for n, k in self._keeps.items()}
         return [held.get(name, {}).get("c", zero) for name in self.toys]
 
@@ -251,6 +254,20 @@ def test_without_momentum_each_is_its_plain_form_bit_for_bit(spec: str, same: st
     assert ran(spec, 6, in_turn) == ran(same, 6, in_turn)
 
 
+@pytest.mark.parametrize("spec", ["scaffold:", "scaffold-m:beta=0.5,", "scaffold-m-vr:beta=0.5,"])
+def test_whoever_keeps_the_variates_they_and_the_models_have_the_same_bits(spec: str) -> None:
+    for who in (both, in_turn):
+        made = [Watched(TWO, f"{spec}table={keeper}") for keeper in ("client", "server")]
+        for learning in made:
+            simulate(Chosen(who, 8), {"a": 1.0, "b": 1.0}, learning=learning)
+        client, server = made
+        assert len(server.models) == 9
+        assert all(map(torch.equal, client.models, server.models))
+        assert all(map(torch.equal, client.variates(), server.variates()))
+        assert float(server.variates()[0]) != 0
+        assert not server._keeps or all(not k.report() for k in server._keeps.values())
+
+
 def test_one_step_a_round_is_momentum_sgd() -> None:
     """g+ = beta mean G + (1 - beta) g;  x -= eta g+."""
     learning = Watched(TWO, "fedavg-m:beta=0.3")
@@ -345,6 +362,28 @@ def test_random_quadratics_reach_the_optimum_and_keep_every_identity() -> None:
     for control, variates in seen:
         assert torch.allclose(control, torch.stack(variates).mean(0), atol=1e-6)
     assert len(seen) == 2 * (rounds - 1)
+
+
+def test_overlapping_orders_leave_c_the_mean_of_the_servers_rows() -> None:
+    """Late work, from a row that has changed since: its delta counts, its change does not."""
+    learning = Watched(TWO, "scaffold:table=server")
+    stats: list[Mapping[str, float]] = []
+
+    def listen(now: float, event: object, actions: object) -> None:
+        if isinstance(event, Merged):
+            stats.append(event.stats)
+            mean = torch.stack(learning.variates()).mean(0)
+            if int(learning._newest.facts.numbers["clients"]) == 2:
+                assert torch.allclose(learning.vector("control"), mean, atol=1e-6)
+
+    simulate(
+        FedBuff(size=2, steps=STEPS), {"a": 0.1, "b": 0.7}, 30.0, learning=learning, listen=listen
+    )
+    assert len(stats) > 20
+    assert any("variates_skipped" in told for told in stats)
+    assert learning._table is not None
+    rows = sum(len(numbers) for numbers in learning._table._stored.values())
+    assert rows <= 4  # of each client the newest, and what its order starts from
 
 
 def test_the_vr_form_that_diverges_ends_the_run() -> None:

@@ -160,7 +160,10 @@ def test_objects_of_this_process_cannot_be_named_to_another() -> None:
     assert Trainers.loads(spec.dumps()) == spec
 
 
-ALGORITHMS = ["fedavg-m:beta=0.3,warm=true", "scaffold", "scaffold-m", "feddyn", "fedprox"]
+ALGORITHMS = [
+    "fedavg-m:beta=0.3,warm=true", "scaffold", "scaffold-m", "scaffold-m:table=server", "feddyn",
+    "fedprox",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, "fedavg-m-vr", "scaffold-m-vr:beta=0.5"])

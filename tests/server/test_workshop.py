@@ -16,7 +16,7 @@ from atoll.aggregation.aggregator import aggregator
 from atoll.aggregation.fedbuff import FedBuff
 from atoll.aggregation.outer import outer
 from atoll.protocols import frames, tensors
-from atoll.protocols.blobs import INLINE, BlobInfo
+from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.codecs import Fp32
 from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
@@ -40,8 +40,11 @@ FP32 = Fp32()
 def packed(manifest: Manifest, value: float) -> tuple[BlobInfo, bytes]:
     """An update whose delta is `value` everywhere."""
     data = torch.full((manifest.counts["trainable"],), value).numpy().tobytes()
-    digest = hashlib.sha256(data).digest()
-    return BlobInfo("u", len(data), digest, tensors.sections_of(manifest, FP32)), data
+    return blob(tensors.sections_of(manifest, FP32), data), data
+
+
+def blob(sections: tuple[Section, ...], data: bytes) -> BlobInfo:
+    return BlobInfo("u", len(data), hashlib.sha256(data).digest(), sections)
 
 
 @pytest.fixture
@@ -144,7 +147,7 @@ def test_old_versions_go_but_those_that_are_needed_stay(shop: Workshop) -> None:
     shop.forget(shop.settle())
     shop.best = 3
     shop.pin(5)
-    shop.prune({6})
+    shop.prune({"slow": 6})
     assert shop.store.numbers() == [0, 3, 5, 6, 8, 9]
     shop.unpin(5, best=None)
     shop.prune()
@@ -255,8 +258,11 @@ class Life:
         order = self.host.run.open.get("c")
         return None if order is None or order.started is None else order.id
 
+    def packed(self, order: str, value: float) -> tuple[BlobInfo, bytes]:
+        return packed(self.assembly.manifest, value)
+
     async def send(self, order: str, value: float) -> None:
-        info, data = packed(self.assembly.manifest, value)
+        info, data = self.packed(order, value)
         result = Result(order, 0, 1, 1, 0.1, info)
         update = self.host.intake.may_upload("c", result)
         assert update == result.update

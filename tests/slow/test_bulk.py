@@ -122,7 +122,7 @@ class Server:
             raise RemoteError("FL-W110", f"no session {session!r}", "say hello again")
         return session.removeprefix("s-")
 
-    def find_blob(self, name: str) -> Blob:
+    def find_blob(self, client: str, name: str) -> Blob:
         if name not in self.blobs:
             raise RemoteError("FL-W107", f"no blob {name}", "take the newest order")
         return self.blobs[name]

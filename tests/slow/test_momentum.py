@@ -28,10 +28,11 @@ SCAFFOLD = ["--local", "scaffold-m:beta=0.5", "--lr", "0.3"]
 ROUNDS = "fedavg:steps=20,min_clients=2,weighting=equal"
 
 
-def test_a_demo_with_scaffold_m_reaches_its_target(federation: "Federation") -> None:
+@pytest.mark.parametrize("local", ["scaffold-m", "scaffold-m:table=server"])
+def test_a_demo_with_scaffold_m_reaches_its_target(federation: "Federation", local: str) -> None:
     out = federation.folder / "demo"
     demo = federation.command(
-        "demo", "fl-server", "demo", "--local", "scaffold-m", "--out", str(out), "--json"
+        "demo", "fl-server", "demo", "--local", local, "--out", str(out), "--json"
     )
     told = demo.data(180)
     assert told["reached"]
