@@ -17,7 +17,7 @@ from atoll.aggregation.rendezvous_events import (
     TrainOn,
     Value,
 )
-from atoll.aggregation.shares import shares, split
+from atoll.aggregation.shares import cut, shares, split
 
 
 class Proposer(Circle):
@@ -110,9 +110,9 @@ class Proposer(Circle):
             return None
         parts, start = [], 0
         for peer, count in zip(group, split(self.size, shares(bandwidths)), strict=True):
-            if count:
-                parts.append(Part(peer, start, start + count))
-                start += count
+            for piece in cut(count) if count else ():
+                parts.append(Part(peer, start, start + piece))
+                start += piece
         return Plan(tuple(group), weights, tuple(parts))
 
     def _reduced(self, lead: Lead, now: float) -> Actions:

@@ -5,7 +5,11 @@ form of it, min over shares f of the slowest peer's (1 + (n - 2) f) / b, has a c
 leader computes it once and ships whole elements, so nobody's floats can differ from another's.
 """
 
+import itertools
 from collections.abc import Sequence
+
+PIECES = 4  # of a peer's share, at most
+PIECE = 1 << 20  # elements of one, at least
 
 
 def shares(bandwidths: Sequence[float]) -> list[float]:
@@ -40,3 +44,11 @@ def split(total: int, fractions: Sequence[float], least: int = 1) -> list[int]:
         first = max(range(len(kept)), key=lambda i: (kept[i] / (parts[i] + 1), -i))
         parts[first] += 1
     return parts
+
+
+def cut(count: int) -> list[int]:
+    """A peer's `count` elements in pieces of about the same size: while one travels another is
+    reduced, and a third is on its way to all."""
+    number = min(PIECES, max(1, count // PIECE))
+    ends = [count * i // number for i in range(number + 1)]
+    return [stop - start for start, stop in itertools.pairwise(ends)]

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ from atoll.protocols.errors import RemoteError
 
 logger = logging.getLogger(__name__)
 
+AHEAD = 2  # parts on their way from one peer: in order, so that the first are soon reduced
 WAIT = 5.0  # seconds that somebody who asks for what is being made waits for it
 # (peer, blob id, where to, may it be shorter); RemoteError where it cannot be had
 Fetch = Callable[[str, str, memoryview, bool], Awaitable[Got]]
@@ -90,6 +92,9 @@ class Reducing:
         self._values = vector(plan.parts[-1].stop)
         self._inputs: dict[tuple[int, str], memoryview] = {}
         self._results: dict[int, tuple[str, memoryview]] = {}
+        self._turns: dict[tuple[str, What], asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(AHEAD)
+        )
         self._news = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -171,7 +176,8 @@ class Reducing:
         name = f"{'in' if what == 'input' else 'out'}/{self.attempt}/{part}"
         try:
             shorter = bool(getattr(codec, "variable", False))
-            sha256, length, _ = await self._fetch(peer, name, dest, shorter)
+            async with self._turns[peer, what]:
+                sha256, length, _ = await self._fetch(peer, name, dest, shorter)
             payload, digest = dest[:length], sha256.hex()
             if what == "result":
                 finite = await asyncio.to_thread(unpack, codec, payload, values)

@@ -132,6 +132,16 @@ def test_the_first_proposes_when_all_are_ready_and_commits_what_a_quorum_holds(
     assert a.members == ("a", "b", "c")
 
 
+def test_a_long_share_is_reduced_piece_by_piece() -> None:
+    machine = up("a", "ab", "ab")
+    machine.size = 6 << 20
+    ready(machine, "ab")
+    begin = hear(machine, "b", Promise("s", ONE, True, None))
+    assert isinstance(begin[0], Reduce)
+    ends = [(part.reducer, part.stop >> 20) for part in begin[0].plan.parts]
+    assert ends == [("a", 1), ("a", 2), ("a", 3), ("b", 4), ("b", 5), ("b", 6)]
+
+
 def test_nobody_else_proposes_while_the_first_is_near(b: Rendezvous) -> None:
     assert ready(b, "abc") == []
     later = [b.handle(BeatDue(), 0.5 * i) for i in range(2, 8)]  # a is silent since 1.0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.aggregation.shares import shares, split
+from atoll.aggregation.shares import PIECE, cut, shares, split
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,13 @@ def test_a_part_that_is_too_small_goes_to_the_others() -> None:
 @given(st.integers(1, 5000), st.lists(st.floats(0.01, 1), min_size=1, max_size=6))
 def test_every_element_has_one_owner(total: int, raw: list[float]) -> None:
     assert sum(split(total, [f / sum(raw) for f in raw])) == total
+
+
+@pytest.mark.parametrize(
+    ("count", "number"),
+    [(1, 1), (PIECE, 1), (2 * PIECE - 1, 1), (3 * PIECE + 1, 3), (100 * PIECE + 3, 4)],
+)
+def test_a_share_is_cut_in_pieces_that_are_worth_their_messages(count: int, number: int) -> None:
+    found = cut(count)
+    assert (len(found), sum(found)) == (number, count)
+    assert max(found) - min(found) <= 1

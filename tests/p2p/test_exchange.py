@@ -16,7 +16,7 @@ from atoll.aggregation.part_mean import part_mean
 from atoll.p2p.bulk import Got
 from atoll.p2p.contribution import Contribution, packer
 from atoll.p2p.exchange import Exchange
-from atoll.p2p.reducing import Mean
+from atoll.p2p.reducing import AHEAD, Mean
 from atoll.protocols.codecs import as_bytes
 from atoll.protocols.codecspec import Chain, parse
 from atoll.protocols.errors import RemoteError, UsageError
@@ -145,6 +145,36 @@ def test_an_fp32_mean_is_exactly_the_weighted_mean_in_the_plans_order() -> None:
             assert isinstance(end, Done)
             exact = by_hand([given[n] for n in NAMES], PLAN.weights)
             assert torch.equal(loop.peers[name].mean(end.digest).values, exact)
+
+    asyncio.run(work())
+
+
+def test_of_each_peer_two_parts_are_on_their_way_and_the_first_come_first() -> None:
+    """So the first can be reduced, and their results fetched, while the last still come."""
+
+    async def work() -> None:
+        loop, given = Loop(), deltas()
+        parts = tuple(Part("a", at, at + 1000) for at in range(0, SIZE, 1000))
+        plan = Plan(NAMES, (1.0, 1.0, 1.0), parts)
+        fetch, asked, under_way, most = loop.peers["a"]._fetch, [], 0, 0
+
+        async def watched(peer: str, name: str, dest: memoryview, shorter: bool) -> Got:
+            nonlocal under_way, most
+            if peer == "b":
+                asked.append(name.rpartition("/")[2])
+                under_way += 1
+                most = max(most, under_way)
+                await asyncio.sleep(0.001)
+            got = await fetch(peer, name, dest, shorter)
+            under_way -= peer == "b"
+            return got
+
+        loop.peers["a"]._fetch = watched
+        mine = {name: Contribution(given[name], FP32) for name in NAMES}
+        await loop.attempt(mine, plan)
+        assert all(isinstance(end, Done) for end in loop.ends.values())
+        assert asked == [str(i) for i in range(9)]
+        assert most == AHEAD
 
     asyncio.run(work())
 
