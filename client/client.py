@@ -376,7 +376,10 @@ class Client:
                 self._reject(refused, message.refusal.order)
             case "goodbye":
                 bye = message.goodbye
-                self._post(machine.Ended(messages.text(bye.reason), bye.done, bye.retry_seconds))
+                reason = messages.text(bye.reason)
+                if not bye.done:
+                    logger.info("client=%s has no server (%s), trying again", self.name, reason)
+                self._post(machine.Ended(reason, bye.done, bye.retry_seconds))
 
     def _ordered(self, order: messages.Order) -> None:
         self._orders[order.id] = order

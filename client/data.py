@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from atoll.protocols import slots
-from atoll.protocols.errors import AtollError, DataError
+from atoll.protocols.errors import DataError
 
 Kind = Literal["classification", "regression", "text", "other"]
 Indices = npt.NDArray[np.int64]
@@ -128,15 +128,7 @@ def load_data(spec: str, seed: int = 0) -> Data:
             (f"did you mean {near[0]!r}? " if near else "")
             + f"known: {', '.join(sorted(BUILTIN))}; or your own as module:object",
         )
-    try:
-        found = slots.resolve("data", spec, {})
-    except AtollError:
-        raise
-    except Exception as error:  # a user's function may raise anything
-        raise DataError(
-            "FL-D102", f"{spec!r} failed: {error!r}", "mend it: -v shows where"
-        ) from error
-    return from_user(found, spec, seed)
+    return from_user(slots.resolve("data", spec, {}), spec, seed)
 
 
 def from_user(found: object, spec: str, seed: int) -> Data:

@@ -79,7 +79,7 @@ class LocalDP:
 
 def local_dp(spec: str) -> LocalDP:
     """From `clip=0.3,noise=2`. UsageError FL-S102."""
-    made = slots.call("local dp", spec, LocalDP, slots.split(f"dp:{spec}")[2])
+    made = slots.call("--local-dp", spec, LocalDP, slots.parameters(spec, f"--local-dp {spec}"))
     assert isinstance(made, LocalDP)
     return made
 

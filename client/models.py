@@ -5,6 +5,7 @@ its parameters have one called `info`, it is given the data's `DataInfo`.
 """
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -106,7 +107,7 @@ def _given_info(
             "FL-S104", f"model {spec!r} takes its shape from the data, and there is none",
             "give --data, or a model without a parameter `info`",
         )  # fmt: skip
-    return lambda **params: found(info=info, **params)
+    return functools.partial(found, info=info)
 
 
 def takes(found: Callable[..., object], name: str) -> bool:

@@ -26,7 +26,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-S100": Entry(1, "unexpected error"),
     "FL-S101": Entry(78, "unknown name for a slot"),
     "FL-S102": Entry(78, "bad parameter for a slot"),
-    "FL-S103": Entry(78, "module:object cannot be imported"),
+    "FL-S103": Entry(78, "module:object cannot be imported or made"),
     "FL-S104": Entry(78, "combination refused"),
     "FL-S105": Entry(64, "unsafe address refused"),
     "FL-S106": Entry(78, "initial model does not fit the run's model"),

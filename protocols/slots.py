@@ -14,28 +14,44 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 
-from atoll.protocols.errors import UsageError
+from atoll.protocols.errors import AtollError, UsageError
 
 Value = bool | int | float | str
+NUMBER = re.compile(
+    r"\w+(: '?(int|float)( \| None)?'?( =.*)?|=-?[\d.]+(e-?\d+)?)"
+)  # as Python writes one
+MEND = "mend it: -v shows where"
 
 
 def split(spec: str) -> tuple[str, str, dict[str, Value]]:
     """`fedavg:steps=5` gives ("fedavg", "", {"steps": 5}), `m.n:C:lr=1` ("m.n", "C", {"lr": 1})."""
     name, *rest = spec.split(":")
     target = rest.pop(0) if rest and "=" not in rest[0] else ""
+    params = parameters(":".join(rest), spec) if rest else {}
+    return name.strip(), target.strip(), params
+
+
+def parameters(text: str, spec: str) -> dict[str, Value]:
+    """`steps=5,lr=.1` gives {"steps": 5, "lr": 0.1}. UsageError FL-S102, which names `spec`."""
     params: dict[str, Value] = {}
-    for item in ":".join(rest).split(",") if rest else []:
+    for item in text.split(","):
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
-            raise UsageError(
-                "FL-S102", f"{spec!r}: {item!r} is not key=value", "write name:key=value,key=value"
-            )
+            raise _no_parameter(spec, item)
         params[key.strip().replace("-", "_")] = to_value(value.strip())
-    return name.strip(), target.strip(), params
+    return params
+
+
+def _no_parameter(spec: str, item: str) -> UsageError:
+    return UsageError(
+        "FL-S102", f"{spec!r}: {item!r} is not key=value", "write key=value,key=value"
+    )
 
 
 def resolve(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
@@ -54,14 +70,20 @@ def resolve(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
 
 
 def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str, object]) -> object:
-    """`made(**params)`, with a wrong parameter told as FL-S102."""
+    """`made(**params)`. UsageError FL-S102: a wrong parameter; FL-S103: whatever else it raises."""
     try:
         return made(**params)
     except TypeError as error:
         raise UsageError(
             "FL-S102",
-            f"{slot} {spec!r}: {_unknown(made, params) or error}",
+            f"{slot} {spec!r}: {_unknown(made, params) or _no_number(made, params) or error}",
             f"parameters: {_parameters(made)}",
+        ) from error
+    except AtollError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        raise UsageError(
+            "FL-S103", f"{slot} {spec!r} fails when it is made: {_told(error)}", MEND
         ) from error
 
 
@@ -77,17 +99,31 @@ def _unknown(made: Callable[..., object], params: Mapping[str, object]) -> str:
     return f"it has no parameter {wrong[0]!r}" if wrong else ""
 
 
+def _no_number(made: Callable[..., object], params: Mapping[str, object]) -> str:
+    """Says which parameter is text where a number is wanted; empty where none is."""
+    try:
+        known = inspect.signature(made).parameters
+    except (TypeError, ValueError):
+        return ""
+    for name, value in params.items():
+        if isinstance(value, str) and name in known and NUMBER.fullmatch(str(known[name])):
+            return f"{name}={value!r} is no number"
+    return ""
+
+
 def _parameters(made: Callable[..., object]) -> str:
     """What `made` can be given, with the defaults."""
     try:
         found = inspect.signature(made).parameters.values()
     except (TypeError, ValueError):
         return "see its documentation"
+    bound = made.keywords if isinstance(made, functools.partial) else {}  # not the user's to give
     return (
         ", ".join(
             str(p.replace(annotation=p.empty, default=p.empty))
             + (f"={p.default}" if p.default is not p.empty else "")
             for p in found
+            if p.name not in bound
         )
         or "none"
     )
@@ -106,6 +142,9 @@ def locate(slot: str, spec: str, builtin: Mapping[str, str]) -> tuple[str, str]:
     """
     name, target, _ = split(spec)
     if target:
+        see_own_folder()
+        if name in builtin and importlib.util.find_spec(name) is None:
+            raise _no_parameter(spec, target)  # `fedavg:steps`, and no module of that name
         return f"{name}:{target}", ""
     offered = installed(slot)
     found = offered.get(name, [])
@@ -170,27 +209,30 @@ def see_own_folder() -> None:
 
 def _load(slot: str, path: str, package: str) -> object:
     module, _, attribute = path.partition(":")
+    of = f" of {package}" if package else ""
     see_own_folder()
     try:
         found: object = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        of = f" of {package}" if package else ""
         raise UsageError(
             "FL-S103",
             f"{slot} {path!r}{of} cannot be imported: {error}",
             "mend the package, or uninstall it" if package else "check the path and PYTHONPATH",
         ) from error
     except Exception as error:
-        if not package:
-            raise
         raise UsageError(
             "FL-S103",
-            f"{slot} {path!r} of {package} fails when it is imported: {error!r}",
-            "mend the package, or uninstall it",
+            f"{slot} {path!r}{of} fails when it is imported: {_told(error)}",
+            "mend the package, or uninstall it" if package else MEND,
         ) from error
     return found
+
+
+def _told(error: Exception) -> str:
+    """`repr` of a SyntaxError is a page."""
+    return f"{type(error).__name__}: {error}"
 
 
 def to_value(text: str) -> Value:

@@ -5,7 +5,8 @@ fall-back to the mean), and is then asked for any tile, from any thread.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from atoll.aggregation.aggregator import (
 from atoll.aggregation.mean import Mean
 from atoll.aggregation.stack import Reported
 from atoll.protocols.codecs import TILE, Decoder, accumulate, all_finite
-from atoll.protocols.errors import UsageError
+from atoll.protocols.errors import AtollError, ServerError, UsageError
 from atoll.server.passes import Area, Crew, NotFiniteError, Reading, scratch, zeros
 
 MEAN = Mean()
@@ -96,8 +97,9 @@ def _measured(
     more: Sequence[Decoder],
 ) -> Plan:
     decoders = [*(s.decoder for s in voters), *more]
-    answer = rule.coefficients(Reading(crew, decoders, count), weights)
-    found = [float(c) for c in answer]
+    with _own_code(rule):
+        answer = rule.coefficients(Reading(crew, decoders, count), weights)
+        found = [float(c) for c in answer]
     if len(found) != len(decoders):
         raise UsageError(
             "FL-S102",
@@ -135,7 +137,9 @@ def summed(rule: SumAggregator, terms: Sequence[tuple[Decoder, float]]) -> Tile:
             if i and adds:
                 accumulate(decode, lo, hi, out, weight, spare)
             else:
-                rule.add(out, decode(lo, hi, spare), weight, first=i == 0)
+                delta = decode(lo, hi, spare)
+                with _own_code(rule):
+                    rule.add(out, delta, weight, first=i == 0)
 
     return tile
 
@@ -148,9 +152,28 @@ def _ruled(rule: TileRule, decoders: Sequence[Decoder], weights: Sequence[float]
         ]
         if not all(all_finite(delta) for delta in deltas):  # a median would hide it
             raise NotFiniteError
-        out.copy_(rule.combine(anchor, deltas, weights))
+        with _own_code(rule):
+            found = rule.combine(anchor, deltas, weights)
+            if found.shape != out.shape:  # would be spread over all elements without a word
+                raise ValueError(f"combine gave {tuple(found.shape)} for {tuple(out.shape)} values")
+            out.copy_(found)
 
     return tile
+
+
+@contextmanager
+def _own_code(rule: Aggregator) -> Iterator[None]:
+    """What a rule raises by mistake ends its run as an error of its own: ServerError FL-S204."""
+    try:
+        yield
+    except (AtollError, NotFiniteError):
+        raise
+    except Exception as error:  # a user's code may raise anything
+        raise ServerError(
+            "FL-S204",
+            f"aggregator {type(rule).__name__} failed: {type(error).__name__}: {error}",
+            "mend it: `check_aggregator` of atoll.aggregation tries it on 200 merges",
+        ) from error
 
 
 def _robust(rule: SetAggregator) -> bool:

@@ -48,7 +48,7 @@ class CentralDP:
 
 def central_dp(spec: str) -> CentralDP:
     """From `clip=0.3,noise=1`. UsageError FL-S102."""
-    made = slots.call("dp", spec, CentralDP, slots.split(f"dp:{spec}")[2])
+    made = slots.call("--dp", spec, CentralDP, slots.parameters(spec, f"--dp {spec}"))
     assert isinstance(made, CentralDP)
     return made
 

@@ -28,7 +28,6 @@ from atoll.protocols.hand import Hand
 from atoll.server.clock import Clock
 from atoll.server.inputs import Input, in_order
 from atoll.server.journal import Journal, Payload
-from atoll.server.recover import failed
 from atoll.server.rules import Rules
 from atoll.server.run import (
     Arm,
@@ -42,6 +41,7 @@ from atoll.server.run import (
     Run,
     Stop,
     Tell,
+    failed,
 )
 
 logger = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ class Driver:
         try:
             heard, actions, effects = self.run.handle(one.event, one.now)
         except Exception as error:  # a strategy may raise anything; the run ends with it
-            logger.exception("run=%s the strategy failed", self.journal.run)
+            logger.info("run=%s the strategy failed", self.journal.run, exc_info=True)
             self.journal.fail(seq, repr(error))
             self._failed = True
             self._unsaid.append(_Decided(one, [], None))

@@ -23,7 +23,9 @@ def find(folder: Path) -> Path:
         if (candidate / "run.json").is_file():
             return candidate
     raise ServerError(
-        "FL-S107", f"no run in {folder}", "give the --state of a run; `fl-server run ls` lists them"
+        "FL-S107",
+        f"no run in {folder}",
+        "name the state directory of a run; `fl-server run ls` lists them",
     )
 
 
@@ -240,7 +242,7 @@ def best_model(state: Path, history: History, metric: str = "accuracy") -> Path:
     """The kept version with the highest `metric`, else the newest. ServerError FL-S107."""
     found = versions(state)
     if not found:
-        raise ServerError("FL-S107", f"no version in {state}", "give the --state of a run")
+        raise ServerError("FL-S107", f"no version in {state}", "name the state directory of a run")
     judged = [p for p in history.series(metric) if p.version in found]
     best = max(judged, key=lambda p: p.value, default=None)
     return found[best.version if best else max(found)]

@@ -51,7 +51,8 @@ def run_options(command: F) -> F:
         click.option("--trainer", default="", help="Your own Trainer as MODULE:OBJECT."),
         click.option("--lr", type=float, default=None, help="Local learning rate."),
         click.option("--batch", type=int, default=None, help="Local batch size."),
-        click.option("--local-optimizer", default=None, help="sgd, adam, adamw."),
+        click.option("--local-optimizer", default=None,
+                     type=click.Choice(["sgd", "adam", "adamw"]), help="Of the local steps."),
         click.option("--local-momentum", type=float, default=None, help="Of local SGD."),
         click.option("--clip", type=float, default=None, help="Largest local gradient norm."),
         click.option("--codec", default="fp32", show_default=True,
@@ -151,7 +152,8 @@ def check_numbers(given: Mapping[str, Any]) -> None:
     for name, (holds, want) in limits.items():
         value = given.get(name)
         if value is not None and not holds(value):
-            raise UsageError("FL-S102", f"--{name.replace('_', '-')} {value}", f"give {want}")
+            option = {"most_examples": "max_examples"}.get(name, name).replace("_", "-")
+            raise UsageError("FL-S102", f"--{option} {value}", f"give {want}")
 
 
 def make_folder(out: Path) -> None:

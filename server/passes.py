@@ -36,14 +36,16 @@ class Crew:
 
         def run(area: Area) -> None:
             torch.get_num_threads()  # asking sets it in this thread: else a product takes all cores
-            try:
-                while True:
-                    work(todo.popleft(), area)
-            except IndexError:
-                return
-            except BaseException:
-                todo.clear()
-                raise
+            while True:
+                try:
+                    start = todo.popleft()
+                except IndexError:
+                    return
+                try:
+                    work(start, area)
+                except BaseException:
+                    todo.clear()
+                    raise
 
         helpers = min(self._threads, len(starts)) - 1
         if helpers < 1:

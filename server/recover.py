@@ -17,7 +17,7 @@ from atoll.protocols.events import Action, Evaluated, Event, Merged
 from atoll.protocols.membership import Membership
 from atoll.server.journal import Journal, Row, dump_actions, same
 from atoll.server.rules import Rules
-from atoll.server.run import Effect, Merge, Run
+from atoll.server.run import Effect, Merge, Run, failed
 from atoll.server.workshop import Stock
 
 Heard = Callable[[Run, float, Event, list[Action], list[Effect]], None]
@@ -114,15 +114,6 @@ def _again(found: Recovered, row: Row, told: Heard | None) -> None:
     found.inputs += 1
     if told is not None:
         told(found.run, row.now, event, actions, effects)
-
-
-def failed(heard: str, error: Exception) -> ServerError:
-    """The run cannot go on: its strategy raised `error`."""
-    return ServerError(
-        "FL-S204",
-        f"the strategy failed on {heard}: {error!r}",
-        "mend the strategy and start again on the same state directory",
-    )
 
 
 def _unlike(what: str) -> ServerError:

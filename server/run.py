@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from atoll.aggregation.strategy import Strategy
+from atoll.protocols.errors import ServerError
 from atoll.protocols.events import (
     Action,
     Aggregate,
@@ -118,6 +119,15 @@ Effect = Deliver | Interrupt | Merge | Tell | Arm | Disarm | Stop
 
 class StrategyError(Exception):
     """A strategy said something that no driver can carry out; the run stops with it."""
+
+
+def failed(
+    heard: str,
+    error: Exception,
+    remedy: str = "mend the strategy and start again on the same state directory",
+) -> ServerError:
+    """The run cannot go on: its strategy raised `error`."""
+    return ServerError("FL-S204", f"the strategy failed on {heard}: {error!r}", remedy)
 
 
 @dataclass
@@ -263,6 +273,8 @@ class Run:
                 held = self._take(update)
                 self._decide(update, held, "discarded", 0, reason, effects)
             case SetTimer(timer, at):
+                if not isinstance(at, int | float) or math.isnan(at):
+                    raise StrategyError(f"SetTimer({timer!r}, {at!r}): no time of the run's clock")
                 self.timers[timer] = at
                 effects.append(Arm(timer, at))
             case CancelTimer(timer):
@@ -272,6 +284,8 @@ class Run:
                 self._ask(client, then, effects)
             case Finish(reason):
                 self._finish(reason, effects)
+            case _:
+                raise StrategyError(f"{action!r} is no action")
 
     def _train(
         self, client: str, steps: int, extra: Mapping[str, float], now: float, out: list[Effect]
@@ -282,8 +296,8 @@ class Run:
             raise StrategyError(f"Train({client!r}): no such member")
         if client in self.open:
             raise StrategyError(f"Train({client!r}): its order {self.open[client].id} is open")
-        if steps < 1:
-            raise StrategyError(f"Train({client!r}, {steps}): at least one step")
+        if not isinstance(steps, int) or steps < 1:
+            raise StrategyError(f"Train({client!r}, {steps!r}): steps are whole, and at least one")
         order = Order(f"o{self.made}", client, self.version, steps, extra)
         self.made += 1
         self.open[client] = order
@@ -300,6 +314,9 @@ class Run:
         self.merging[self.version] = {update: self._take(update) for update, _ in items}
         if len(self.merging[self.version]) != len(items):
             raise StrategyError(f"Aggregate: an update stands twice in {items}")
+        for update, weight in items:
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise StrategyError(f"Aggregate: update {update!r} has weight {weight!r}")
         clients = {update: held.client for update, held in self.merging[self.version].items()}
         out.append(Merge(self.version, items, model, outer, clients, len(self.met)))
 

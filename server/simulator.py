@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from atoll.aggregation.strategy import Strategy
+from atoll.protocols.errors import AtollError
 from atoll.protocols.events import (
     Action,
     Evaluated,
@@ -26,7 +27,19 @@ from atoll.server.history import Row
 from atoll.server.learning import Learning, NoLearning
 from atoll.server.rows import Recorder
 from atoll.server.rules import Rules
-from atoll.server.run import Arm, Deliver, Disarm, Effect, Interrupt, Merge, Order, Run, Stop, Tell
+from atoll.server.run import (
+    Arm,
+    Deliver,
+    Disarm,
+    Effect,
+    Interrupt,
+    Merge,
+    Order,
+    Run,
+    Stop,
+    Tell,
+    failed,
+)
 from atoll.server.simclients import TIMER, Clients
 from atoll.server.simulation import Simulation
 from atoll.server.world import ClientModel, at_paces
@@ -57,7 +70,7 @@ def simulate(
     `learning` None trains nothing and evaluates nothing; `atoll.server.training.Training` trains
     for real. A version is evaluated if `evaluate_every` divides its number, in no virtual time.
     `rules` may end the run earlier; `listen` hears of every decision. `lease`: seconds until one
-    who is away has left. Whatever the strategy raises comes through. UsageError FL-S104 where
+    who is away has left. ServerError FL-S204 where the strategy raises. UsageError FL-S104 where
     it cannot go with the parts of `learning`; what may go wrong is logged. Without `until` and
     `rules` the strategy must finish by itself.
     """
@@ -132,7 +145,7 @@ class Simulator:
         """One event, and all that follows from it at the same instant."""
         events = [event]
         for event in events:
-            heard, actions, effects = self.run.handle(event, self.now)
+            heard, actions, effects = self._handle(event)
             self.events += 1
             self.digest.feed(self.now, heard, actions)
             if self._listen is not None:
@@ -155,6 +168,16 @@ class Simulator:
                 self._perform(effect, events)
             if isinstance(event, (Merged, Evaluated)):
                 events.extend(self._look(event))
+
+    def _handle(self, event: Event) -> tuple[Event, list[Action], list[Effect]]:
+        try:
+            return self.run.handle(event, self.now)
+        except AtollError:
+            raise
+        except Exception as error:  # a strategy may raise anything
+            heard = f"{type(event).__name__} at {self.now:g} s"
+            remedy = "mend it: -v shows where; `check_strategy` tries it on 200 histories"
+            raise failed(heard, error, remedy) from error
 
     def _down_size(self, order: Order) -> int:
         size = self.learning.download(order)

@@ -72,7 +72,9 @@ def test_both_sides_wishes_hold() -> None:
     assert stricter(None, None) is None
 
 
-@pytest.mark.parametrize("spec", ["clip=0", "noise=-1", "noise=nan", "delta=1", "epsilon=0", "z=1"])
+@pytest.mark.parametrize(
+    "spec", ["clip=0", "noise=-1", "noise=nan", "delta=1", "epsilon=0", "z=1", "8", "on:noise=8"]
+)
 def test_a_value_that_cannot_be_is_refused(spec: str) -> None:
     with pytest.raises(UsageError, match="FL-S102"):
         local_dp(spec)

@@ -65,7 +65,7 @@ def test_a_parameter_that_the_object_does_not_take_is_told() -> None:
 @pytest.mark.parametrize("made", [Fraction, functools.partial(json.dumps, None), range])
 def test_what_else_does_not_fit_is_told_as_python_says_it(made: Callable[..., object]) -> None:
     """Of a wrong type; of an object that takes what comes; of one that does not say what."""
-    given = {"numerator": "1", "denominator": 2} if made is Fraction else {"x": 1}
+    given = {"numerator": [1], "denominator": 2} if made is Fraction else {"x": 1}
     with pytest.raises(UsageError, match=r"Rational|argument") as caught:
         slots.call("part", "x", made, given)
     assert "has no parameter" not in caught.value.message
@@ -174,10 +174,45 @@ def test_a_broken_package_is_one_error_that_names_it(package: Package, code: str
     assert "of package 'theirs_atoll'" in caught.value.message
 
 
-def test_a_users_own_module_that_fails_fails_with_its_own_error(package: Package) -> None:
-    package("theirs_atoll", "1 / 0\n")
-    with pytest.raises(ZeroDivisionError):
-        slots.find("codec", "theirs_atoll:Mine", BUILTIN)
+FAILS = "class Mine:\n    def __init__(self):\n        {}['size']\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("1 / 0\n", "fails when it is imported: ZeroDivisionError: division by zero"),
+        ("class Mine(\n", "fails when it is imported: SyntaxError: '(' was never closed (theirs_a"),
+        (FAILS, "fails when it is made: KeyError: 'size'"),
+    ],
+)
+def test_a_mistake_in_a_users_own_module_is_one_error_that_says_which(
+    package: Package, code: str, said: str
+) -> None:
+    """It was told as a bug of ours, with a crash file to report."""
+    package("theirs_atoll", code)
+    with pytest.raises(UsageError) as caught:
+        slots.resolve("codec", "theirs_atoll:Mine", BUILTIN)
+    assert caught.value.code == "FL-S103"
+    assert said in caught.value.message
+    assert caught.value.hint == "mend it: -v shows where"
+
+
+@pytest.mark.parametrize("spec", ["fedavg:steps=x", "fedavg:steps=", "fedavg:cohort=all"])
+def test_text_where_a_number_is_wanted_is_told(spec: str) -> None:
+    """It was told as "'>=' not supported between instances of 'str' and 'int'"."""
+    name, _, value = spec.partition(":")[2].partition("=")
+    with pytest.raises(UsageError, match=f"{name}='{value}' is no number") as caught:
+        slots.resolve("strategy", spec, BUILTIN)
+    assert caught.value.code == "FL-S102"
+
+
+def test_a_parameter_without_a_value_is_no_module_of_ones_own(package: Package) -> None:
+    """`fedavg:steps` was looked for in a module called fedavg."""
+    with pytest.raises(UsageError, match="'fedavg:steps': 'steps' is not key=value") as caught:
+        slots.find("strategy", "fedavg:steps", BUILTIN)
+    assert caught.value.code == "FL-S102"
+    package("fedavg", MADE)  # unless there is one
+    assert slots.resolve("strategy", "fedavg:Mine", BUILTIN)
 
 
 def test_what_is_said_where_no_package_is_known() -> None:

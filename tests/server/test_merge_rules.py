@@ -1,8 +1,9 @@
 """Merging under rules over the set: same bits however it is read, bounded memory, and a memory."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from atoll.aggregation.robust import Robust
 from atoll.aggregation.stack import CHUNK, Rows, Stack
 from atoll.aggregation.trimmed_mean import TrimmedMean
 from atoll.protocols.codecs import Decoder, codec
-from atoll.protocols.errors import UsageError
+from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import Group, Manifest, TensorSpec
 from atoll.protocols.tensors import pack, parse
 from atoll.server.combine import DECODED, MEMORY, Source, plan
@@ -310,6 +311,58 @@ def test_a_rule_that_forgets_a_row_is_told(store: VersionStore) -> None:
 
 
 # ---- a rule's memory ---------------------------------------------------------------------------
+
+
+class Own:
+    """A user's rule with a mistake in it."""
+
+    algebra: Literal["set"] = "set"
+    needs: frozenset[str] = frozenset()
+    min_results = 1
+    coordinatewise = True
+
+    def __init__(self, mistake: Callable[[Tensor, Sequence[Tensor]], Tensor]) -> None:
+        self.mistake = mistake
+
+    def combine(self, x: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        return self.mistake(x, deltas)
+
+
+class OwnSum:
+    algebra: Literal["sum"] = "sum"
+    needs: frozenset[str] = frozenset()
+
+    def add(self, total: Tensor, delta: Tensor, weight: float, *, first: bool) -> None:
+        raise KeyError("my mistake")
+
+
+class OwnStack:
+    algebra: Literal["set"] = "set"
+    needs: frozenset[str] = frozenset()
+    min_results = 1
+
+    def coefficients(self, stack: Stack, weights: Sequence[float]) -> Sequence[float]:
+        return [1.0 / (len(stack) - 5)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (Own(lambda x, deltas: deltas[len(deltas)]), "Own failed: IndexError: list index out"),
+        (Own(lambda x, deltas: x[:1]), r"Own failed: ValueError: combine gave \(1,\) for \("),
+        (Own(lambda x, deltas: None), "Own failed: AttributeError"),  # type: ignore[arg-type, return-value]
+        (OwnSum(), "OwnSum failed: KeyError: 'my mistake'"),
+        (OwnStack(), "OwnStack failed: ZeroDivisionError"),
+    ],
+)
+def test_a_mistake_in_a_rule_of_ones_own_ends_the_run_and_never_moves_the_model(
+    store: VersionStore, rule: Aggregator, said: str
+) -> None:
+    """An IndexError was taken for the end of the blocks: the version was what the disk held. One
+    value for a whole tile was written to all of it. The others were told as bugs of ours."""
+    with pytest.raises(ServerError, match=said) as caught:
+        merged(store, Merger(MANIFEST, rule), base(store), five())
+    assert caught.value.code == "FL-S204"
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])

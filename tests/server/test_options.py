@@ -40,6 +40,25 @@ def test_a_number_that_makes_no_sense_is_named_with_its_remedy(
 
 
 @pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (("--max-examples", "-4"), "--max-examples -4"),  # was told of --most-examples
+        (("--local-optimizer", "adammm"), "'adammm' is not one of 'sgd', 'adam', 'adamw'"),
+        (("--dp", "8"), "'--dp 8': '8' is not key=value"),
+        (("--local-dp", "on:noise=8"), "--local-dp 'on:noise=8': it has no parameter 'on:noise'"),
+    ],
+)
+def test_a_start_refuses_before_it_serves(
+    bad: tuple[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--dp 8` served with the default noise, and an optimizer that is none broke every client."""
+    state = tmp_path / "state"
+    assert console.run(server, ["start", "--state", str(state), *bad, "--json"]) in (2, 78)
+    assert said in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert not state.exists()
+
+
+@pytest.mark.parametrize(
     ("bad", "code"),
     [
         (("--lr", "nan"), "FL-S102"),

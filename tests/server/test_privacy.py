@@ -311,7 +311,8 @@ def test_without_noise_the_clip_moves_by_its_formula(store: VersionStore) -> Non
 @pytest.mark.parametrize(
     "params",
     ["clip=0", "clip=inf", "noise=-1", "noise=inf", "delta=0", "delta=2", "epsilon=0", "rate=0",
-     "quantile=1.5", "weights=mine", "cap=0", "adaptive=true,noise=1,count_noise=0.5", "sigma=1"],
+     "quantile=1.5", "weights=mine", "cap=0", "adaptive=true,noise=1,count_noise=0.5", "sigma=1",
+     "8", "", "on", "on:noise=8"],
 )  # fmt: skip
 def test_a_value_that_cannot_be_is_refused(params: str) -> None:
     with pytest.raises(UsageError, match="FL-S102"):

@@ -1,5 +1,7 @@
 """The book of a run: orders, versions, updates and outcomes, and what a driver must do."""
 
+import math
+
 import pytest
 
 from atoll.aggregation.strategy import Strategy
@@ -352,7 +354,11 @@ def test_a_stop_lets_the_strategy_merge_what_it_has_and_then_ends(book: Book) ->
     [
         ([Train("nobody", 5)], "no such member"),
         ([Train("a", 5)], "its order o0 is open"),
-        ([Ask("a", "drop"), Train("a", 0)], "at least one step"),
+        ([Ask("a", "drop"), Train("a", 0)], "at least one"),
+        ([Ask("a", "drop"), Train("a", 2.5)], r"Train\('a', 2.5\): steps are whole"),  # type: ignore[arg-type]
+        ([SetTimer("t", math.nan)], r"SetTimer\('t', nan\)"),
+        ([SetTimer("t", None)], r"SetTimer\('t', None\)"),  # type: ignore[arg-type]
+        (["train"], "'train' is no action"),
         ([Ask("nobody", "send")], "no open order"),
         ([Aggregate((("o9.0", 1.0),))], "'o9.0' is not held"),
         ([Discard("o9.0", "no")], "'o9.0' is not held"),
@@ -369,6 +375,14 @@ def test_an_update_cannot_stand_twice_in_one_aggregate(book: Book) -> None:
     book.bring("o0", "a", 3.0)
     with pytest.raises(StrategyError, match=r"'o0\.0' is not held"):
         book.hear(Evaluated(0, {}), 3.0, Aggregate((("o0.0", 0.5), ("o0.0", 0.5))))
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, None])
+def test_a_weight_is_a_number(book: Book, weight: float) -> None:
+    """A NaN went into the merge, which then used nothing, version after version."""
+    book.bring("o0", "a", 3.0)
+    with pytest.raises(StrategyError, match=f"update 'o0.0' has weight {weight}"):
+        book.hear(Evaluated(0, {}), 3.0, Aggregate((("o0.0", weight),)))
 
 
 def test_a_driver_that_breaks_its_promises_is_stopped(book: Book) -> None:

@@ -11,7 +11,7 @@ from atoll.aggregation.fedavg import FedAvg
 from atoll.aggregation.fedbuff import FedBuff
 from atoll.aggregation.fedcompass import FedCompass
 from atoll.aggregation.strategy import Actions, Strategy
-from atoll.protocols.errors import UsageError
+from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.events import (
     Action,
     Aggregate,
@@ -449,13 +449,18 @@ def test_a_stop_merges_what_a_strategy_gives_at_the_end() -> None:
     assert (made.versions, made.updates_used, made.seconds) == (1, 2, 25.0)
 
 
-def test_what_a_strategy_raises_comes_through() -> None:
+def test_what_a_strategy_raises_is_an_error_of_its_own() -> None:
+    """It was told as a bug of ours."""
+
     class Broken(Orders):
         def on_update(self, update: Update, now: float) -> Actions:
             raise ZeroDivisionError("in the strategy")
 
-    with pytest.raises(ZeroDivisionError):
+    said = r"UpdateReceived at 10 s: ZeroDivisionError\('in the strategy'\)"
+    with pytest.raises(ServerError, match=said) as caught:
         simulate(Broken(), {"a": 1.0})
+    assert caught.value.code == "FL-S204"
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 def test_a_summary_names_what_came_of_it() -> None:

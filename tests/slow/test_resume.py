@@ -1,5 +1,6 @@
 """Stopped, restarted, cut off: a run goes on where it was, and nobody trains anything twice."""
 
+import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -49,8 +50,12 @@ def client(federation: "Federation", name: str, trainer: Counting, address: str 
     return Client(address or federation.address, trainer, name=name, folder=folder)
 
 
-def test_a_run_stopped_for_now_goes_on_with_the_same_limits(federation: "Federation") -> None:
-    """Ctrl-C, then the command that its last line names, without the options of the first."""
+def test_a_run_stopped_for_now_goes_on_with_the_same_limits(
+    federation: "Federation", caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ctrl-C, then the command that its last line names, without the options of the first. Its
+    clients say that they wait: they said nothing."""
+    caplog.set_level(logging.INFO, "atoll.client.client")
     server = federation.server("--strategy", "fedavg:steps=3,min_clients=2", "--versions", "12")
     trainers = [Counting(0.03), Counting(0.03)]
     guests = [federation.guest(client(federation, f"c{i}", t)) for i, t in enumerate(trainers)]
@@ -59,6 +64,7 @@ def test_a_run_stopped_for_now_goes_on_with_the_same_limits(federation: "Federat
     stopped = server.data()
     assert stopped["reason"] == ""
     assert 4 <= stopped["versions"] < 12
+    federation.until(lambda: caplog.text.count("has no server (") == 2)
     server = federation.server()
     assert server.data()["versions"] == 12
     reports = [guest.ended() for guest in guests]
