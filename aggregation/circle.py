@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from atoll.aggregation.allreduce import Plan
+from atoll.aggregation.quorum import quorum
 from atoll.aggregation.rendezvous_events import (
     Accept,
     Announce,
@@ -159,6 +160,14 @@ class Circle:
         """Others that were heard of lately, sorted."""
         since = now - self.patience.silence
         return sorted(p for p, k in self.roster.items() if k.heard > since and p != self.me)
+
+    def missing(self, now: float) -> list[str]:
+        """Those of whom some must be heard of before anything can be decided; [] where enough are
+        near."""
+        near, gone = [*self._near(now), self.me], self.gone()
+        if quorum(near, self.members, gone):
+            return []
+        return sorted(set(self.members) - {*near, *gone})
 
     def _here_too(self, now: float) -> list[str]:
         """Those at the same model, this one among them, sorted."""

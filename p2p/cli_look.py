@@ -1,18 +1,20 @@
 """`fl-peer status`, `invite`, `leave`, `doctor`: look at a peer and its run, and end it."""
 
-import os
-import signal
+import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from atoll.p2p import folder as folders
-from atoll.p2p.line import near_members
+from atoll.p2p.line import near_members, waits
 from atoll.protocols import console
 from atoll.protocols.errors import PeerError
+
+if TYPE_CHECKING:
+    import psutil
 
 _FOLDER = click.argument(
     "folder", type=click.Path(path_type=Path, file_okay=False), default=folders.DEFAULT
@@ -28,7 +30,17 @@ def status(folder: Path, as_json: bool) -> None:
     told = folders.status(folder)
     told["running"] = folders.running(folder)
     told["folder"], told["name"] = str(folder), about.name
-    console.emit(told, as_json, _screen(told))
+    if told["running"] and told.get("pid") != folders.pid(folder):
+        told["state"] = "starting"  # what lies there was said by its last life
+    try:
+        screen = "" if as_json else _screen(told)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PeerError(
+            "FL-P405",
+            f"{folder / folders.STATUS} is not what a peer writes: {error!r}",
+            "a peer that runs there writes it anew; was it another release's?",
+        ) from error
+    console.emit(told, as_json, screen)
 
 
 def _screen(told: dict[str, Any]) -> str:
@@ -62,6 +74,8 @@ def _screen(told: dict[str, Any]) -> str:
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+    if told["running"] and waits(told):
+        lines.append(waits(told))
     if told.get("why"):
         lines.append(f"last round put off: {told['why']}")
     return console.clean_lines("\n".join(lines))
@@ -78,7 +92,8 @@ def invite(folder: Path, as_json: bool) -> None:
 
     papers = read(folders.read(folder).invite)
     known = folders.status(folder).get("addresses", ())
-    places = tuple(dict.fromkeys((*map(str, known), *papers.addresses)))[:ADDRESSES]
+    told_there = [a for a in known if isinstance(a, str)] if isinstance(known, list) else []
+    places = tuple(dict.fromkeys((*told_there, *papers.addresses)))[:ADDRESSES]
     text = write(replace(papers, addresses=places))
     told = {"invite": text, "run": papers.run, "addresses": places, "manifest": papers.manifest}
     console.emit(told, as_json, text)
@@ -92,15 +107,20 @@ def invite(folder: Path, as_json: bool) -> None:
 @console.json_option
 def leave(folder: Path, timeout: float, as_json: bool) -> None:
     """Have the peer in FOLDER say goodbye and end."""
+    import psutil
+
     folders.read(folder)
-    pid = folders.status(folder).get("pid")
-    if not folders.running(folder) or not isinstance(pid, int) or pid <= 1:
+    pid = folders.pid(folder)
+    if pid is None:
         raise PeerError(
             "FL-P310", f"no peer runs in {folder}", f"start it with: fl-peer start {folder}"
         )
-    os.kill(pid, signal.SIGTERM)
+    process = psutil.Process(pid) if psutil.pid_exists(pid) else None
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+        if process is not None:
+            process.terminate()
     end = time.monotonic() + timeout
-    while folders.running(folder):
+    while folders.running(folder) or _alive(process):  # it writes its model last
         if time.monotonic() > end:
             raise PeerError(
                 "FL-P311",
@@ -116,6 +136,15 @@ def leave(folder: Path, timeout: float, as_json: bool) -> None:
     console.emit(told, as_json, human)
 
 
+def _alive(process: "psutil.Process | None") -> bool:
+    import psutil
+
+    try:
+        return process is not None and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @click.command()
 @click.argument("invite", default="")
 @click.option(
@@ -129,11 +158,11 @@ def doctor(invite: str, port: int | None, as_json: bool) -> None:
     The daemon, the port and the addresses; with INVITE also the way to the run's members, the way
     back, the clock and the secret.
     """
-    from atoll.p2p.invite import read
+    from atoll.p2p.invite import read, typed
 
     papers = None
     if invite:
-        papers = read(sys.stdin.readline() if invite == "-" else invite)
+        papers = read(typed(sys.stdin) if invite == "-" else invite)
     from atoll.p2p.doctor import examine
     from atoll.protocols.loops import run
 

@@ -1,8 +1,6 @@
 """`fl-peer init`, `join`, `start`: found a run, take part in it, and show how it goes."""
 
-import contextlib
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from atoll.p2p import folder as folders
+from atoll.p2p import ports
 from atoll.p2p.line import Line
 from atoll.protocols import console, orphan
-from atoll.protocols.errors import AtollError, UsageError
+from atoll.protocols.errors import AtollError, PeerError, UsageError
 from atoll.protocols.ids import machine_name
 
 if TYPE_CHECKING:
     from atoll.p2p.peer import Peer, PeerResult
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-PORT = 7448  # taken where it is free and none is asked for
 
 _FOLDER = click.option(
     "--folder",
@@ -47,7 +44,7 @@ def _machine(command: F) -> F:
         ),
         click.option(
             "--port", type=click.IntRange(0, 65535), default=None,
-            help=f"TCP port for other peers.  [default: {PORT} where it is free, else any]",
+            help=f"TCP port for other peers.  [default: {ports.USUAL} where it is free, else any]",
         ),
         click.option("--name", default="", help="This peer's, for people.  [default: the host's]"),
     ):  # fmt: skip
@@ -145,9 +142,9 @@ def join(
     device: str, speed_factor: float, stop_with_stdin: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Take part in the run of INVITE until it ends; `-` reads the invite from standard input."""
-    from atoll.p2p.invite import read
+    from atoll.p2p.invite import read, typed
 
-    text = sys.stdin.readline() if invite == "-" else invite
+    text = typed(sys.stdin) if invite == "-" else invite
     papers = read(text)
     listen = _listen(port, host, no_listen)
     place = folders.for_run(folder, papers.run)
@@ -194,17 +191,9 @@ def _listen(port: int | None, host: str, no_listen: bool) -> tuple[str, ...]:
             "FL-S108", f"--host {host}", "give an address of this machine, as 192.168.1.20"
         ) from error
     if port is None:
-        port = PORT if free(host, PORT) else 0
+        port = ports.USUAL if ports.free(host, ports.USUAL) else 0
+    ports.check(host, port)
     return (f"/{kind}/{host}/tcp/{port}",)
-
-
-def free(host: str, port: int) -> bool:
-    """Whether nobody listens on it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as trial, contextlib.suppress(OSError):
-        trial.bind((host, port))
-        return True
-    return False
 
 
 def _take_part(
@@ -275,6 +264,7 @@ async def _until_left(peer: "Peer", line: Line) -> "PeerResult | None":
 
 def _save(peer: "Peer", place: Path) -> tuple[Path | None, str]:
     """The model as it is now, by names, and what it writes; None where there is none yet."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from atoll.p2p.work import Work
@@ -284,8 +274,16 @@ def _save(peer: "Peer", place: Path) -> tuple[Path | None, str]:
     if not isinstance(work, Work):
         return None, ""
     tensors = unflatten(work.manifest, "trainable", work.engine.state.anchor)
-    path = place / folders.MODEL
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    path, beside = place / folders.MODEL, place / f"{folders.MODEL}.tmp"
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise PeerError(
+            "FL-P405",
+            f"{path} cannot be written: {error}",
+            f"make room; then fl-peer start {place}",
+        ) from error
     return path, work.sample(200)
 
 

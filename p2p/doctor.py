@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from atoll.p2p import ports
 from atoll.p2p.gate import by_peer
 from atoll.p2p.invite import Invite
 from atoll.p2p.node import Node
@@ -64,13 +65,13 @@ async def _door(
     folder: Path, port: int | None, host: str
 ) -> AsyncIterator[tuple[Node, list[Check]]]:
     """A node that listens, for a moment, and knows nobody: who wants to talk to it must connect."""
-    from atoll.p2p.cli_run import PORT, free
-
     seen = []
     if port is None:
-        port = PORT if free(host, PORT) else 0
+        port = ports.USUAL if ports.free(host, ports.USUAL) else 0
         if not port:
-            seen.append(Check("port", "note", f"{PORT} is taken: another is used", "see --port"))
+            said = f"{ports.USUAL} is taken: another is used"
+            seen.append(Check("port", "note", said, "see --port"))
+    ports.check(host, port)
     async with _up(Node(folder / "door", listen=(f"/ip4/{host}/tcp/{port}",))) as door:
         used = door.listen[0].split("/")[4]
         seen.insert(0, Check("daemon", "good", "p2pd starts and answers"))

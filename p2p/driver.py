@@ -126,6 +126,7 @@ class Tally:
     tokens: int = 0
     state: str = "starting"
     why: str = ""  # the last round that was put off
+    missing: tuple[str, ...] = ()  # members without some of whom nothing can be decided
 
 
 @dataclass
@@ -335,6 +336,7 @@ class Driver:
                 self._do(action)
             if isinstance(event, BeatDue):
                 self.exchange.beat()
+                self.tally.missing = tuple(self._machine.missing(self.clock()))
                 self._watch(self.tally)
             if until is None and self._done():
                 self.tally.state = "done"

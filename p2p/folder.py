@@ -43,7 +43,7 @@ def write(folder: Path, about: About) -> None:
         folder.chmod(0o700)
         put_private(folder / ABOUT, state.dumps(about).encode())
     except OSError as error:
-        raise _disk(folder, error) from error
+        raise disk(folder, error) from error
 
 
 def read(folder: Path) -> About:
@@ -57,7 +57,7 @@ def read(folder: Path) -> About:
             "name it; `fl-peer init` and `fl-peer join` make one and say where",
         ) from error
     except OSError as error:
-        raise _disk(folder, error) from error
+        raise disk(folder, error) from error
     except ValueError as error:
         raise PeerError(
             "FL-P405", f"{folder / ABOUT} cannot be read: {error}", "join anew in another directory"
@@ -70,7 +70,7 @@ def signed(folder: Path) -> bytes:
     try:
         return (folder / SIGNED).read_bytes() if (folder / KEY).exists() else b""
     except OSError as error:
-        raise _disk(folder, error) from error
+        raise disk(folder, error) from error
 
 
 def put_private(path: Path, data: bytes) -> None:
@@ -94,6 +94,17 @@ def running(folder: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def pid(folder: Path) -> int | None:
+    """Of the peer that runs there; None where none does, or it has not said so yet."""
+    if not running(folder):
+        return None
+    try:
+        found = int((folder / LOCK).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found > 1 else None
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -150,7 +161,7 @@ def _content(folder: Path) -> set[str]:
     except FileNotFoundError:
         return set()
     except OSError as error:
-        raise _disk(folder, error) from error
+        raise disk(folder, error) from error
 
 
 def _taken(folder: Path) -> PeerError:
@@ -163,7 +174,8 @@ def _taken(folder: Path) -> PeerError:
     )
 
 
-def _disk(folder: Path, error: OSError) -> PeerError:
+def disk(folder: Path, error: OSError) -> PeerError:
+    """FL-P405."""
     return PeerError(
         "FL-P405",
         f"{folder}: {error.strerror or error}",

@@ -84,8 +84,10 @@ async def found(
         folders.write(
             folder, folders.About(write(invite), name, tuple(listen), device, speed_factor)
         )
-    except BaseException:
+    except BaseException as error:
         _withdraw(folder)
+        if isinstance(error, OSError):
+            raise folders.disk(folder, error) from error
         raise
     return invite, paper
 

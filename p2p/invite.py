@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 from dataclasses import dataclass
+from typing import TextIO
 
 from atoll.protocols.errors import PeerError
 
@@ -77,6 +78,27 @@ def read(text: str) -> Invite:
         return _parse(body[1:])
     except ValueError as error:
         raise _damaged(str(error)) from error
+
+
+def typed(stream: TextIO) -> str:
+    """What may be an invite, from a stream: its first line, and of a pipe or a file those after it
+    that make it whole, since a mail program may have broken it."""
+    text = stream.readline(TEXT + 1)
+    while not stream.isatty() and len(text) <= TEXT and not _whole(text):
+        more = stream.readline(TEXT + 1)
+        if not more:
+            break
+        text += more
+    return text
+
+
+def _whole(text: str) -> bool:
+    """False where more of it may mend it."""
+    try:
+        read(text)
+    except PeerError as error:
+        return bool(text.strip()) and error.code != "FL-P302"
+    return True
 
 
 def _parse(body: bytes) -> Invite:

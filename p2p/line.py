@@ -1,5 +1,6 @@
 """Line: how a peer's run goes, as one line that is redrawn; elsewhere a line for each round."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -46,11 +47,10 @@ class Line:
         text = text_of(status)
         if self._live:
             self._shown = text
-            click.echo(f"\r\x1b[2K{text}", err=True, nl=False)
+            room = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be redrawn
+            click.echo(f"\r\x1b[2K{text[:room]}", err=True, nl=False)
             return
-        mark = f"{status.get('round')} {sorted(near)} {status.get('state')}"
-        if status.get("state") != "training" and self._shown:
-            mark = f"{status.get('round')} {sorted(near)}"
+        mark = f"{status.get('round')} {sorted(near)} {waits(status)}"
         if mark != self._last:
             self._last, self._shown = mark, text
             console.say(text)
@@ -77,4 +77,15 @@ def text_of(status: Mapping[str, Any]) -> str:
         f"down {console.size(status.get('bytes_in', 0))}",
         str(status.get("state", "")),
     ]
-    return console.clean("   ".join(part for part in parts if part))
+    return console.clean("   ".join(part for part in [*parts, waits(status)] if part))
+
+
+def waits(status: Mapping[str, Any]) -> str:
+    """For whom, where too few of those who made the last round answer to make another."""
+    missing = [str(peer) for peer in status.get("missing") or ()]
+    if not missing:
+        return ""
+    names = {member.get("peer"): member.get("name", "") for member in status.get("members", ())}
+    who = ", ".join(f"{names.get(peer, '')} …{peer[-8:]}".strip() for peer in missing[:3])
+    more = f" or {len(missing) - 3} others" if len(missing) > 3 else ""
+    return f"waits for {who}{more}: too few of the last round's members answer"

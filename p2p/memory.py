@@ -58,7 +58,7 @@ class Memory:
         with _disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.folder.chmod(0o700)
-            self._lock = open(self.folder / "lock", "wb")  # noqa: SIM115  # until `close`
+            self._lock = open(self.folder / "lock", "ab")  # noqa: SIM115  # until `close`
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -70,6 +70,10 @@ class Memory:
             ) from error
         for torn in self.folder.glob("*.tmp"):
             torn.unlink(missing_ok=True)
+        with _disk(self.folder):  # whom `fl-peer leave` tells
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()).encode())
+            self._lock.flush()
 
     def close(self) -> None:
         if self._lock is not None:
@@ -209,9 +213,10 @@ def _place(path: Path) -> None:
 def _disk(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
         raise PeerError(
             "FL-P405",
-            f"{path} cannot be kept: {error.strerror or error}",
+            f"{path} cannot be kept: {why}",
             "is there room, and is the directory this user's?",
         ) from error

@@ -8,6 +8,7 @@ mean, and who may say it, is the caller's affair (`roster.py`).
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from atoll.p2p.daemon import Daemon, unreachable
+from atoll.p2p.folder import disk
 from atoll.protocols.errors import PeerError, RemoteError
 
 T = TypeVar("T")
@@ -65,14 +67,18 @@ class Node:
     # ---- life ----------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """PeerError FL-P201 (no daemon) or FL-P202 (none of `bootstrap` answers)."""
+        """PeerError FL-P201 (no daemon), FL-P202 (none of `bootstrap` answers) or FL-P405."""
         from hivemind.p2p import P2P
 
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.folder.chmod(0o700)
         identity = self.folder / "identity.key"
-        if not identity.exists():
-            P2P.generate_identity(str(identity))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.chmod(0o700)
+            if not identity.exists():
+                P2P.generate_identity(f"{identity}.tmp")  # not half of one where the disk is full
+                os.replace(f"{identity}.tmp", identity)
+        except OSError as error:
+            raise disk(self.folder, error) from error
         await self._up(self.bootstrap)
         self._watch = asyncio.create_task(self._watching())
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.aggregation.rendezvous_events import Admitted, Lost, Removed
-from atoll.p2p import bulk, direct, post
+from atoll.p2p import bulk, direct, ports, post
 from atoll.p2p.direct import Direct
 from atoll.p2p.driver import Driver, Tally, Terms, Training
 from atoll.p2p.gate import Gate, fetch_manifest
@@ -188,7 +188,7 @@ class Peer:
             for bootstrap in (
                 [places, ()] if places and (founding or self._habits.places) else [places]
             )
-            for listen in dict.fromkeys((self._habits.listen or self._listen, self._listen))
+            for listen in self._listens()
         ]
         for i, (listen, bootstrap) in enumerate(tries):
             node = Node(self.folder, listen=listen if self._listen else (), bootstrap=bootstrap)
@@ -201,6 +201,14 @@ class Peer:
                 self._node = node
                 self._habits.listen = node.listen
                 return
+
+    def _listens(self) -> list[tuple[str, ...]]:
+        """Where to listen: as before, or as asked for; where others do so by now, on any port."""
+        wanted = list(dict.fromkeys((self._habits.listen or self._listen, self._listen)))
+        found = [listen for listen in wanted if ports.all_free(listen)]
+        if not found:
+            logger.warning("%s: another program has its port, it takes another", self.folder)
+        return found or [ports.any_port(self._listen)]
 
     async def _known_manifest(self) -> bytes:
         path = self.folder / SIGNED

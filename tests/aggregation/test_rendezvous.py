@@ -111,6 +111,14 @@ def b() -> Rendezvous:
     return up("b")
 
 
+def test_whom_it_waits_for_is_known_where_too_few_are_near(b: Rendezvous) -> None:
+    assert b.missing(1.0) == []
+    b.handle(Heard("c", Announce(S, True, None)), 9.0)
+    assert b.missing(9.0) == []  # two of three
+    assert b.missing(19.0) == ["a", "c"]
+    assert up("q").missing(1.0) == []  # it has no model, and knows of no members yet
+
+
 # ---- a round -------------------------------------------------------------------------------
 
 

@@ -1,18 +1,25 @@
 """fl-peer: what it refuses, what it shows of a peer's directory; the network is for slow tests."""
 
 import fcntl
+import io
 import json
-import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from atoll.p2p import folder as folders
-from atoll.p2p import invite
+from atoll.p2p import invite, ports
 from atoll.p2p.cli import cli
 from atoll.p2p.doctor import _addresses
-from atoll.p2p.line import Line, near_members, text_of
+from atoll.p2p.line import Line, near_members, text_of, waits
+from atoll.p2p.peer import Peer
 from atoll.protocols import console
 from atoll.protocols.errors import PeerError
 from tests.p2p.people import INVITE
@@ -131,27 +138,159 @@ def test_status_shows_the_run_and_its_members(
     assert folders.status(folder) == {}
 
 
-def test_leave_ends_a_running_peer_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+PEER = """\
+import fcntl, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+lock = open(folder / "lock", "ab")
+fcntl.flock(lock, fcntl.LOCK_EX)
+lock.truncate(0)
+lock.write(str(os.getpid()).encode())
+lock.flush()
+print("up", flush=True)
+signal.sigwait({signal.SIGTERM})
+lock.close()
+time.sleep(0.2)
+(folder / "model.safetensors").write_text("whole")
+"""
+
+
+@contextmanager
+def running_in(folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """What a peer's process is to `fl-peer leave`: it ends when told, and writes its model last."""
+    block = [signal.SIGTERM]
+    signal.pthread_sigmask(signal.SIG_BLOCK, block)
+    try:
+        made = subprocess.Popen(
+            [sys.executable, "-c", PEER, str(folder)], stdout=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, block)
+    with made:
+        assert made.stdout is not None
+        assert made.stdout.readline() == "up\n"
+        try:
+            yield made
+        finally:
+            made.kill()
+
+
+def test_leave_ends_the_peer_that_runs_there_and_waits_for_its_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It told the process that the last status named: after a kill and a new start that was
+    nobody, or whoever has its number by now. And it returned before the model was written."""
     folder = peer_in(tmp_path / "peer", STATUS)
-    sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
     assert refused(capsys, "leave", str(folder)) == "FL-P310"
-    assert sent == []
-    with open(folder / folders.LOCK, "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert refused(capsys, "leave", str(folder), "--timeout", "0") == "FL-P311"
-        assert sent == [(2**30, 15)]
-        monkeypatch.setattr(os, "kill", lambda pid, number: lock.close())
+    with running_in(folder) as peer:
+        assert folders.pid(folder) == peer.pid != STATUS["pid"]
         assert console.run(cli, ["leave", str(folder)]) == 0
+        assert (folder / folders.MODEL).read_text() == "whole"
     said = f"stopped after 4 rounds; go on with   fl-peer start {folder}\n"
     assert capsys.readouterr().out == said
-    (folder / folders.STATUS).write_text(json.dumps({**STATUS, "state": "left"}))
-    with open(folder / folders.LOCK, "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    peer_in(folder, {**STATUS, "state": "left"})
+    with running_in(folder):
         assert console.run(cli, ["leave", str(folder)]) == 0
     assert capsys.readouterr().out == "left after 4 rounds\n"
+    assert refused(capsys, "leave", str(folder)) == "FL-P310"
+
+
+def test_leave_does_not_wait_for_ever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = peer_in(tmp_path / "peer", STATUS)
+    with running_in(folder):
+        assert refused(capsys, "leave", str(folder), "--timeout", "0") == "FL-P311"
+
+
+def test_what_a_former_life_said_last_is_not_told_as_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = peer_in(tmp_path / "peer", STATUS)
+    with running_in(folder) as peer:
+        assert console.run(cli, ["status", str(folder)]) == 0
+        assert capsys.readouterr().out.startswith("one  starting   round 4/9")
+        peer_in(folder, {**STATUS, "pid": peer.pid})
+        assert console.run(cli, ["status", str(folder)]) == 0
+        assert capsys.readouterr().out.startswith("one  training   round 4/9")
+
+
+@pytest.mark.parametrize(
+    "status",
+    [{"round": 1}, {**STATUS, "at": "x"}, {**STATUS, "loss": "x"}, {**STATUS, "members": {"a": 3}}],
+)
+def test_a_status_that_no_peer_wrote_is_an_error(
+    status: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was told as a bug of ours."""
+    folder = peer_in(tmp_path / "peer", status)
+    assert console.run(cli, ["status", str(folder)]) == 74
+    assert "error FL-P405" in capsys.readouterr().err
+    peer_in(folder, {"addresses": 3})
+    assert console.run(cli, ["invite", str(folder)]) == 0
+
+
+def test_a_port_that_another_program_has_is_refused_and_a_former_one_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two daemons listened on one port, and who connected met the one or the other: a peer that was
+    killed came back to a port that was taken meanwhile, and never met some of the others."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for command in (["init"], ["join", TEXT]):
+            folder = str(tmp_path / command[0])
+            given = ["--folder", folder, "--host", "127.0.0.1", "--port", str(port)]
+            assert refused(capsys, *command, *given) == "FL-P201"
+            assert not Path(folder).exists()
+        taken, any_port = (f"/ip4/127.0.0.1/tcp/{port}",), ("/ip4/127.0.0.1/tcp/0",)
+        here = Peer(tmp_path, INVITE, name="one", listen=taken)
+        assert here._listens() == [any_port]
+        here._habits.listen = any_port
+        assert here._listens() == [any_port]
+    assert here._listens() == [any_port, taken]
+    assert Peer(tmp_path, INVITE, name="one", listen=())._listens() == [()]
+    assert ports.free("192.0.2.77", 7448)  # nobody's: the daemon says why it cannot
+    assert ports.free("::1", 0)
+
+
+def test_an_invite_may_be_broken_over_lines(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line was taken for all of it."""
+    lines = "\n".join(TEXT[at : at + 60] for at in range(0, len(TEXT), 60))
+    given = ["join", "-", "--folder", str(tmp_path / "letters")]
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a").write_text("mine")
+    for text, code in ((lines, "FL-P309"), (f"{lines}\nmore", "FL-P309"), (lines[:99], "FL-P302")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert refused(capsys, *given) == code
+
+
+def test_a_peer_that_nobody_can_decide_with_says_whom_it_waits_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said "averaging" for ever."""
+    said = "waits for th\x1b[2Jree …QmThree: too few of the last round's members answer"
+    waiting = {**STATUS, "missing": ["QmThree"]}
+    assert waits(STATUS) == ""
+    assert waits(waiting) == said
+    assert waits({"missing": list("abcde")}).startswith("waits for …a, …b, …c or 2 others: too few")
+    with Line() as line:
+        line.show({**waiting, "state": "averaging"})
+        line.show({**waiting, "state": "averaging"})
+    assert capsys.readouterr().err.count("waits for three …QmThree") == 1
+    folder = peer_in(tmp_path / "peer", waiting)
+    with running_in(folder):
+        assert console.run(cli, ["status", str(folder)]) == 0
+    assert "waits for three …QmThree" in capsys.readouterr().out
+
+
+def test_a_line_on_a_terminal_is_never_longer_than_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that wrapped was not redrawn but written again, twice a second."""
+    monkeypatch.setenv("COLUMNS", "60")
+    with Line() as line:
+        line._live = True
+        line.show(STATUS)
+    assert capsys.readouterr().err.strip() == text_of(STATUS)[:59]
 
 
 def test_an_invite_is_printed_with_the_addresses_known_now(
