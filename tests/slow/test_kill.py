@@ -124,7 +124,10 @@ def test_a_client_killed_in_mid_training_goes_on_with_its_order(federation: "Fed
     other.ended()
     ledger = federation.ledger()
     ledger.check()
-    assert len(ledger.updates) == 8
+    rows = federation.history("update")
+    assert len([row for row in rows if row["client"] == "c1"]) == 4
+    # The quick one may have had a fifth order in hand, and done it, when the run was over.
+    assert len([fate for fate in ledger.fates.elements() if fate.startswith("used ")]) == 8
     assert not federation.history("leave")
 
 
