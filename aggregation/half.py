@@ -16,6 +16,7 @@ engine that merges carries it out, tile by tile, with the merge itself:
 lies in the version alone, so a version made again after a crash has the same bytes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -57,7 +58,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Half:
+class Half(ABC):
     """Base of all halves. Its fields are the method's parameters."""
 
     @property
@@ -82,12 +83,12 @@ class Half:
     def says(self) -> tuple[str, ...]:
         return ()
 
+    @abstractmethod
     def begin(self, works: Sequence[Work], former: Numbers, known: int) -> Turn:
         """The plan of one merge of at least one update.
 
         `former`: the last version's numbers; `known`: clients that have ever been in the run.
         """
-        raise NotImplementedError
 
     def after(self, delta_norm: float, numbers: Numbers) -> Numbers:
         """The version's numbers once the norm of its delta is known. ServerError FL-S210: the run

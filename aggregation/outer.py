@@ -11,6 +11,7 @@ State is named flat tensors, because it is stored, served and sent to peers.
 """
 
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -35,7 +36,7 @@ BUILTIN: Mapping[str, str] = {
 STEPS = "steps"  # the one scalar of a state: steps taken so far, int64 of shape (1,)
 
 
-class Outer:
+class Outer(ABC):
     """Base of all outer optimizers: write `vectors` and `kernel`, `step` comes with it."""
 
     in_place: ClassVar[bool] = False  # True: `kernel` may be given `delta` as its `out`
@@ -48,6 +49,7 @@ class Outer:
         """
         return {}
 
+    @abstractmethod
     def kernel(
         self, anchor: Tensor, delta: Tensor, state: Mapping[str, Tensor], steps: int, out: Tensor
     ) -> None:
@@ -56,7 +58,6 @@ class Outer:
         `steps` counts from 1. `anchor` is read only, `delta` may be used up; `out` aliases neither,
         unless `in_place`.
         """
-        raise NotImplementedError
 
     def step(
         self,

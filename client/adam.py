@@ -1,8 +1,7 @@
 """Adam and AdamW as `torch.optim` computes them, bit for bit, without what these cost at start.
 
 Kingma and Ba 2015, https://arxiv.org/abs/1412.6980; Loshchilov and Hutter 2019,
-https://arxiv.org/abs/1711.05101. Making any of torch's optimizers imports its compiler: 1.5 s and
-68 MB in each process.
+https://arxiv.org/abs/1711.05101.
 """
 
 import math
@@ -11,17 +10,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from atoll.client.stepping import Stepping
+
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch's defaults
 
 
-class Adam:
+class Adam(Stepping):
     """`w -= lr * m' / (sqrt(v') + eps)`, m' and v' without their bias.
 
     `decoupled`: AdamW's weight decay, of the weights themselves and not through the gradient.
     `warm`: own steps over which lr rises to what it should be. Whoever has no moments yet in the
     middle of a run, as a newcomer, would take steps of full length along one batch's signs.
-    `state` and `param_groups` lie as torch's, so that a GradScaler and whoever keeps optimizer
-    state treat both alike.
     """
 
     def __init__(
@@ -32,24 +31,14 @@ class Adam:
         decoupled: bool = False,
         warm: int = 0,
     ) -> None:
-        self.params = list(params)
-        self.lr, self.weight_decay, self.decoupled, self.warm = lr, weight_decay, decoupled, warm
-        self.param_groups = [{"params": self.params}]
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        super().__init__(params, lr, weight_decay)
+        self.decoupled, self.warm = decoupled, warm
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step along the gradients; a parameter without one stays."""
-        for p in self.params:
-            if p.grad is None:
-                continue
-            state = self.state.get(p)
-            if state is None:
-                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                state = self.state[p] = {"step": torch.tensor(0.0), **zeros}
-            self._move(p, p.grad, state)
-
-    def _move(self, p: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
+    def move(self, p: Tensor, grad: Tensor) -> None:
+        state = self.state.get(p)
+        if state is None:
+            zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            state = self.state[p] = {"step": torch.tensor(0.0), **zeros}
         state["step"] += 1
         step, m, v = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
         lr = self.lr * min(1.0, step / self.warm) if self.warm else self.lr

@@ -43,6 +43,7 @@ import os
 import secrets
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,16 +63,16 @@ LIFE_BITS = 24  # exact as a float32, in which it may travel
 CRC = 4  # bytes before a file's tensors
 
 
-class Rule:
+class Rule(ABC):
     """What becomes of one kind of state. Pure: writes to no argument; a result may alias them."""
 
     def seen(self, held: Named, pending: Named) -> Named:
         """The state as the next order sees it while the outcome of `pending` is unknown."""
         return held
 
+    @abstractmethod
     def used(self, held: Named, pending: Named, sent: Sent) -> Named:
         """The state after the update that `pending` belongs to became part of a version."""
-        raise NotImplementedError
 
     def discarded(self, held: Named, pending: Named, sent: Sent) -> Named:
         """The state after that update was discarded or superseded."""

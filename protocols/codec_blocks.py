@@ -10,6 +10,7 @@ Elementwise operations that IEEE rounds exactly, maxima, and sums by halving: so
 same values, and the values of the same bytes, are the same on every device.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ TINY = 2.0**-110  # a block with no larger value is packed as zeros: its scale w
 LARGEST = 256.0  # no level is larger
 
 
-class BlockCodec:
+class BlockCodec(ABC):
     """`block`: values that share a scale, 8 to 65536, a multiple of 8."""
 
     kind: ClassVar[str]
@@ -84,6 +85,7 @@ class BlockCodec:
     def decoder(self, payload: memoryview, count: int) -> "BlockDecoder":
         return BlockDecoder(self, *self._parts(payload, count))
 
+    @abstractmethod
     def write(
         self, rows: Tensor, scales: Tensor, codes: Tensor, spare: Tensor, filled: int
     ) -> None:
@@ -91,11 +93,10 @@ class BlockCodec:
 
         Of each row the first `filled` are values, the rest are zeros.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def levels(self, codes: Tensor, out: Tensor) -> None:
         """What the codes mean before the scale, into `out`, a row for each block."""
-        raise NotImplementedError
 
     def _parts(self, payload: memoryview, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scales; codes of whole blocks, a row each; codes of the last short block, 0 or 1 row."""

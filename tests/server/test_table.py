@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atoll.aggregation.control import Control
-from atoll.aggregation.half import Half
+from atoll.aggregation.dynamic import Dynamic
 from atoll.protocols.blobs import CHUNK
 from atoll.protocols.codecs import Decoder
 from atoll.protocols.errors import RemoteError, ServerError
@@ -247,7 +247,7 @@ def test_rows_that_no_version_speaks_of_are_rolled_back(table: Table) -> None:
 
 
 def test_only_a_half_that_asks_for_one_has_a_table(tmp_path: Path) -> None:
-    for half in (None, Half(), Control()):
+    for half in (None, Dynamic(), Control()):
         assert table_of(half, COUNT, tmp_path / "rows") is None
     assert not (tmp_path / "rows").exists()
     made = table_of(Control(table=True), COUNT, tmp_path / "rows")
