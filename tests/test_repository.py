@@ -4,6 +4,7 @@ What holds for every file is held here by reading every file: no reviewer has to
 """
 
 import ast
+import functools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -38,15 +39,32 @@ def files(*folders: str) -> list[Path]:
     return [p for p in found if "_pb2" not in p.name]
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    """Read once for all that look into it."""
+    return ast.parse(file.read_text())
+
+
+def dotted(node: ast.AST) -> str:
+    """`torch.load` of such an expression; of `f(x).load` only ".load"."""
+    match node:
+        case ast.Attribute(value, name):
+            return f"{dotted(value)}.{name}"
+        case ast.Name(name):
+            return name
+    return ""
+
+
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
     """Each call with what is called, dotted: ("torch.load", ...)."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+            yield dotted(node.func), node
 
 
-def keywords(call: ast.Call) -> dict[str, str]:
-    return {k.arg: ast.unparse(k.value) for k in call.keywords if k.arg is not None}
+def given(call: ast.Call, name: str, default: str) -> str:
+    """A keyword argument as it is written."""
+    return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), default)
 
 
 def unsafe(tree: ast.AST) -> list[str]:
@@ -57,14 +75,13 @@ def unsafe(tree: ast.AST) -> list[str]:
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         found += [n for n in names if n.split(".")[0] in RUNS_WHAT_IT_READS]
     for name, call in calls(tree):
-        given = keywords(call)
-        if name.endswith("torch.load") and given.get("weights_only") != "True":
+        if name.endswith("torch.load") and given(call, "weights_only", "") != "True":
             found.append("torch.load without weights_only=True")
-        if "load" in name and given.get("allow_pickle", "False") != "False":
+        if "load" in name and given(call, "allow_pickle", "False") != "False":
             found.append(f"{name} with allow_pickle")
         if name in ("eval", "exec", "__import__"):
             found.append(name)
-        if given.get("shell", "False") != "False" or name in ("os.system", "os.popen"):
+        if given(call, "shell", "False") != "False" or name in ("os.system", "os.popen"):
             found.append(f"{name} through a shell")
     return found
 
@@ -74,7 +91,7 @@ def impure(tree: ast.AST) -> list[str]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            name = ast.unparse(node)
+            name = dotted(node)
             if name in WALL_CLOCK | ENVIRONMENT:
                 found.append(name)
             if re.fullmatch(r"(random|np\.random|numpy\.random)\.[a-z_]+", name):
@@ -97,7 +114,7 @@ def impure(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("folder", EVERYWHERE)
 def test_nothing_runs_code_out_of_data(folder: str) -> None:
     for file in files(folder):
-        assert not unsafe(ast.parse(file.read_text())), file
+        assert not unsafe(parsed(file)), file
 
 
 @pytest.mark.parametrize(
@@ -127,7 +144,7 @@ def test_what_is_safe_is_let_through() -> None:
 def test_the_core_reads_no_clock_no_environment_and_no_global_randomness(folder: str) -> None:
     for file in files(folder):
         reasons = IMPURE_FOR_A_REASON.get(f"{folder}/{file.name}", set())
-        assert set(impure(ast.parse(file.read_text()))) == reasons, file
+        assert set(impure(parsed(file))) == reasons, file
 
 
 @pytest.mark.parametrize(
@@ -182,12 +199,13 @@ def test_a_page_that_the_code_names_is_there() -> None:
             assert (ROOT / page).exists(), f"{file.name} sends its reader to {page}"
 
 
+@functools.cache
 def code_strings(folder: str) -> set[str]:
     """FL-… codes written as strings in a folder's code, error catalogue left out."""
     found: set[str] = set()
     for file in files(folder):
         if file.name != "errors.py":
-            for node in ast.walk(ast.parse(file.read_text())):
+            for node in ast.walk(parsed(file)):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found |= set(re.findall(r"FL-[A-Z]\d{3}", node.value))
     return found
@@ -212,7 +230,7 @@ def test_every_code_of_the_catalogue_has_a_test() -> None:
 def test_functions_fit_a_screen() -> None:
     """60 lines at most: what is longer holds a second idea."""
     for file in files(*PRODUCT):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 assert length <= 60, f"{file.name}: {node.name} has {length} lines"
@@ -220,5 +238,5 @@ def test_functions_fit_a_screen() -> None:
 
 def test_every_module_opens_with_what_it_is_for() -> None:
     for file in files(*PRODUCT, "benchmarks", "examples"):
-        said = ast.get_docstring(ast.parse(file.read_text())) or ""
+        said = ast.get_docstring(parsed(file)) or ""
         assert said.split("\n")[0].strip().endswith((".", ":", "?")), f"{file}: {said[:60]!r}"
