@@ -33,7 +33,8 @@ from atoll.aggregation.rendezvous_events import (
     Started,
     StepsDone,
 )
-from atoll.p2p.virtual import Outcome, PeerModel, Swarm, Weather
+from atoll.p2p.virtual import Outcome, Swarm
+from atoll.p2p.world import PeerModel, Weather
 
 LINE = "----\n"
 REPEATED = ("proposes", "begins", "asks votes")  # at every beat, until all have answered

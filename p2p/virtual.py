@@ -8,7 +8,6 @@ bits with all who have it. The same seed gives the same run.
 """
 
 import hashlib
-import heapq
 import math
 import random
 import struct
@@ -52,45 +51,14 @@ from atoll.aggregation.rendezvous_events import (
     Wake,
 )
 from atoll.p2p.lies import lies
+from atoll.p2p.promises import Promises, Vector
+from atoll.p2p.world import Network, PeerModel, Weather
 from atoll.protocols import state
 
-Vector = list[float]
 Listen = Callable[[float, str, PeerEvent, list[PeerAction]], None]
 
 START = Stand(0, "start", 0.0)
 HEARD = 50  # messages that a liar may say again
-
-
-@dataclass(frozen=True)
-class PeerModel:
-    name: str
-    pace: float = 1.0  # seconds of local work in a round, give or take a fifth
-    weight: float = 1.0  # by the roster
-    bandwidth: float = 100.0  # 0: it cannot accept connections
-    joins: float = 0.0  # later than 0: it has no model yet
-    dies: float = math.inf
-    dies_after: int = 0  # events it has handled; 0: it does not die of that
-    leaves: float = math.inf  # with a goodbye
-    dies_applying: int = 0  # the epoch whose mean it applies last, with some of its words unsaid
-    spoils: int = -1  # the epoch in which its work is not finite, until it is done again
-    flips: int = -1  # the epoch whose model its memory spoils: other bits than the others'
-    poisons: bool = False  # what it gives for its model are other bits
-    lies: bool = False  # at each beat it says one of `lies.py` to each of the others
-    returns: float = math.inf  # seconds from its first death until it is there again, as itself
-
-
-@dataclass(frozen=True)
-class Weather:
-    """The network. `parted`: (from, until, those on one side); the rest is on the other."""
-
-    delay: tuple[float, float] = (0.01, 0.05)  # seconds, of each message by itself
-    loss: float = 0.0  # of messages, and of fetches
-    twice: float = 0.0  # messages that arrive two times
-    calm: float = math.inf  # when loss ends
-    parted: tuple[tuple[float, float, frozenset[str]], ...] = ()
-
-    def cut(self, a: str, b: str, now: float) -> bool:
-        return any(lo <= now < hi and (a in side) != (b in side) for lo, hi, side in self.parted)
 
 
 @dataclass(frozen=True)
@@ -150,18 +118,12 @@ class Swarm:
         size: int = 7,
         listen: Listen | None = None,
     ) -> None:
-        self._weather, self._listen = weather or Weather(), listen
-        self._rng = random.Random(f"swarm {seed}")
-        self._size, self._now, self._count = size, 0.0, 0
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._next: dict[str, str] = {}  # chain -> the chain that followed
+        self._listen, self._size = listen, size
+        self._net = Network(weather or Weather(), f"swarm {seed}", self._lives)
         self._epochs = {START.chain: 0}
-        self._bits: dict[str, str] = {}  # chain -> SHA-256 of the model
-        self._commits: dict[int, tuple[tuple[str, ...], tuple[float, ...]]] = {}
-        self._gave: dict[tuple[str, str], int] = {}  # (attempt, peer) -> in which life
         self._again: set[tuple[str, str]] = set()  # (peer, chain): work that was done twice
-        self._forks = self._wrong = self._aborts = 0
-        self._patience, self._flipped = patience or Patience(), False
+        self._promises, self._aborts = Promises(), 0
+        self._patience = patience or Patience()
         self._most = max(p.weight for p in peers)
         founders = tuple(sorted(p.name for p in peers if p.joins == 0))
         self._peers: dict[str, _Peer] = {}
@@ -178,23 +140,25 @@ class Swarm:
             for other in peers:
                 machine.handle(Admitted(other.name, other.weight, other.bandwidth), 0.0)
             self._peers[model.name] = _Peer(model, machine, [0.0] * size)
-            self._at(model.joins, partial(self._start, model.name))
-            self._at(model.dies, partial(self._die, model.name))
-            self._at(model.leaves, partial(self._hear, model.name, Leaving()))
+            self._net.at(model.joins, partial(self._start, model.name))
+            self._net.at(model.dies, partial(self._die, model.name))
+            self._net.at(model.leaves, partial(self._hear, model.name, Leaving()))
 
     def run(self, epochs: int, until: float = 300.0) -> Outcome:
         """Until all who live have made so many epochs, or `until` seconds have passed."""
-        while self._heap and self._heap[0][0] < until:
-            self._now, _, happen = heapq.heappop(self._heap)
-            happen()
-            if self._now > 0 and not self._short(epochs):
+        while self._net.next_before(until):
+            if self._net.now > 0 and not self._short(epochs):
                 break
         short, headless = self._short(epochs), self._headless()
         living = [p.machine.stand.epoch for p in self._peers.values() if p.alive]
+        kept = self._promises
         return Outcome(
-            self._now, min(living, default=0), self._forks, self._wrong,
-            () if headless else tuple(short), headless and bool(short), self._aborts, self._commits,
+            self._net.now, min(living, default=0), kept.forks, kept.wrong,
+            () if headless else tuple(short), headless and bool(short), self._aborts, kept.commits,
         )  # fmt: skip
+
+    def _lives(self, name: str) -> bool:
+        return self._peers[name].alive
 
     def _short(self, epochs: int) -> list[str]:
         """Who is not there yet: the living, those still to come, and who has other bits than the
@@ -206,7 +170,7 @@ class Swarm:
         return sorted(
             name
             for name, p in self._peers.items()
-            if (p.alive or self._now < p.model.joins or self._returning(p))
+            if (p.alive or self._net.now < p.model.joins or self._returning(p))
             and (p.machine.stand.epoch < epochs or len(bits.get(p.machine.stand.chain, ())) > 1)
         )
 
@@ -226,31 +190,10 @@ class Swarm:
             return True
         return not (reducers and quorum(names, newest.members, newest.gone()))
 
-    # ---- time and the network ------------------------------------------------------------------
-
-    def _at(self, when: float, happen: Callable[[], None]) -> None:
-        if when < math.inf:
-            self._count += 1
-            heapq.heappush(self._heap, (when, self._count, happen))
-
-    def _after(self, seconds: float, happen: Callable[[], None]) -> None:
-        self._at(self._now + seconds, happen)
-
-    def _delay(self) -> float:
-        return self._rng.uniform(*self._weather.delay)
-
-    def _lost(self, a: str, b: str) -> bool:
-        weather = self._weather
-        noisy = self._now < weather.calm and self._rng.random() < weather.loss
-        return noisy or weather.cut(a, b, self._now) or not self._peers[b].alive
+    # ---- lives -------------------------------------------------------------------------------
 
     def _send(self, sender: str, to: str, happen: Callable[[], None]) -> None:
-        times = 2 if self._rng.random() < self._weather.twice else 1
-        for _ in range(times):
-            if not self._peers[to].alive:
-                self._after(self._delay(), partial(self._hear, sender, Lost(to)))
-            elif not self._lost(sender, to):
-                self._after(self._delay(), happen)
+        self._net.send(sender, to, happen, partial(self._hear, sender, Lost(to)))
 
     def _start(self, name: str) -> None:
         peer = self._peers[name]
@@ -262,7 +205,7 @@ class Swarm:
     def _die(self, name: str) -> None:
         peer = self._peers[name]
         if peer.alive and peer.lives == 1 and not peer.machine.left:
-            self._after(peer.model.returns, partial(self._return, name))
+            self._net.after(peer.model.returns, partial(self._return, name))
         peer.alive = False
 
     def _return(self, name: str) -> None:
@@ -277,7 +220,7 @@ class Swarm:
         peer.machine.most = self._most
         for other in self._peers.values():
             admitted = Admitted(other.model.name, other.model.weight, other.model.bandwidth)
-            peer.machine.handle(admitted, self._now)
+            peer.machine.handle(admitted, self._net.now)
         peer.trained = ""
         self._start(name)
 
@@ -289,14 +232,14 @@ class Swarm:
         if not peer.alive or life not in (0, peer.lives):
             return
         peer.handled += 1
-        actions = peer.machine.handle(event, self._now)
+        actions = peer.machine.handle(event, self._net.now)
         if self._listen is not None:
-            self._listen(self._now, name, event, actions)
+            self._listen(self._net.now, name, event, actions)
         if self._dies_now(peer, actions):
             # They are carried out side by side: any of them may be cut off, or all.
-            done = self._rng.choice((0.0, 0.5))
+            done = self._net.rng.choice((0.0, 0.5))
             for action in actions:
-                if self._rng.random() < done or isinstance(action, Apply):
+                if self._net.rng.random() < done or isinstance(action, Apply):
                     self._do(peer, action)
             self._die(name)
             return
@@ -317,7 +260,7 @@ class Swarm:
             found = lies(peer.machine, other, peer.heard)
             kinds = sorted(kind for kind, said in found.items() if said)
             if other != peer.model.name:
-                said = self._rng.choice(found[self._rng.choice(kinds)])
+                said = self._net.rng.choice(found[self._net.rng.choice(kinds)])
                 self._do(peer, Say(other, said))
 
     def _dies_now(self, peer: _Peer, actions: list[PeerAction]) -> bool:
@@ -339,7 +282,7 @@ class Swarm:
                 peer.reduces.pop(_attempt(chain, ballot), None)
             case Get(chain, digest, holders):
                 got = partial(self._got, name, chain, digest, holders, life)
-                self._after(2 * self._delay(), got)
+                self._net.after(2 * self._net.delay(), got)
             case Apply(value):
                 self._apply(peer, value.digest, value.group, value.weights)
             case Download(stand, donors, bits):
@@ -349,19 +292,19 @@ class Swarm:
                 assert chain == stand.chain, "another model than that which is to be used"
                 peer.anchor = anchor
             case TrainOn(stand):
-                pace = peer.model.pace * self._rng.uniform(0.8, 1.2)
+                pace = peer.model.pace * self._net.rng.uniform(0.8, 1.2)
                 if stand.chain == peer.trained:
                     self._again.add((name, stand.chain))
                 peer.trained = stand.chain
-                self._after(pace, lambda: self._hear(name, StepsDone(stand.chain), life))
+                self._net.after(pace, lambda: self._hear(name, StepsDone(stand.chain), life))
             case Abort():
                 self._aborts += 1
             case Wake(at):
-                self._at(at, lambda: self._hear(name, BeatDue(), life))
+                self._net.at(at, lambda: self._hear(name, BeatDue(), life))
 
     def _got(self, name: str, chain: str, digest: str, holders: tuple[str, ...], life: int) -> None:
         for holder in holders:
-            if digest in self._peers[holder].means and not self._lost(name, holder):
+            if digest in self._peers[holder].means and not self._net.lost(name, holder):
                 self._peers[name].means[digest] = self._peers[holder].means[digest]
                 self._hear(name, MeanMade(chain, digest), life)
                 return
@@ -373,7 +316,7 @@ class Swarm:
         event: PeerEvent = NotDownloaded(chain)
         for donor in donors:
             giver = self._peers[donor]
-            if self._lost(name, donor):
+            if self._net.lost(name, donor):
                 doubted.append(donor)
             elif giver.machine.stand.chain == chain:
                 anchor = [x + 1 for x in giver.anchor] if giver.model.poisons else giver.anchor
@@ -384,7 +327,7 @@ class Swarm:
         if isinstance(event, NotDownloaded):
             event = NotDownloaded(chain, tuple(doubted))
         life = peer.lives
-        self._after(4 * self._delay(), lambda: self._hear(name, event, life))
+        self._net.after(4 * self._net.delay(), lambda: self._hear(name, event, life))
 
     # ---- its vectors ---------------------------------------------------------------------------
 
@@ -405,17 +348,14 @@ class Swarm:
         mean = peer.means[digest]
         order = [(p, w) for p, w in zip(group, weights, strict=True) if w > 0]
         deltas = [(self.delta(p, last.base), w) for p, w in order]
-        self._wrong += mean != _mean(deltas)
+        self._promises.mean(mean, _mean(deltas))
         peer.anchor = [a - m for a, m in zip(peer.anchor, mean, strict=True)]
-        self._forks += self._next.setdefault(last.base, stand.chain) != stand.chain
+        self._promises.applied(last.base, stand, group, weights)
         if peer.model.flips == stand.epoch:
             peer.anchor[0] += 1.0
-            self._flipped = True
-        bits = _sha256(peer.anchor)
-        # Where one was flipped others may have loaded its model: all alike in the end is enough.
-        self._forks += not self._flipped and self._bits.setdefault(stand.chain, bits) != bits
-        self._after(0.001, partial(self._digest, peer))
-        self._commits[stand.epoch] = (group, weights)
+            self._promises.flipped = True
+        self._promises.holds(stand.chain, _sha256(peer.anchor))
+        self._net.after(0.001, partial(self._digest, peer))
         peer.means = {digest: mean}
         peer.reduces.clear()
         for kept in (peer.inputs, peer.parts):
@@ -432,13 +372,13 @@ class Swarm:
         if machine is None or not peer.alive:
             return
         chain, ballot = attempt.split("/")[0], _ballot(attempt)
-        for action in machine.handle(event, self._now):
+        for action in machine.handle(event, self._net.now):
             match action:
                 case allreduce.Pull(giver, what, part):
                     pulled = partial(self._pulled, name, attempt, giver, what, part)
-                    self._after(2 * self._delay(), pulled)
+                    self._net.after(2 * self._net.delay(), pulled)
                 case allreduce.Combine(part, order):
-                    self._after(0.001, partial(self._combined, name, attempt, part, order))
+                    self._net.after(0.001, partial(self._combined, name, attempt, part, order))
                 case allreduce.Tell(to, message):
                     self._send(name, to, partial(self._reduce, to, attempt, message))
                 case allreduce.Done(digest):
@@ -456,7 +396,7 @@ class Swarm:
             return
         result = other.parts.get(attempt, {}).get(part)
         begun = what == "result" or attempt in other.given
-        if self._lost(name, giver) or not begun or (what == "result" and result is None):
+        if self._net.lost(name, giver) or not begun or (what == "result" and result is None):
             self._reduce(name, attempt, allreduce.Missed(giver, what, part))
             return
         digest = ""
@@ -468,8 +408,7 @@ class Swarm:
             place = machine.plan.parts[part]
             given = self.delta(giver, attempt.split("/")[0])[place.start : place.stop]
             peer.inputs.setdefault(attempt, {}).setdefault(part, {})[giver] = given
-            # The work of two lives differs: one attempt must not have parts of both.
-            self._wrong += self._gave.setdefault((attempt, giver), other.lives) != other.lives
+            self._promises.given(attempt, giver, other.lives)
         self._reduce(name, attempt, allreduce.Arrived(giver, what, part, digest))
 
     def _combined(
@@ -482,7 +421,7 @@ class Swarm:
         place = machine.plan.parts[part]
         given = dict(peer.inputs.get(attempt, {}).get(part, {}))
         given[name] = self.delta(name, attempt.split("/")[0])[place.start : place.stop]
-        self._wrong += self._gave.setdefault((attempt, name), peer.lives) != peer.lives
+        self._promises.given(attempt, name, peer.lives)
         spoiled = tuple(p for p, _ in order if not all(map(math.isfinite, given[p])))
         mean = _mean([(given[p], w) for p, w in order])
         if not spoiled:

@@ -3,7 +3,8 @@
 import pytest
 
 from atoll.p2p.storms import EPOCHS, main, storm, try_storm
-from atoll.p2p.virtual import Outcome, PeerModel, Swarm, Weather
+from atoll.p2p.virtual import Outcome, Swarm
+from atoll.p2p.world import PeerModel, Weather
 
 FAST, ALL = 120, 10_000  # seeds
 A_TENTH = ALL // 10
