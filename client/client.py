@@ -24,6 +24,7 @@ from atoll.client.line import BROKEN, Line
 from atoll.client.links import asked_of, capabilities, own_codecs
 from atoll.client.localdp import LocalDP, local_dp, stricter
 from atoll.client.outbox import Outbox
+from atoll.client.settling import Settling
 from atoll.client.trainer import Trainer
 from atoll.client.training import Report, Training
 from atoll.client.work import Workbench
@@ -82,8 +83,9 @@ class Client:
         self._outbox = Outbox(folder)
         self._keep = Keep(folder / "keep" if folder is not None else None)
         self._keep.retain([update for _, update in self._outbox.waiting()])
-        self._settling: set[str] = set()  # updates whose outcome private state is taking in
-        self._settles: set[asyncio.Task[None]] = set()
+        self._settling = Settling(
+            self._keep, self._outbox, self._acknowledge, lambda error: self._reject(error, "")
+        )
         node = self._outbox.memory.node
         self._session = machine.Session(
             seed=node, give_up_seconds=patience_seconds, first_seconds=first_seconds
@@ -97,7 +99,6 @@ class Client:
             self.name, self.report, self._post, lambda: self._line, self._running
         )
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
-        self._settler = ThreadPoolExecutor(1, thread_name_prefix="keep")  # in the order of outcomes
         self._tasks: set[asyncio.Task[None]] = set()
         self._info = ClientInfo(0)
         self._quit: asyncio.Future[machine.Quit] | None = None
@@ -141,8 +142,7 @@ class Client:
 
     async def _close(self) -> None:
         self._training.close()
-        if self._settles:  # a moment of work, which the next life need not do again
-            await asyncio.wait(self._settles, timeout=5)
+        await self._settling.close()
         if self._line is not None:
             await asyncio.sleep(0.05)  # let a goodbye or an acknowledgement out
         if self._line is not None:
@@ -151,7 +151,6 @@ class Client:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._bulk.shutdown(wait=False, cancel_futures=True)
-        self._settler.shutdown(wait=False, cancel_futures=True)
         self._keep.close()
         self._outbox.close()
 
@@ -178,13 +177,7 @@ class Client:
             case machine.Settle(update, fate):
                 self.report.used += fate == "used"
                 self.report.discarded += fate != "used"
-                if self._keep.announce(update) and self._training.bench is not None:
-                    self._settling.add(update)
-                    settling = self._spawn(self._settle(self._training.bench, update, fate))
-                    self._settles.add(settling)
-                    settling.add_done_callback(self._settles.discard)
-                else:
-                    self._outbox.drop(update)
+                self._settling.begin(self._training.bench, update, fate)
             case machine.Quit():
                 assert self._quit is not None
                 self._quit.set_result(action)
@@ -192,19 +185,6 @@ class Client:
     def _acknowledge(self, update: str) -> None:
         if self._line is not None:
             self._line.acknowledge(update)
-
-    async def _settle(self, bench: Workbench, update: str, fate: str) -> None:
-        """First the private state, then the outbox, then the acknowledgement. An order that comes
-        meanwhile waits for the state: it was announced in the same turn of the loop."""
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self._settler, bench.settle, update, fate)
-        except AtollError as error:
-            self._reject(error, "")
-            return
-        self._outbox.drop(update)
-        self._settling.discard(update)
-        self._acknowledge(update)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)

@@ -27,7 +27,15 @@ COMPOSE = {
     "cli_peers.py",
     "demo.py",
 }  # may bring server, p2p and the connecting client together
-CONNECTING = {"cli", "client", "outbox", "session", "transfer", "work"}  # half of client/
+CONNECTING = {
+    "cli",
+    "client",
+    "outbox",
+    "session",
+    "settling",
+    "transfer",
+    "work",
+}  # half of client/
 
 MACHINES = [
     "aggregation/allreduce.py",
