@@ -18,8 +18,9 @@ import torch
 
 from atoll.client import stacked
 from atoll.client.data import Data, DataInfo, Split, load_data
-from atoll.client.local import LocalConfig, TorchTrainer, trainer_on
+from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.partition import shards_of
+from atoll.client.specs import trainer_on
 from atoll.client.trainer import Task, Trained
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"

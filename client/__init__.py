@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from atoll.client.data import Data as Data
     from atoll.client.local import LocalConfig as LocalConfig
     from atoll.client.local import TorchTrainer as TorchTrainer
-    from atoll.client.local import make_trainer as make_trainer
+    from atoll.client.specs import make_trainer as make_trainer
     from atoll.client.trainer import Trainer as Trainer
 
 __getattr__ = exports(
@@ -22,6 +22,6 @@ __getattr__ = exports(
         "LocalConfig": "local",
         "TorchTrainer": "local",
         "Trainer": "trainer",
-        "make_trainer": "local",
+        "make_trainer": "specs",
     },
 )

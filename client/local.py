@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from atoll.client.adam import Adam
-from atoll.client.algorithm import FedProx, LocalAlgorithm, Plain, local_algorithm
+from atoll.client.algorithm import FedProx, LocalAlgorithm, Plain
 from atoll.client.batches import Batch, batches, in_order, mixed
-from atoll.client.data import Data, Examples, Kind, load_data, size
+from atoll.client.data import Examples, Kind, size
 from atoll.client.keep import Rule
-from atoll.client.models import build, manifest_of, named_tensors
+from atoll.client.models import manifest_of, named_tensors
 from atoll.client.objective import loss_of, score
-from atoll.client.partition import shard_of
 from atoll.client.schedule import schedule
 from atoll.client.sgd import SGD
 from atoll.client.trainer import Task, Tensors, Trained
@@ -345,49 +344,6 @@ class TorchTrainer:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(mixed(*self._random, "order", done))
             yield
-
-
-def make_trainer(
-    model: str,
-    data: str | Data,
-    partition: str = "iid",
-    shard: tuple[int, int] = (0, 1),
-    seed: int = 0,
-    local: LocalConfig = LocalConfig(),
-    algorithm: str = "plain",
-    client: str = "client",
-    slowdown: float = 0.0,
-) -> TorchTrainer:
-    """A trainer from specs, for client `shard[0]` (from 0) of `shard[1]` clients."""
-    loaded = load_data(data) if isinstance(data, str) else data
-    mine = loaded.shard(shard_of(loaded, partition, shard, seed))
-    return trainer_on(mine, loaded, model, seed, local, algorithm, client, slowdown)
-
-
-def trainer_on(
-    mine: Examples,
-    data: Data,
-    model: str,
-    seed: int = 0,
-    local: LocalConfig = LocalConfig(),
-    algorithm: str = "plain",
-    client: str = "client",
-    slowdown: float = 0.0,
-) -> TorchTrainer:
-    """A trainer from specs, for a client that holds `mine` of `data`."""
-    if algorithm == "plain" and local.prox:
-        algorithm, local = f"fedprox:mu={local.prox}", replace(local, prox=0.0)
-    return TorchTrainer(
-        build(model, data.info, seed),
-        mine,
-        data.test,
-        local,
-        kind=data.info.kind,
-        algorithm=local_algorithm(algorithm),
-        client=client,
-        seed=seed,
-        slowdown=slowdown,
-    )
 
 
 def device_of(name: str) -> torch.device:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from atoll.client.data import Data, load_data
-from atoll.client.local import LocalConfig, TorchTrainer, make_trainer
+from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import BUILTIN, takes
+from atoll.client.specs import make_trainer
 from atoll.client.trainer import Trainer
 from atoll.protocols import slots
 from atoll.protocols.errors import ClientError, DataError, UsageError

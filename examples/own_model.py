@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 if __name__ == "__main__":
-    from atoll.client.local import LocalConfig, make_trainer
+    from atoll.client import LocalConfig, make_trainer
     from atoll.client.trainer import Task
 
     trainer = make_trainer("own_model:Net", "own_model:load", local=LocalConfig(momentum=0.9))

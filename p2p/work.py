@@ -30,8 +30,9 @@ from atoll.client import inner
 from atoll.client.batches import mixed
 from atoll.client.bench import bench
 from atoll.client.data import load_data
-from atoll.client.local import LocalConfig, TorchTrainer, trainer_on
+from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import build, manifest_of
+from atoll.client.specs import trainer_on
 from atoll.client.trainer import Task
 from atoll.protocols.codecs import as_bytes
 from atoll.protocols.errors import ClientError, UsageError

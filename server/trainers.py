@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from atoll.client.data import Data, Indices, load_data
-from atoll.client.local import LocalConfig, trainer_on
+from atoll.client.local import LocalConfig
 from atoll.client.options import own_trainer
 from atoll.client.partition import shards_of
 from atoll.client.proxy import held_out
+from atoll.client.specs import trainer_on
 from atoll.client.trainer import Trainer
 from atoll.protocols.errors import UsageError
 from atoll.server.attack import Attack

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from atoll.client.algorithm import Again, FedProx, LocalAlgorithm, Params, Plain, local_algorithm
 from atoll.client.data import DataInfo, Split
-from atoll.client.local import LocalConfig, TorchTrainer, make_trainer
+from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import build
 from atoll.client.sgd import SGD
+from atoll.client.specs import make_trainer
 from atoll.client.trainer import Task
 from atoll.protocols.errors import UsageError
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from atoll.client.bench import WARM, bench, check
 from atoll.client.data import load_data
-from atoll.client.local import LocalConfig, TorchTrainer, make_trainer
+from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import manifest_of
+from atoll.client.specs import make_trainer
 from atoll.client.trainer import Task, Tensors, Trained
 from atoll.protocols.errors import ClientError
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from atoll.client.data import Data, DataInfo, Kind, Split, load_data
-from atoll.client.local import LocalConfig, TorchTrainer, device_of, make_trainer
+from atoll.client.local import LocalConfig, TorchTrainer, device_of
 from atoll.client.models import build
+from atoll.client.specs import make_trainer
 from atoll.client.trainer import Task, Trained
 from atoll.protocols.errors import ClientError, UsageError
 from atoll.protocols.events import Then

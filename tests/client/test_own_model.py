@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from atoll.client.data import load_data
-from atoll.client.local import LocalConfig, make_trainer
+from atoll.client.local import LocalConfig
+from atoll.client.specs import make_trainer
 from atoll.client.trainer import Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,8 +10,9 @@ from torch import nn
 from atoll.client import stacked
 from atoll.client.algorithm import FedProx, LocalAlgorithm
 from atoll.client.data import Data, Split, load_data
-from atoll.client.local import LocalConfig, TorchTrainer, trainer_on
+from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.partition import shards_of
+from atoll.client.specs import trainer_on
 from atoll.client.trainer import Task
 
 LOCAL = LocalConfig(lr=0.1, batch=8, device="cpu")

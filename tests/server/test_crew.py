@@ -12,8 +12,9 @@ from atoll.aggregation.fedcompass import FedCompass
 from atoll.aggregation.strategy import Actions, Strategy
 from atoll.client import stacked
 from atoll.client.data import Data, load_data
-from atoll.client.local import LocalConfig, TorchTrainer, trainer_on
+from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.partition import shards_of
+from atoll.client.specs import trainer_on
 from atoll.protocols.errors import ClientError
 from atoll.protocols.events import Aggregate, Ask, ClientInfo, SetTimer, Train, Update
 from atoll.server import crew as crews

@@ -15,7 +15,8 @@ from atoll.aggregation.fedavg import FedAvg
 from atoll.aggregation.fedbuff import FedBuff
 from atoll.aggregation.strategy import Actions, Strategy
 from atoll.client.data import Data, load_data
-from atoll.client.local import LocalConfig, TorchTrainer, make_trainer
+from atoll.client.local import LocalConfig, TorchTrainer
+from atoll.client.specs import make_trainer
 from atoll.client.trainer import Task
 from atoll.protocols import tensors
 from atoll.protocols.events import (
