@@ -43,6 +43,7 @@ from atoll.server.run import (
     Tell,
     failed,
 )
+from atoll.server.timers import Timers
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Driver:
         self._derived: deque[Event] = deque()
         # A callable is called when all before it has been said; None: look again what is to do.
         self._queue: asyncio.Queue[Input | Callable[[], None] | None] = asyncio.Queue()
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._timers = Timers(clock, self._fire)
         self._limit: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None  # to write what waits for no input
         self._due = False  # it has waited long enough
@@ -177,7 +178,7 @@ class Driver:
         assert self._loop is not None
         self._serving = True
         for timer, at in sorted(self.run.timers.items()):
-            self._arm(timer, at)
+            self._timers.arm(timer, at)
         self._arm_limit()
         self._check_rules(self.clock.now())  # it may have ended just before a restart
         try:
@@ -201,7 +202,8 @@ class Driver:
         except AtollError as error:
             self.fail(error)
         self._disk.close()
-        for handle in (*self._timers.values(), self._limit, self._late):
+        self._timers.close()
+        for handle in (self._limit, self._late):
             if handle is not None:
                 handle.cancel()
         self._serving = False
@@ -268,9 +270,9 @@ class Driver:
         self.journal.decide(seq, actions)
         for effect in effects:  # a timer that fires is an input like any other
             if isinstance(effect, Arm):
-                self._arm(effect.timer, effect.at)
+                self._timers.arm(effect.timer, effect.at)
             elif isinstance(effect, Disarm):
-                self._disarm(effect.timer)
+                self._timers.disarm(effect.timer)
         told = self.world.heard(one.now, heard, actions, effects)
         self._unsaid.append(_Decided(one, effects, told))
         return True
@@ -380,18 +382,8 @@ class Driver:
             case Stop(reason):
                 logger.info("run=%s finished: %s", self.journal.run, reason)
 
-    def _arm(self, timer: str, at: float) -> None:
-        assert self._loop is not None
-        self._disarm(timer)
-        self._timers[timer] = self._loop.call_later(self.clock.wall(at), self._fire, timer, at)
-
     def _fire(self, timer: str, at: float) -> None:
         self._put(max(at, self.clock.now()), TimerFired(timer))
-
-    def _disarm(self, timer: str) -> None:
-        handle = self._timers.pop(timer, None)
-        if handle is not None:
-            handle.cancel()
 
     def _arm_limit(self) -> None:
         if self.rules.seconds is not None:
