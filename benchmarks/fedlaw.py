@@ -32,7 +32,8 @@ from atoll.client.flat import FlatModel
 from atoll.client.models import manifest_of
 from atoll.protocols.codecs import as_tensor, codec
 from atoll.protocols.manifest import Manifest
-from atoll.protocols.tensors import parse, sections_of
+from atoll.protocols.payload import parse
+from atoll.protocols.tensors import sections_of
 from atoll.server.merge import Item, Merger, UpdateBytes
 from atoll.server.regions import map_file
 from atoll.server.versions import VersionStore

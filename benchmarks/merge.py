@@ -25,7 +25,8 @@ from torch import Tensor
 from atoll.aggregation.mean import Mean
 from atoll.protocols.codecs import TILE, as_tensor, codec
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.tensors import parse, sections_of
+from atoll.protocols.payload import parse
+from atoll.protocols.tensors import sections_of
 from atoll.server.draft import Draft, Version
 from atoll.server.merge import Item, Merger, UpdateBytes
 from atoll.server.regions import map_file

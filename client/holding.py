@@ -10,13 +10,13 @@ from types import MappingProxyType
 from torch import Tensor
 
 from atoll.client.room import map_new
-from atoll.protocols import chains, tensors
+from atoll.protocols import chains
 from atoll.protocols.blobs import INLINE, BlobInfo
 from atoll.protocols.codecs import Codec
 from atoll.protocols.errors import ClientError, RemoteError
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.messages import Order, Sent
-from atoll.protocols.tensors import Payload
+from atoll.protocols.payload import Payload, check, parse, read_extras
 
 Fetch = Callable[[BlobInfo, memoryview], None]
 
@@ -44,7 +44,7 @@ class Holding:
     def _whole(self, sent: Sent, fetch: Fetch) -> memoryview:
         info, self.held = sent.model, None
         assert info is not None, "all of a model is sent as one blob"
-        tensors.check(self.manifest, info.sections, info.size, chains.FP32, "model")
+        check(self.manifest, info.sections, info.size, chains.FP32, "model")
         if sent.inline and not sent.base:
             return memoryview(sent.inline)  # not overwritten by a later one
         if self._model is None:
@@ -73,12 +73,12 @@ class Holding:
         for number, (info, inline) in enumerate(sent.differences, version + 1):
             if number <= held[1]:
                 continue  # it has been added before the server could know
-            tensors.check(self.manifest, info.sections, info.size, down, "model")
+            check(self.manifest, info.sections, info.size, down, "model")
             view = memoryview(inline)
             if not inline:
                 view = self._room("difference.bin", info.size)
                 fetch(info, view)
-            difference = tensors.parse(self.manifest, info.sections, view, down, "model")
+            difference = parse(self.manifest, info.sections, view, down, "model")
             self.held, self._sha256 = None, b""
             chains.step(self.manifest, model, difference)
             self.held = label, number
@@ -110,7 +110,7 @@ class Beside:
         found: dict[str, Tensor] = {}
         for place, (info, inline) in enumerate(order.extras):
             view = memoryview(inline) if inline else self._fetched(place, info, fetch)
-            found |= tensors.read_extras(info.sections, view, self.known)
+            found |= read_extras(info.sections, view, self.known)
         missing = sorted(self.expected.keys() - found.keys())
         if missing:
             raise ClientError(

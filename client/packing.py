@@ -12,7 +12,8 @@ from atoll.protocols.codecs import Codec, encode_read, reads
 from atoll.protocols.codecspec import ErrorFeedback
 from atoll.protocols.feedback import State
 from atoll.protocols.manifest import Manifest
-from atoll.protocols.tensors import Difference, Payload
+from atoll.protocols.payload import Payload
+from atoll.protocols.tensors import Difference
 
 
 @dataclass(frozen=True, slots=True)

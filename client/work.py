@@ -27,7 +27,7 @@ from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.events import Then
 from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.messages import Order, Result, Sent
-from atoll.protocols.tensors import Payload
+from atoll.protocols.payload import Payload, finite
 
 
 class Dropped(Exception):  # noqa: N818  # not an error: the order was closed
@@ -187,7 +187,7 @@ class Workbench:
             snapshot=snapshot,
         )
         assert result.update == update, f"{result.update} is not {update}"
-        tensors.finite(self.manifest, Payload(packed.sections, packed.view, up))
+        finite(self.manifest, Payload(packed.sections, packed.view, up))
         if not snapshot and _keeps(self.trainer) and self.outbox.folder is not None:
             inner.write(self.trainer, self.outbox.folder, self.outbox.memory.run)
         kept = dict(trained.state)

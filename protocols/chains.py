@@ -10,7 +10,8 @@ import torch
 from atoll.protocols.blobs import Section
 from atoll.protocols.codecs import TILE, Fp32, as_bytes, as_tensor
 from atoll.protocols.manifest import TRAVELLING, Manifest
-from atoll.protocols.tensors import Payload, sections_of
+from atoll.protocols.payload import Payload
+from atoll.protocols.tensors import sections_of
 
 FP32 = Fp32()
 

@@ -1,17 +1,14 @@
-"""Named tensors to flat sections and back, and the strict reading of what the other side sent.
+"""Named tensors to flat sections and back.
 
 Everything that merges, steps or packs works on one flat float32 vector per group; names and shapes
-come back only at the two ends. What arrives is checked against the manifest before one byte is
-allocated for it.
+come back only at the two ends. `payload.py` reads what the other side sent.
 """
 
 import bisect
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, cast
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,18 +20,15 @@ from atoll.protocols.codecs import (
     Decoder,
     Fp32,
     Int64,
-    all_finite,
     as_tensor,
     beside,
     encode_read,
-    fits,
     fitted,
 )
 from atoll.protocols.codecspec import Chain
-from atoll.protocols.errors import ClientError, RemoteError
+from atoll.protocols.errors import ClientError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest, TensorSpec
 
-Kind = Literal["model", "update"]
 EXTRA = "extra:"
 SAID = "said"  # the extra in which the numbers that an update brings lie
 INT64 = Int64()
@@ -246,203 +240,3 @@ def pack(
         made.append(replace(section, length=len(used)))
         at += len(used)
     return tuple(made), out if at == size else out[:at]
-
-
-# ---- strict reading ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """The bytes of a checked blob and how to read them."""
-
-    sections: tuple[Section, ...]
-    view: memoryview
-    codec: Codec
-
-    def has(self, group: str) -> bool:
-        return any(s.group == group for s in self.sections)
-
-    def decoder(self, group: str) -> Decoder:
-        """Reads the section of `group`, which must be there (see `has`)."""
-        count = next((s.count for s in self.sections if s.group == group), 0)
-        return section_codec(group, self.codec).decoder(self.section(group), count)
-
-    def section(self, group: str) -> memoryview:
-        """The bytes of the section of `group`, which must be there (see `has`)."""
-        at = 0
-        for section in self.sections:
-            if section.group == group:
-                return self.view[at : at + section.length]
-            at += section.length
-        raise KeyError(group)
-
-    def surely_finite(self) -> bool:
-        """A quick look, for one small float32 section: its squares have a sum. False says nothing.
-
-        Three times as fast as a tensor made for it.
-        """
-        if len(self.sections) != 1 or self.sections[0].count > TILE or self.codec.name != "fp32":
-            return False
-        if self.sections[0].group == "buffers_other":
-            return False
-        values = np.frombuffer(self.view, np.float32)
-        with np.errstate(all="ignore"):
-            return math.isfinite(np.dot(values, values))
-
-    def read(self, group: str) -> Tensor:
-        """The whole section. May alias the bytes: never write to it."""
-        count = next(s.count for s in self.sections if s.group == group)
-        return self.decoder(group)(0, count, torch.empty(count, dtype=dtype_of(group)))
-
-
-def parse(
-    manifest: Manifest,
-    sections: Sequence[Section],
-    view: memoryview,
-    codec: Codec,
-    kind: Kind,
-    extras: Mapping[str, int] | None = None,
-) -> Payload:
-    """A blob from the other side, checked. Raises RemoteError FL-W104; allocates nothing."""
-    check(manifest, sections, len(view), codec, kind, extras)
-    return Payload(tuple(sections), view, codec)
-
-
-def check(
-    manifest: Manifest,
-    sections: Sequence[Section],
-    size: int,
-    codec: Codec,
-    kind: Kind,
-    extras: Mapping[str, int] | None = None,
-) -> None:
-    """Whether `sections` can be a `kind` of this manifest in `size` bytes. RemoteError FL-W104.
-
-    A model has every group that is not empty; an update may leave buffers out. `extras` are the
-    extra sections that must be there, with their counts. Needs no bytes, so an upload is refused
-    unsent.
-    """
-    whole = sections_of(manifest, codec) + extra_sections(extras or {})
-    if tuple(sections) == whole and sum(s.length for s in sections) == size:
-        return  # all there, in order: nearly every blob
-    allowed = {f"{EXTRA}{name}": count for name, count in (extras or {}).items()}
-    seen: set[str] = set()
-    for section in sections:
-        _check_section(manifest, section, codec, allowed)
-        if section.group in seen:
-            raise _mismatch(f"section {section.group!r} stands twice")
-        seen.add(section.group)
-    order = [*TRAVELLING, *allowed]
-    if [s.group for s in sections] != sorted(seen, key=order.index):
-        raise _mismatch(f"sections stand as {[s.group for s in sections]}, expected {order}")
-    for group in TRAVELLING if kind == "model" else TRAVELLING[:1]:
-        if manifest.counts[group] and group not in seen:
-            raise _mismatch(f"section {group!r} of {manifest.counts[group]} values is missing")
-    for name, count in allowed.items():
-        if name not in seen:
-            raise _mismatch(f"section {name!r} of {count} values is missing")
-    total = sum(s.length for s in sections)
-    if total != size:
-        raise _mismatch(f"the sections are {total} bytes, the payload is {size}")
-
-
-def read_extras(
-    sections: Sequence[Section], view: memoryview, expected: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """The vectors of a blob of extras by name, over its bytes. RemoteError FL-W104 where one is
-    not expected, or has another size."""
-    if sum(s.length for s in sections) != len(view):
-        raise _mismatch(f"extras of {len(view)} bytes, their sections say otherwise")
-    found, at = {}, 0
-    for section in sections:
-        name = section.group.removeprefix(EXTRA)
-        count = expected.get(name)
-        if count is None or section not in extra_sections({name: count}):
-            raise _mismatch(f"section {section} is none of the extras {dict(expected)}")
-        found[name] = as_tensor(view[at : at + section.length], torch.float32)
-        at += section.length
-    return found
-
-
-def _check_section(
-    manifest: Manifest, section: Section, codec: Codec, allowed: Mapping[str, int]
-) -> None:
-    name = section.group
-    if name in TRAVELLING:
-        expected = manifest.counts[name]
-    elif name in allowed:
-        expected = allowed[name]
-    else:
-        raise _mismatch(f"section {name!r} is not one of {[*TRAVELLING, *allowed]}")
-    packs = section_codec(name, codec)
-    if section.codec != packs.name:
-        raise _mismatch(f"section {name!r} is packed as {section.codec!r}, expected {packs.name!r}")
-    if section.count != expected or not expected:
-        raise _mismatch(
-            f"section {name!r} has {section.count} values, expected {expected}"
-            + _tensors_of(manifest, name)
-        )
-    if not fits(packs, expected, section.length):
-        raise _mismatch(
-            f"section {name!r} of {expected} {packs.name} values has {section.length} bytes, "
-            f"expected {packs.size(expected)}"
-        )
-
-
-def _tensors_of(manifest: Manifest, group: str) -> str:
-    names = [t.name for t in manifest.tensors if t.group == group]
-    return f" ({names[0]!r} to {names[-1]!r})" if names else ""
-
-
-def _mismatch(what: str) -> RemoteError:
-    return RemoteError("FL-W104", what, "send the tensors of the run's manifest, in its order")
-
-
-# ---- finite values -------------------------------------------------------------------------
-
-
-def finite(manifest: Manifest, payload: Payload) -> None:
-    """Raises RemoteError FL-W106 naming the first NaN or Inf: tensor, index and value. One read."""
-    if payload.surely_finite():
-        return
-    largest = max((s.count for s in payload.sections), default=0)
-    scratch = torch.empty(min(TILE, largest))
-    for section in payload.sections:
-        if section.group == "buffers_other":
-            continue
-        decoder = payload.decoder(section.group)
-        surely = getattr(decoder, "finite", None)
-        if surely is not None and surely():
-            continue
-        for at, tile in tiles(decoder, section.count, scratch):
-            if not all_finite(tile):
-                first = int((~torch.isfinite(tile)).nonzero()[0])
-                raise RemoteError(
-                    "FL-W106",
-                    f"{place(manifest, section.group, at + first)} is {float(tile[first])}",
-                    "the training diverged: lower the learning rate or clip gradients",
-                )
-
-
-def tiles(decoder: Decoder, count: int, scratch: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each tile of a section with the index of its first element; a tile ends with the next."""
-    for lo in range(0, count, TILE):
-        yield lo, decoder(lo, min(lo + TILE, count), scratch)
-
-
-def place(manifest: Manifest, group: str, index: int) -> str:
-    """Which element of which tensor `index` of a flat section is, e.g. "tensor 'fc.bias'[3]"."""
-    if group in TRAVELLING:
-        for spec, lo, hi in manifest.spans(group):
-            if lo <= index < hi:
-                return f"tensor {spec.name!r}{_unravel(index - lo, spec.shape)}"
-    return f"section {group!r}[{index}]"
-
-
-def _unravel(index: int, shape: tuple[int, ...]) -> list[int]:
-    where = []
-    for i in range(len(shape)):
-        inner = math.prod(shape[i + 1 :])
-        where.append(index // inner)
-        index %= inner
-    return where

@@ -19,7 +19,8 @@ from atoll.protocols import chains
 from atoll.protocols.blobs import INLINE, Blob, BlobInfo, Section
 from atoll.protocols.codecs import TILE, Codec, Decoder, as_tensor, reads
 from atoll.protocols.messages import MAX_DIFFERENCES, Sent
-from atoll.protocols.tensors import Payload, group_of, pack, sections_of
+from atoll.protocols.payload import Payload
+from atoll.protocols.tensors import group_of, pack, sections_of
 from atoll.server.draft import FP32, Version
 from atoll.server.regions import FileRegion, MemoryRegion, Region, Sealed, disk
 from atoll.server.versions import VersionStore

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from atoll.protocols import messages, tensors, wire_pb2
+from atoll.protocols import messages, wire_pb2
 from atoll.protocols.codecs import Codec
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.events import Update, UpdateReceived
 from atoll.protocols.membership import Membership
 from atoll.protocols.messages import Result
+from atoll.protocols.payload import check, finite, parse
 from atoll.server import plausible
 from atoll.server.driver import Driver
 from atoll.server.journal import Payload
@@ -72,7 +73,7 @@ class Intake:
         try:
             plausible.check_steps(result, order)
             packed, extras = self._packs(client, result), self._workshop.extras.up
-            tensors.check(manifest, info.sections, info.size, packed, "update", extras)
+            check(manifest, info.sections, info.size, packed, "update", extras)
         except RemoteError as error:
             self._refuse(client, error)
             raise
@@ -125,8 +126,8 @@ class Intake:
         manifest = self._workshop.store.manifest
         sections = result.payload.sections
         packed, extras = self._workshop.codecs.of(sections), self._workshop.extras.up
-        payload = tensors.parse(manifest, sections, stored.view(), packed, "update", extras)
-        tensors.finite(manifest, payload)
+        payload = parse(manifest, sections, stored.view(), packed, "update", extras)
+        finite(manifest, payload)
 
     def _take(
         self, client: str, result: Result, stored: StoredUpdate, then: Callable[[], None]

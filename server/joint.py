@@ -17,7 +17,7 @@ from atoll.aggregation.outer import Outer
 from atoll.aggregation.sync_engine import SyncState
 from atoll.protocols.errors import RemoteError, UsageError
 from atoll.protocols.manifest import Manifest
-from atoll.protocols.tensors import finite
+from atoll.protocols.payload import finite
 from atoll.server.draft import Draft, Version
 from atoll.server.merge import InterruptedMergeError, Item, Merger, MergeStats
 

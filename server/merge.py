@@ -26,7 +26,8 @@ from atoll.aggregation.proxy import Proxy
 from atoll.protocols.codecs import TILE, Decoder, all_finite
 from atoll.protocols.errors import RemoteError, UsageError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
-from atoll.protocols.tensors import EXTRA, SAID, Payload, dtype_of, finite
+from atoll.protocols.payload import Payload, finite
+from atoll.protocols.tensors import EXTRA, SAID, dtype_of
 from atoll.server.combine import MEAN, MEMORY, Plan, Source, plan, summed
 from atoll.server.draft import Draft, Version
 from atoll.server.passes import Area, Crew, NotFiniteError, scratch
@@ -47,7 +48,7 @@ NORM_BLOCK = 1 << 12  # elements; norms add up block by block, alike for every n
 
 @dataclass(frozen=True, slots=True)
 class UpdateBytes:
-    """One update as it came, checked by `tensors.parse`."""
+    """One update as it came, checked by `payload.parse`."""
 
     id: str
     payload: Payload

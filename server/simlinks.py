@@ -18,7 +18,8 @@ from atoll.protocols.codecs import Codec
 from atoll.protocols.codecspec import ErrorFeedback, parse, parse_ways
 from atoll.protocols.links import Allowed, Link, needs
 from atoll.protocols.manifest import TRAVELLING
-from atoll.protocols.tensors import Payload, unflatten
+from atoll.protocols.payload import Payload
+from atoll.protocols.tensors import unflatten
 from atoll.server.links import Held, Links
 from atoll.server.run import Order
 from atoll.server.versions import VersionStore

@@ -35,7 +35,7 @@ from atoll.protocols import tensors
 from atoll.protocols.codecs import Fp32
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Manifest
-from atoll.protocols.tensors import Payload
+from atoll.protocols.payload import Payload
 from atoll.server.accountant import Sampling
 from atoll.server.attack import Attack
 from atoll.server.check import check_simulated

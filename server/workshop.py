@@ -15,7 +15,7 @@ from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Merged
-from atoll.protocols.tensors import parse
+from atoll.protocols.payload import parse
 from atoll.server.draft import Version
 from atoll.server.merge import Item, Merger, UpdateBytes
 from atoll.server.run import Merge

@@ -7,7 +7,7 @@ from atoll.client.packing import Made, pack
 from atoll.protocols import tensors
 from atoll.protocols.codecs import codec
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.tensors import Payload
+from atoll.protocols.payload import Payload
 
 MANIFEST = Manifest(
     tuple(

@@ -22,7 +22,7 @@ from atoll.protocols.events import Then
 from atoll.protocols.feedback import RESIDUAL
 from atoll.protocols.manifest import Manifest, TensorSpec
 from atoll.protocols.messages import Order, Result
-from atoll.protocols.tensors import Payload
+from atoll.protocols.payload import Payload
 
 COUNT = 5000
 MANIFEST = Manifest(

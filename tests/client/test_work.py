@@ -21,7 +21,7 @@ from atoll.protocols.errors import AtollError, ClientError, RemoteError
 from atoll.protocols.events import Then
 from atoll.protocols.manifest import Manifest, TensorSpec
 from atoll.protocols.messages import Order, Result, Sent
-from atoll.protocols.tensors import Payload
+from atoll.protocols.payload import Payload, check, parse
 
 MANIFEST = Manifest(
     (
@@ -129,7 +129,7 @@ def update(made: Workbench, result: Result) -> Payload:
     kept = made.outbox.get(result.update)
     assert kept is not None
     assert kept[0] == result
-    return tensors.parse(made.manifest, result.payload.sections, kept[1], made.up, "update")
+    return parse(made.manifest, result.payload.sections, kept[1], made.up, "update")
 
 
 def test_an_update_is_base_minus_local_with_buffers_as_they_are() -> None:
@@ -398,16 +398,12 @@ def test_what_a_trainer_makes_besides_travels_after_the_delta(tmp_path: Path) ->
     kept = made.outbox.get(result.update)
     assert kept is not None
     extras = {"dc": 8, "said": 5}
-    payload = tensors.parse(
-        MANIFEST, result.payload.sections, kept[1], codec("bf16"), "update", extras
-    )
+    payload = parse(MANIFEST, result.payload.sections, kept[1], codec("bf16"), "update", extras)
     assert payload.read("extra:dc").tolist() == list(range(8))
     assert payload.read("extra:said").tolist() == [4.0, 0.5, float(made.keep.life), 0.0, 0.0]
     for wrong in ({"dc": 8}, {**extras, "more": 2}, {"dc": 7, "said": 5}):
         with pytest.raises(RemoteError, match="FL-W104"):
-            tensors.check(
-                MANIFEST, result.payload.sections, len(kept[1]), codec("bf16"), "update", wrong
-            )
+            check(MANIFEST, result.payload.sections, len(kept[1]), codec("bf16"), "update", wrong)
 
 
 def test_a_trainer_that_makes_nothing_besides_is_told_so() -> None:

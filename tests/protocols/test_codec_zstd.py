@@ -14,6 +14,7 @@ from atoll.protocols.codec_zstd import WINDOW, pressed
 from atoll.protocols.codecs import Codec, Decoder, codec
 from atoll.protocols.errors import RemoteError, UsageError
 from atoll.protocols.manifest import Manifest, TensorSpec
+from atoll.protocols.payload import check, parse
 
 COUNT = 150_001
 
@@ -131,9 +132,9 @@ def test_a_section_may_be_shorter_than_its_codec_says_and_never_longer() -> None
     one = codec("int8+zstd")
     sections, view = tensors.pack(manifest, {"trainable": sparse()}, one)
     assert sections[0].length == len(view) < one.size(COUNT)
-    payload = tensors.parse(manifest, sections, view, one, "update")
+    payload = parse(manifest, sections, view, one, "update")
     assert torch.equal(payload.read("trainable"), read(one, view))
     longer = Section("trainable", one.name, COUNT, one.size(COUNT) + 1)
     with pytest.raises(RemoteError, match="expected") as caught:
-        tensors.check(manifest, [longer], longer.length, one, "update")
+        check(manifest, [longer], longer.length, one, "update")
     assert caught.value.code == "FL-W104"

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from atoll.protocols import payload as reading
 from atoll.protocols import tensors
 from atoll.protocols.blobs import Section
 from atoll.protocols.codecs import codec
 from atoll.protocols.errors import ClientError, RemoteError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest, TensorSpec
+from atoll.protocols.payload import Payload, check, finite, parse
 
 FP32 = codec("fp32")
 MANIFEST = Manifest(
@@ -93,7 +95,7 @@ def test_a_model_that_does_not_fit_is_told_by_its_tensor(
 def test_what_is_packed_is_read_again(name: str) -> None:
     """The values here are exact in every codec."""
     sections, data = tensors.pack(MANIFEST, groups(), codec(name))
-    payload = tensors.parse(MANIFEST, sections, data, codec(name), "model")
+    payload = parse(MANIFEST, sections, data, codec(name), "model")
     for group, flat in groups().items():
         assert torch.equal(payload.read(group), flat)
 
@@ -115,22 +117,22 @@ def test_one_fp32_section_alone_is_not_copied() -> None:
 
 def test_an_update_may_leave_buffers_out_and_a_model_may_not() -> None:
     only = MODEL[:1]
-    tensors.check(MANIFEST, only, 44, FP32, "update")
+    check(MANIFEST, only, 44, FP32, "update")
     with pytest.raises(RemoteError, match="'buffers_float' of 3 values is missing"):
-        tensors.check(MANIFEST, only, 44, FP32, "model")
+        check(MANIFEST, only, 44, FP32, "model")
 
 
 def test_a_model_without_buffers_has_one_section() -> None:
     manifest = Manifest(MANIFEST.tensors[:1])
     assert [s.group for s in tensors.sections_of(manifest, FP32)] == ["trainable"]
-    tensors.check(manifest, tensors.sections_of(manifest, FP32), 24, FP32, "model")
+    check(manifest, tensors.sections_of(manifest, FP32), 24, FP32, "model")
 
 
 def test_extra_sections_are_only_those_allowed() -> None:
     extra = Section("extra:control", "fp32", 11, 44)
-    tensors.check(MANIFEST, [MODEL[0], extra], 88, FP32, "update", {"control": 11})
+    check(MANIFEST, [MODEL[0], extra], 88, FP32, "update", {"control": 11})
     with pytest.raises(RemoteError, match="'extra:control' is not one of"):
-        tensors.check(MANIFEST, [MODEL[0], extra], 88, FP32, "update")
+        check(MANIFEST, [MODEL[0], extra], 88, FP32, "update")
 
 
 TRAINABLE = Section("trainable", "fp32", 11, 44)
@@ -164,7 +166,7 @@ REFUSED: dict[str, tuple[list[Section], int, str]] = {
 def test_sections_that_do_not_fit_are_refused_by_name(case: str) -> None:
     sections, size, told = REFUSED[case]
     with pytest.raises(RemoteError, match=told) as caught:
-        tensors.check(MANIFEST, sections, size, FP32, "update")
+        check(MANIFEST, sections, size, FP32, "update")
     assert caught.value.code == "FL-W104"
 
 
@@ -172,14 +174,14 @@ def test_a_section_of_an_empty_group_is_refused() -> None:
     manifest = Manifest(MANIFEST.tensors[:1])
     sections = [Section("trainable", "fp32", 6, 24), Section("buffers_float", "fp32", 0, 0)]
     with pytest.raises(RemoteError, match="has 0 values, expected 0"):
-        tensors.check(manifest, sections, 24, FP32, "update")
+        check(manifest, sections, 24, FP32, "update")
 
 
 def test_checking_a_large_model_allocates_nothing() -> None:
     manifest = Manifest((TensorSpec("w", (1 << 30,), "float32", "trainable"),))
     tracemalloc.start()
     sections = tensors.sections_of(manifest, FP32)
-    tensors.check(manifest, sections, 4 << 30, FP32, "model")
+    check(manifest, sections, 4 << 30, FP32, "model")
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
 
@@ -200,9 +202,9 @@ def test_nan_and_infinity_are_refused_by_tensor_and_index(
     spoilt = groups()
     spoilt[group][index] = bad
     sections, data = tensors.pack(MANIFEST, spoilt, codec(name))
-    payload = tensors.parse(MANIFEST, sections, data, codec(name), "model")
+    payload = parse(MANIFEST, sections, data, codec(name), "model")
     with pytest.raises(RemoteError, match=told) as caught:
-        tensors.finite(MANIFEST, payload)
+        finite(MANIFEST, payload)
     assert caught.value.code == "FL-W106"
     assert str(bad) in caught.value.message
 
@@ -211,29 +213,29 @@ def test_finite_values_pass_even_where_their_sum_overflows() -> None:
     large = {**groups(), "trainable": torch.full((11,), 3e38)}
     assert torch.isinf(large["trainable"].sum())
     sections, data = tensors.pack(MANIFEST, large, FP32)
-    payload = tensors.parse(MANIFEST, sections, data, FP32, "model")
+    payload = parse(MANIFEST, sections, data, FP32, "model")
     assert refusal(payload) is None
     large["trainable"][3] = math.inf
     _, data = tensors.pack(MANIFEST, large, FP32)
-    assert refusal(tensors.parse(MANIFEST, sections, data, FP32, "model")) == "FL-W106"
+    assert refusal(parse(MANIFEST, sections, data, FP32, "model")) == "FL-W106"
 
 
-def refusal(payload: tensors.Payload) -> str | None:
+def refusal(payload: Payload) -> str | None:
     """The code with which a payload is refused."""
     try:
-        tensors.finite(MANIFEST, payload)
+        finite(MANIFEST, payload)
     except RemoteError as error:
         return error.code
     return None
 
 
 def test_nan_is_found_in_a_later_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "TILE", 4)
+    monkeypatch.setattr(reading, "TILE", 4)
     spoilt = groups()
     spoilt["trainable"][9] = math.nan
     sections, data = tensors.pack(MANIFEST, spoilt, FP32)
     with pytest.raises(RemoteError, match=r"'fc.bias'\[3\] is nan"):
-        tensors.finite(MANIFEST, tensors.parse(MANIFEST, sections, data, FP32, "model"))
+        finite(MANIFEST, parse(MANIFEST, sections, data, FP32, "model"))
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 3e38])
@@ -243,13 +245,13 @@ def test_what_is_not_finite_is_found_in_the_scales_of_blocks(spec: str, scale: f
     packs = codec(spec)
     manifest = Manifest((TensorSpec("w", (600,), "float32", "trainable"),))
     sections, view = tensors.pack(manifest, {"trainable": torch.ones(600)}, packs)
-    tensors.finite(manifest, tensors.parse(manifest, sections, view, packs, "update"))
+    finite(manifest, parse(manifest, sections, view, packs, "update"))
     view[:4] = struct.pack("<f", scale)  # of the first block
-    payload = tensors.parse(manifest, sections, view, packs, "update")
+    payload = parse(manifest, sections, view, packs, "update")
     if bool(torch.isfinite(payload.read("trainable")).all()):
         assert scale == 3e38, "levels of 1 times a finite scale are finite"
-        tensors.finite(manifest, payload)
+        finite(manifest, payload)
         return
     with pytest.raises(RemoteError) as wrong:
-        tensors.finite(manifest, payload)
+        finite(manifest, payload)
     assert wrong.value.code == "FL-W106"

@@ -14,7 +14,8 @@ from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.protocols.codecs import codec
 from atoll.protocols.errors import UsageError
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.tensors import pack, parse
+from atoll.protocols.payload import parse
+from atoll.protocols.tensors import pack
 from atoll.server.draft import Version
 from atoll.server.joint import LATE, JointMerger
 from atoll.server.merge import InterruptedMergeError, Item, MergeStats, UpdateBytes

@@ -14,7 +14,8 @@ from atoll.aggregation.outer import STEPS, Adam, Momentum, Nesterov, Outer, Sgd,
 from atoll.protocols.codecs import codec
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import Group, Manifest, TensorSpec
-from atoll.protocols.tensors import pack, parse
+from atoll.protocols.payload import parse
+from atoll.protocols.tensors import pack
 from atoll.server.draft import Version
 from atoll.server.merge import Buffers, Item, Merger, MergeStats, UpdateBytes
 from atoll.server.versions import VersionStore

@@ -15,7 +15,8 @@ from atoll.client.flat import FlatModel
 from atoll.client.models import manifest_of
 from atoll.protocols.codecs import codec
 from atoll.protocols.manifest import Group
-from atoll.protocols.tensors import flatten, pack, parse
+from atoll.protocols.payload import parse
+from atoll.protocols.tensors import flatten, pack
 from atoll.server.draft import Version
 from atoll.server.merge import Buffers, Item, Merger, MergeStats, UpdateBytes
 from atoll.server.versions import VersionStore

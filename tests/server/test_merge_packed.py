@@ -8,7 +8,8 @@ from torch import Tensor
 
 from atoll.protocols.codecs import Codec
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.tensors import Payload, codec_for, pack, parse
+from atoll.protocols.payload import Payload, parse
+from atoll.protocols.tensors import codec_for, pack
 from atoll.server.merge import Merger, UpdateBytes
 from atoll.server.versions import VersionStore
 

@@ -29,7 +29,8 @@ from atoll.aggregation.trimmed_mean import TrimmedMean
 from atoll.protocols.codecs import Decoder, codec
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import Group, Manifest, TensorSpec
-from atoll.protocols.tensors import pack, parse
+from atoll.protocols.payload import parse
+from atoll.protocols.tensors import pack
 from atoll.server.combine import DECODED, MEMORY, Source, plan
 from atoll.server.draft import Version
 from atoll.server.merge import Item, Merger, MergeStats, UpdateBytes

@@ -14,7 +14,8 @@ from atoll.aggregation.sync_engine import SyncEngine
 from atoll.protocols.codecs import codec
 from atoll.protocols.events import Aggregate, ClientInfo, ClientJoined, Update, UpdateReceived
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.tensors import pack, parse
+from atoll.protocols.payload import parse
+from atoll.protocols.tensors import pack
 from atoll.server.merge import Merger, UpdateBytes
 from atoll.server.presets import PRESETS, preset_of
 from atoll.server.server import Server

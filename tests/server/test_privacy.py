@@ -13,7 +13,8 @@ from atoll.client.algorithm import local_algorithm
 from atoll.protocols.codecs import codec
 from atoll.protocols.errors import UsageError
 from atoll.protocols.manifest import Group, Manifest, TensorSpec
-from atoll.protocols.tensors import pack, parse
+from atoll.protocols.payload import parse
+from atoll.protocols.tensors import pack
 from atoll.server.accountant import Sampling
 from atoll.server.books import Books
 from atoll.server.dp import CentralDP, central_dp

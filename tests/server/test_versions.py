@@ -17,7 +17,7 @@ from atoll.protocols.blobs import CHUNK
 from atoll.protocols.codecs import codec
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import TRAVELLING, Manifest, TensorSpec
-from atoll.protocols.tensors import parse, read_extras
+from atoll.protocols.payload import parse, read_extras
 from atoll.server.draft import FACTS, MODEL, OUTER, Version
 from atoll.server.versions import VersionStore, kept
 
