@@ -28,7 +28,7 @@ from atoll.client.settling import Settling
 from atoll.client.trainer import Trainer
 from atoll.client.training import Report, Training
 from atoll.client.work import Workbench
-from atoll.protocols import chains, loops, messages, wire_pb2
+from atoll.protocols import bounds, chains, loops, messages, refusals, wire_pb2
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.codecs import Fp32
 from atoll.protocols.errors import AtollError, ClientError
@@ -241,11 +241,11 @@ class Client:
                 await self._talk_on(channel, Line(), holding)
             self._lost("the server closed the stream")
         except grpc.aio.AioRpcError as error:
-            refused = messages.error_from_metadata(error.trailing_metadata())
+            refused = refusals.error_from_metadata(error.trailing_metadata())
             if refused is not None:
                 self._reject(refused, "")
             else:
-                details = messages.text(error.details() or "", 200)
+                details = bounds.text(error.details() or "", 200)
                 self._lost(f"{error.code().name}: {details}")
         except AtollError as error:
             self._reject(error, "")
@@ -352,11 +352,11 @@ class Client:
             case "evaluate":
                 self._spawn(self._training.evaluate(line, message.evaluate))
             case "refusal":
-                refused = messages.error_from_wire(message.refusal)
+                refused = refusals.error_from_wire(message.refusal)
                 self._reject(refused, message.refusal.order)
             case "goodbye":
                 bye = message.goodbye
-                reason = messages.text(bye.reason)
+                reason = bounds.text(bye.reason)
                 if not bye.done:
                     logger.info("client=%s has no server (%s), trying again", self.name, reason)
                 self._post(machine.Ended(reason, bye.done, bye.retry_seconds))

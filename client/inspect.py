@@ -5,7 +5,7 @@ from typing import Any
 
 import grpc
 
-from atoll.protocols import messages, wire_pb2
+from atoll.protocols import refusals, wire_pb2
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.errors import ClientError
 from atoll.protocols.runinfo import RunInfo
@@ -19,7 +19,7 @@ def ask(address: str, what: str, seconds: float = 10.0, **arguments: Any) -> Any
         try:
             reply = call(request.SerializeToString(), timeout=seconds)
         except grpc.RpcError as error:
-            refused = messages.error_from_metadata(error.trailing_metadata())
+            refused = refusals.error_from_metadata(error.trailing_metadata())
             if refused is not None:
                 raise refused from error
             raise ClientError(

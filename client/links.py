@@ -4,7 +4,7 @@ A spec from the server is compared with our own names, and with what this client
 what a stranger writes is never imported.
 """
 
-from atoll.protocols import messages
+from atoll.protocols import bounds
 from atoll.protocols.codecs import Codec, codec
 from atoll.protocols.codecspec import OFFERED, ErrorFeedback, from_remote, parse, parse_ways
 from atoll.protocols.errors import ClientError, RemoteError
@@ -40,4 +40,4 @@ def _own(told: str, asked: str) -> Codec:
     try:
         return codec(asked if asked and told == asked else from_remote(told))
     except RemoteError as error:
-        raise ClientError("FL-W108", messages.text(error.message, 300), error.hint) from error
+        raise ClientError("FL-W108", bounds.text(error.message, 300), error.hint) from error

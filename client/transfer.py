@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from atoll.protocols import frames, messages, wire_pb2
+from atoll.protocols import bounds, frames, messages, refusals, wire_pb2
 from atoll.protocols.blobs import CHUNK, BlobInfo
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.errors import AtollError, ClientError, RefusedError, RemoteError
@@ -230,10 +230,10 @@ def _persist(attempt: Callable[[_Watch], T], patience: Patience, what: str) -> T
 
 def _judge(error: grpc.RpcError, what: str, watch: _Watch) -> tuple[AtollError, float | None]:
     """What a failed call means, and the seconds to wait before the next; None: do not try again."""
-    refused = messages.error_from_metadata(error.trailing_metadata())
+    refused = refusals.error_from_metadata(error.trailing_metadata())
     if refused is not None:
         return refused, refused.retry_seconds
-    code, details = error.code(), messages.text(error.details() or "", 200)
+    code, details = error.code(), bounds.text(error.details() or "", 200)
     if watch.stalled:
         silence = f"{what}: nothing moved for {watch.patience.idle_seconds:g} s"
         return RemoteError("FL-W112", silence, "look at the network"), 0.0

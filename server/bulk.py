@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from atoll.protocols import frames, messages, wire_pb2
+from atoll.protocols import bounds, frames, messages, refusals, wire_pb2
 from atoll.protocols.blobs import CHUNK, Blob
 from atoll.protocols.channel import SERVICE
 from atoll.protocols.errors import AtollError, RemoteError
@@ -46,8 +46,8 @@ STATUS = {  # what a client in another language goes by; ours reads the Refusal
 async def refuse(context: Context, error: AtollError) -> None:
     """End the call with `error` as gRPC status and as a Refusal in the trailing metadata."""
     status = STATUS.get(error.code, grpc.StatusCode.FAILED_PRECONDITION)
-    details = messages.text(str(error), 200)  # the whole is in the metadata, which has a limit
-    await context.abort(status, details, messages.error_metadata(error))
+    details = bounds.text(str(error), 200)  # the whole is in the metadata, which has a limit
+    await context.abort(status, details, refusals.error_metadata(error))
 
 
 def _refusing(handler: "Handler[T]") -> "Handler[T | None]":
@@ -225,7 +225,7 @@ class Bulk(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def _check_run(self, run: str) -> None:
         if run and self.run and run != self.run:
-            raise RemoteError("FL-S107", f"no run {messages.text(run, 64)} here", f"ask {self.run}")
+            raise RemoteError("FL-S107", f"no run {bounds.text(run, 64)} here", f"ask {self.run}")
 
     def _uploading(self, client: str, blob: str) -> str:
         update = self._open.get((client, blob))

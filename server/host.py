@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from atoll.protocols import messages, state, wire_pb2
+from atoll.protocols import bounds, messages, refusals, state, wire_pb2
 from atoll.protocols.blobs import CHUNK, INLINE
 from atoll.protocols.errors import AtollError, RemoteError, ServerError
 from atoll.protocols.events import (
@@ -323,10 +323,10 @@ class Host:
                         self._acks.append((session.client, update))
             case "failure":
                 told = message.failure
-                why = f"{messages.text(told.code, 16)}: {messages.text(told.message)}"
+                why = f"{bounds.text(told.code, 16)}: {bounds.text(told.message)}"
                 logger.warning("client=%s order=%s failed: %s", session.client, told.order, why)
                 error = RemoteError(
-                    "FL-C104", f"order {messages.text(told.order, 24)} was given up: {why}",
+                    "FL-C104", f"order {bounds.text(told.order, 24)} was given up: {why}",
                     "mend the trainer and start this client again",
                 )  # fmt: skip
                 self._expel(session.client, f"it could not train: {why}", error)
@@ -338,7 +338,7 @@ class Host:
                 answer = self._panel.answer(session.client, *judged)
                 self._panel_says(answer)
             case "goodbye":
-                reason = messages.text(message.goodbye.reason, 200)
+                reason = bounds.text(message.goodbye.reason, 200)
                 now = self.driver.clock.now()
                 left = self.membership.goodbye(session.client, session.fence, now, reason)
                 if left is not None:
@@ -395,7 +395,7 @@ class Host:
             self._left(left)
         session = self.sessions.of.get(client)
         if session is not None:
-            session.send(wire_pb2.ServerMessage(refusal=messages.error_to_wire(error)))
+            session.send(wire_pb2.ServerMessage(refusal=refusals.error_to_wire(error)))
             self.sessions.drop(session)
             session.close()
 

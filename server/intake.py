@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from atoll.protocols import messages, wire_pb2
+from atoll.protocols import refusals, wire_pb2
 from atoll.protocols.codecs import Codec
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.events import Update, UpdateReceived
@@ -105,7 +105,7 @@ class Intake:
         except RemoteError as error:
             if error.code != "FL-W102":
                 raise
-            refusal = messages.error_to_wire(error, result.order)
+            refusal = refusals.error_to_wire(error, result.order)
             session.send(wire_pb2.ServerMessage(refusal=refusal))
             return
         if update is None:

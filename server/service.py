@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from atoll.protocols import messages, wire_pb2
+from atoll.protocols import messages, refusals, wire_pb2
 from atoll.protocols.channel import SERVICE
 from atoll.protocols.errors import AtollError, RemoteError
 
@@ -101,7 +101,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         return wire_pb2.InspectReply(data=json.dumps(found))
 
     async def _abort(self, context: Any, error: AtollError) -> None:
-        metadata = messages.error_metadata(error)
+        metadata = refusals.error_metadata(error)
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message, metadata)
 
 

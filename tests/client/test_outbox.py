@@ -10,8 +10,9 @@ from atoll.client.outbox import Outbox
 from atoll.client.slots import Slots
 from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import INLINE, BlobInfo, Section
+from atoll.protocols.bounds import MAX_METRICS, ULID
 from atoll.protocols.errors import ClientError
-from atoll.protocols.messages import MAX_METRICS, ULID, Result
+from atoll.protocols.messages import Result
 
 SMALL, BIG = 64, INLINE + 4
 

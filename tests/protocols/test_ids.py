@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atoll.protocols.bounds import CLIENT, ULID
 from atoll.protocols.ids import ALPHABET, machine_name, ulid
-from atoll.protocols.messages import CLIENT, ULID
 
 
 def decoded(text: str) -> int:

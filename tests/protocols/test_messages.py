@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.protocols import messages, wire_pb2
+from atoll.protocols import bounds, messages, refusals, wire_pb2
 from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.errors import AtollError, RefusedError, RemoteError, ServerError
 from atoll.protocols.events import ClientInfo, Then
@@ -36,7 +36,7 @@ def refused(read: Callable[[], object]) -> str:
 
 # ---- there and back ----------------------------------------------------------------------------
 
-COUNT = st.integers(0, messages.MAX_COUNT)
+COUNT = st.integers(0, bounds.MAX_COUNT)
 SECONDS = st.floats(0, 1e9)
 METRICS = st.dictionaries(
     st.from_regex(r"\A[a-zA-Z0-9_./-]{1,64}\Z"),
@@ -92,8 +92,8 @@ def test_a_hello_bounds_what_it_says_of_private_state() -> None:
         return lambda: messages.hello_from_wire(wire)
 
     assert refused(said(UP=1)) == "FL-W101"
-    assert refused(said(**{f"k{i}": 1 for i in range(messages.MAX_LIST + 1)})) == "FL-W101"
-    assert refused(said(k=messages.MAX_COUNT + 1)) == "FL-W101"
+    assert refused(said(**{f"k{i}": 1 for i in range(bounds.MAX_LIST + 1)})) == "FL-W101"
+    assert refused(said(k=bounds.MAX_COUNT + 1)) == "FL-W101"
 
 
 def test_the_enums_have_the_numbers_of_the_proto() -> None:
@@ -107,8 +107,8 @@ def test_the_enums_have_the_numbers_of_the_proto() -> None:
 def test_an_update_is_named_by_order_attempt_and_snapshot() -> None:
     assert RESULT.update == "o17.1"
     assert replace(RESULT, final=False, snapshot=2).update == "o17.1.s2"
-    assert messages.UPDATE.fullmatch("o17.1")
-    assert messages.UPDATE.fullmatch("o17.1.s2")
+    assert bounds.UPDATE.fullmatch("o17.1")
+    assert bounds.UPDATE.fullmatch("o17.1.s2")
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -234,7 +234,7 @@ KINDS: list[tuple[Any, Callable[[Any], object]]] = [
     (wire_pb2.Blob, messages.blob_from_wire),
     (wire_pb2.Ask, messages.ask_from_wire),
     (wire_pb2.Outcome, messages.outcome_from_wire),
-    (wire_pb2.Refusal, messages.error_from_wire),
+    (wire_pb2.Refusal, refusals.error_from_wire),
 ]
 
 
@@ -270,7 +270,7 @@ def read_again(found: Any) -> Any:
         case Outcome():
             return messages.outcome_from_wire(messages.outcome_to_wire(found))
         case AtollError():
-            return found if found.message == messages.text(found.message) else None
+            return found if found.message == bounds.text(found.message) else None
         case (BlobInfo(), bytes()):
             return messages.blob_from_wire(messages.blob_to_wire(*found))
         case _:
@@ -282,43 +282,43 @@ def read_again(found: Any) -> Any:
 
 def test_a_refusal_tells_the_client_code_words_and_whether_to_try_again() -> None:
     full = RemoteError("FL-W109", "no room", "wait for room", retry_seconds=5.0)
-    wire = messages.error_to_wire(full, order="o3")
+    wire = refusals.error_to_wire(full, order="o3")
     assert (wire.code, wire.fatal, wire.retry_seconds, wire.order) == ("FL-W109", False, 5.0, "o3")
-    heard = messages.error_from_metadata(messages.error_metadata(full))
+    heard = refusals.error_from_metadata(refusals.error_metadata(full))
     assert isinstance(heard, RefusedError)
     assert str(heard) == "FL-W109: no room (wait for room)"
     assert heard.retry_seconds == 5.0
-    again = messages.error_from_wire(messages.error_to_wire(RemoteError("FL-W102", "closed")))
+    again = refusals.error_from_wire(refusals.error_to_wire(RemoteError("FL-W102", "closed")))
     assert again.fatal
-    assert messages.error_to_wire(ServerError("FL-S203", "disk")).fatal
+    assert refusals.error_to_wire(ServerError("FL-S203", "disk")).fatal
 
 
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0, 1e300])
 def test_an_absurd_time_to_wait_is_an_hour(seconds: float) -> None:
     wire = wire_pb2.Refusal(code="FL-W109", fatal=False, retry_seconds=seconds)
-    assert messages.error_from_wire(wire).retry_seconds == 3600.0
+    assert refusals.error_from_wire(wire).retry_seconds == 3600.0
 
 
 def test_an_unknown_code_is_told_in_words() -> None:
-    heard = messages.error_from_wire(wire_pb2.Refusal(code="FL-Z9\x1b", message="new", fatal=True))
+    heard = refusals.error_from_wire(wire_pb2.Refusal(code="FL-Z9\x1b", message="new", fatal=True))
     assert (heard.code, heard.message) == ("FL-S100", "FL-Z9 : new")
 
 
 def test_metadata_without_a_readable_refusal_is_none() -> None:
-    assert messages.error_from_metadata(None) is None
-    assert messages.error_from_metadata([("x", "y"), ("atoll-error-bin", "text")]) is None
-    assert messages.error_from_metadata([("atoll-error-bin", b"\xff")]) is None
+    assert refusals.error_from_metadata(None) is None
+    assert refusals.error_from_metadata([("x", "y"), ("atoll-error-bin", "text")]) is None
+    assert refusals.error_from_metadata([("atoll-error-bin", b"\xff")]) is None
 
 
 def test_text_for_people_is_short_and_without_control_characters() -> None:
-    assert messages.text("plain, with ünicode") == "plain, with ünicode"
-    assert messages.text("\x1b]0;x\x07 [red]\u202e\u2028\n") == " ]0;x  [red]   "
-    assert messages.text("a" * 2000) == "a" * 999 + "…"
-    assert messages.text("abcdef", 3) == "ab…"
+    assert bounds.text("plain, with ünicode") == "plain, with ünicode"
+    assert bounds.text("\x1b]0;x\x07 [red]\u202e\u2028\n") == " ]0;x  [red]   "
+    assert bounds.text("a" * 2000) == "a" * 999 + "…"
+    assert bounds.text("abcdef", 3) == "ab…"
 
 
 @given(st.text(max_size=50))
 def test_text_is_printable_whatever_came(value: str) -> None:
-    cleaned = messages.text(value)
+    cleaned = bounds.text(value)
     assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in cleaned)
     assert len(cleaned) == len(value)

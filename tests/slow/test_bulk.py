@@ -21,7 +21,7 @@ import pytest
 
 from atoll.client import transfer
 from atoll.client.transfer import Patience
-from atoll.protocols import frames, messages, wire_pb2
+from atoll.protocols import frames, messages, refusals, wire_pb2
 from atoll.protocols.blobs import CHUNK, Blob, BlobInfo, Section
 from atoll.protocols.channel import SERVER_OPTIONS, SERVICE
 from atoll.protocols.errors import AtollError, ClientError, RefusedError, RemoteError
@@ -227,7 +227,7 @@ def refusal(act: Callable[[], object]) -> RefusedError:
     with pytest.raises(grpc.RpcError) as caught:
         act()
     error: Any = caught.value
-    refused = messages.error_from_metadata(error.trailing_metadata())
+    refused = refusals.error_from_metadata(error.trailing_metadata())
     assert refused is not None, error
     return refused
 
