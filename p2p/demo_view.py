@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from atoll.protocols import console
+from atoll.protocols.redrawn import Redrawn
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.live import Live
 
 _STYLES: Mapping[str, str] = {
     "training": "green", "averaging": "cyan", "downloading": "yellow", "killed": "bold red",
@@ -39,46 +38,20 @@ class SwarmView:
     forks: int
 
 
-class Show:
-    """On stderr for as long as its `with` block lasts: a terminal redraws the newest view,
-    anything else gets a line for each round and each event."""
+class Show(Redrawn):
+    """Shows a swarm: a terminal redraws the newest view, anything else gets a line for each round
+    and each event."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet, self.redraws = quiet, console.interactive() and not quiet
-        self._live: Live | None = None
-        self._round = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+    _round = 0  # shown last
 
     def show(self, view: SwarmView) -> None:
-        if self.redraws:
-            if self._live is None:
-                from rich.live import Live
-
-                self._live = Live(console=console.console(), redirect_stdout=False)
-                self._live.start()
-            self._live.update(render(view))
-        elif not self.quiet and view.round > self._round:
+        self.draw(lambda _: render(view))
+        if not self.redraws and view.round > self._round:
             self._round = view.round
-            console.say(f"{view.elapsed:6.1f}s  {line(view)}")
+            self.event(view.elapsed, line(view))
 
     def event(self, elapsed: float, what: str) -> None:
-        text = f"{elapsed:6.1f}s  {what}"
-        if self._live is not None:
-            self._live.console.print(text, markup=False)
-        elif not self.quiet:
-            console.say(text)
+        self.say(f"{elapsed:6.1f}s  {what}")
 
 
 def line(view: SwarmView) -> str:

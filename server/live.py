@@ -6,15 +6,14 @@ stderr, or, where stderr is not a terminal, says one line per row of the history
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 from atoll.protocols import console
+from atoll.protocols.redrawn import Redrawn
 from atoll.server.history import History, Row
 
 if TYPE_CHECKING:
     from rich.console import Group as Stack
-    from rich.live import Live as RichLive
     from rich.text import Text
 
 State = Literal["starting", "waiting", "training", "sending", "gone", "restarting", "done"]
@@ -318,54 +317,13 @@ def _metric(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "-"
 
 
-class Live:
-    """Shows a run on stderr for as long as its `with` block lasts.
-
-    Call `row` with each row of the history and `show` with views as often as you like: a terminal
-    redraws the newest view (some 8 times a second), anything else gets the rows' lines.
-    """
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet  # say nothing at all
-        self.redraws = console.interactive() and not quiet
-        self._live: RichLive | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+class Live(Redrawn):
+    """Shows a run. Call `row` with each row of the history and `show` with views: a terminal
+    redraws the newest view, anything else gets the rows' lines."""
 
     def row(self, row: Row) -> None:
-        if not self.redraws and not self.quiet and (told := event_line(row)) is not None:
-            console.say(told)
+        if not self.redraws and (told := event_line(row)) is not None:
+            self.say(told)
 
     def show(self, shown: LiveView) -> None:
-        if not self.redraws:
-            return
-        if self._live is None:  # not before: an empty table would scroll the screen
-            self._live = self._start()
-        self._live.update(render(shown, self._live.console.width))
-
-    def _start(self) -> "RichLive":
-        from rich.live import Live as RichLive
-
-        live = RichLive(console=console.console(), refresh_per_second=8, redirect_stdout=False)
-        live.start()
-        return live
-
-    def say(self, text: str) -> None:
-        """A line of talk above the table."""
-        if self.quiet:
-            return
-        if self._live is not None:
-            self._live.console.print(text, markup=False)
-        else:
-            console.say(text)
+        self.draw(lambda width: render(shown, width))
