@@ -1,6 +1,7 @@
 """Real servers and clients: as processes, to be killed, and as threads, to be looked into."""
 
 import contextlib
+import gc
 import json
 import os
 import queue
@@ -48,6 +49,13 @@ def _until(true: Callable[[], object], seconds: float = 30.0, what: str = "") ->
         assert time.monotonic() < end, f"{what or true} did not come true in {seconds} s"
         time.sleep(0.02)
     return found
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """What a test leaves to the garbage collector is found in it, not in another one."""
+    yield
+    gc.collect()
 
 
 class Process:

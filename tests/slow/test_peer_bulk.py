@@ -1,15 +1,12 @@
 """Bulk between peers over both roads: real hivemind, real TLS."""
 
 import asyncio
-import gc
 import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
@@ -21,36 +18,10 @@ from atoll.p2p.node import Node
 from atoll.p2p.roads import LARGE, Roads
 from atoll.protocols.blobs import CHUNK, Blob, BlobInfo
 from atoll.protocols.errors import RemoteError
+from tests.slow.nodes import MARKS, pair
 
-pytestmark = [
-    pytest.mark.slow,
-    # hivemind leaves connections to a daemon that is gone to the garbage collector
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 pytest.importorskip("hivemind")
-
-LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
-
-
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    """What it collects, it collects here: found in another test it would count against that one."""
-    yield
-    gc.collect()
-
-
-@asynccontextmanager
-async def pair(folder: Path) -> AsyncIterator[tuple[Node, Node]]:
-    giver = Node(folder / "a", listen=LOOPBACK)
-    await giver.start()
-    taker = Node(folder / "b", listen=LOOPBACK, bootstrap=await giver.addresses())
-    try:
-        await taker.start()
-        yield giver, taker
-    finally:
-        await taker.stop()
-        await giver.stop()
 
 
 def test_bulk_comes_by_the_faster_road_and_by_streams_where_there_is_no_other(

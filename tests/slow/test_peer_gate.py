@@ -16,16 +16,10 @@ from atoll.p2p.node import Node
 from atoll.p2p.roster import Entry
 from atoll.protocols.errors import PeerError, RemoteError
 from tests.p2p.people import INVITE, SIGNED, entry_of, person
+from tests.slow.nodes import LOOPBACK, MARKS
 
-pytestmark = [
-    pytest.mark.slow,
-    # hivemind leaves connections to a daemon that is gone to the garbage collector
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 pytest.importorskip("hivemind")
-
-LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
 
 class Swarm:

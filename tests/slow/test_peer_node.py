@@ -1,15 +1,13 @@
 """Nodes over real hivemind: what is said arrives, daemons are replaced, nothing is left behind."""
 
 import asyncio
-import gc
 import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import psutil
@@ -20,37 +18,12 @@ from atoll.p2p.node import MOST, PING_SECONDS, RECORD, Node
 from atoll.protocols.blobs import Blob, BlobInfo
 from atoll.protocols.errors import AtollError, PeerError, RemoteError
 from atoll.protocols.frames import checksums
+from tests.slow.nodes import LOOPBACK, MARKS, pair
 
-pytestmark = [
-    pytest.mark.slow,
-    # hivemind leaves connections to a daemon that is gone to the garbage collector
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 pytest.importorskip("hivemind")
 
-LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 NOBODY = "12D3KooWQkLh9T4mXWf8oyRiLb3r4uhcXnVC1Uwqhq1A8wQa1dXb"
-
-
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    """What it collects, it collects here: found in another test it would count against that one."""
-    yield
-    gc.collect()
-
-
-@asynccontextmanager
-async def pair(folder: Path) -> AsyncIterator[tuple[Node, Node]]:
-    first = Node(folder / "a", listen=LOOPBACK)
-    await first.start()
-    second = Node(folder / "b", listen=LOOPBACK, bootstrap=await first.addresses())
-    try:
-        await second.start()
-        yield first, second
-    finally:
-        await second.stop()
-        await first.stop()
 
 
 def both(folder: Path, work: Callable[[Node, Node], Awaitable[None]]) -> None:
