@@ -8,7 +8,7 @@ import click
 
 from atoll.protocols import console, slots
 from atoll.protocols.errors import ServerError
-from atoll.server.options import check_numbers, data_of, private, private_options
+from atoll.server.options import check_numbers, data_of, mix_options, private, private_options
 from atoll.server.presets import preset_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
     "--model", default="",
     help="Or MODULE:OBJECT.  [default: mlp, cnn for images in colour, charlm for text]",
 )  # fmt: skip
-@click.option("--trainer", default="", help="Every client's: your own Trainer as MODULE:OBJECT.")
 @click.option(
     "--partition",
     default="iid",
@@ -82,27 +81,10 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
     help="Model, history, plots and logs go there.",
 )
 @click.option(
-    "--aggregator", default="mean", show_default=True,
-    help="How updates are combined: see `fl-server aggregators`.",
-)  # fmt: skip
-@click.option(
     "--proxy", default="", metavar="DATA",
     help="What an aggregator learns by.  [default: fedlaw takes 200 training examples]",
 )  # fmt: skip
-@click.option(
-    "--outer", default="",
-    help="The server's step, e.g. nesterov:lr=0.7: see `fl-server outers`.  [default: sgd; of "
-    "diloco nesterov]",
-)  # fmt: skip
-@click.option(
-    "--local", "algorithm", default="plain", show_default=True,
-    help="plain, fedprox:mu=0.1: see `fl-server locals`.",
-)  # fmt: skip
-@click.option(
-    "--codec", default="fp32", show_default=True,
-    help="int8, or up=topk:0.01+ef,down=int8: see `fl-server codecs`.",
-)  # fmt: skip
-@click.option("--lr", type=float, default=None, help="Local learning rate.")
+@mix_options
 @private_options
 @console.json_option
 def demo(

@@ -14,6 +14,23 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MIX = (
+    click.option("--aggregator", default="mean", show_default=True,
+                 help="mean, median, krum:f=0.2, ...; or MODULE:OBJECT. "
+                 "See `fl-server aggregators`."),
+    click.option("--outer", default="",
+                 help="sgd, momentum, nesterov, adam, yogi, adagrad, e.g. nesterov:lr=0.7. "
+                 "See `fl-server outers`.  [default: sgd; of diloco nesterov]"),
+    click.option("--local", "algorithm", default="plain", show_default=True,
+                 help="Local algorithm: plain, fedprox:mu=0.1, scaffold-m, ... "
+                 "See `fl-server locals`."),
+    click.option("--codec", default="fp32", show_default=True,
+                 help="bf16, int8, topk:0.01+ef; or up=topk:0.01+ef/int8,down=int8. See "
+                 "`fl-server codecs`."),
+    click.option("--lr", type=float, default=None, help="Local learning rate."),
+    click.option("--trainer", default="", help="Your own Trainer as MODULE:OBJECT."),
+)  # fmt: skip
+
 PRIVATE = (
     click.option("--dp", default="", metavar="SPEC",
                  help="Differential privacy by the server: clip=0.3,noise=1; "
@@ -31,33 +48,20 @@ def run_options(command: F) -> F:
         click.option("--strategy", default="fedcompass", show_default=True,
                      help="fedavg, fedbuff, fedasync, fedcompass, diloco, with parameters as "
                      "fedavg:steps=50,cohort=8; or MODULE:OBJECT. See `fl-server strategies`."),
-        click.option("--aggregator", default="mean", show_default=True,
-                     help="mean, median, krum:f=0.2, ...; or MODULE:OBJECT. "
-                     "See `fl-server aggregators`."),
+        *MIX,
         click.option("--proxy", default="", metavar="DATA",
                      help="Labelled examples of the server's own that an aggregator learns by "
                      "(fedlaw): digits, npz:FILE,take=200, ..."),
-        click.option("--outer", default="",
-                     help="sgd, momentum, nesterov, adam, yogi, adagrad, e.g. nesterov:lr=0.7. "
-                     "See `fl-server outers`.  [default: sgd; of diloco nesterov]"),
-        click.option("--local", "algorithm", default="plain", show_default=True,
-                     help="Local algorithm: plain, fedprox:mu=0.1, scaffold-m, ... "
-                     "See `fl-server locals`."),
         click.option("--model", default="mlp", show_default=True,
                      help="mlp, cnn, resnet18, charlm, linear, or MODULE:OBJECT."),
         click.option("--data", default="digits", show_default=True,
                      help="digits, mnist:DIR, cifar10:DIR, text:FILE, csv:FILE, npz:FILE, "
                      "MODULE:OBJECT; none: the clients evaluate."),
-        click.option("--trainer", default="", help="Your own Trainer as MODULE:OBJECT."),
-        click.option("--lr", type=float, default=None, help="Local learning rate."),
         click.option("--batch", type=int, default=None, help="Local batch size."),
         click.option("--local-optimizer", default=None,
                      type=click.Choice(["sgd", "adam", "adamw"]), help="Of the local steps."),
         click.option("--local-momentum", type=float, default=None, help="Of local SGD."),
         click.option("--clip", type=float, default=None, help="Largest local gradient norm."),
-        click.option("--codec", default="fp32", show_default=True,
-                     help="bf16, int8, topk:0.01+ef; or up=topk:0.01+ef/int8,down=int8. See "
-                     "`fl-server codecs`."),
         click.option("--buffers", default="weighted_mean", show_default=True,
                      type=click.Choice(["weighted_mean", "keep_server", "personal"]),
                      help="What becomes of BatchNorm statistics."),
@@ -73,6 +77,11 @@ def run_options(command: F) -> F:
                      help="Stop after so many evaluations without improvement."),
     ]  # fmt: skip
     return _with(options, command)
+
+
+def mix_options(command: F) -> F:
+    """The parts beside the strategy, by which the clients train and the server merges."""
+    return _with(MIX, command)
 
 
 def private_options(command: F) -> F:
