@@ -7,6 +7,7 @@
 """
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,14 +72,17 @@ NOT_IN_MACHINES = {
 }  # fmt: skip
 
 
-def imports(file: Path) -> Iterator[str]:
+@functools.cache
+def imports(file: Path) -> list[str]:
     """Every module a file imports, inside functions too; `from a import b` gives a and a.b."""
+    found = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import; write atoll.<folder>"
-            yield from [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def sources(folder: str) -> list[Path]:

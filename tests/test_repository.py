@@ -7,7 +7,7 @@ import ast
 import functools
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,9 +55,9 @@ def dotted(node: ast.AST) -> str:
     return ""
 
 
-def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+def calls(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, ast.Call]]:
     """Each call with what is called, dotted: ("torch.load", ...)."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Call):
             yield dotted(node.func), node
 
@@ -69,12 +69,11 @@ def given(call: ast.Call, name: str, default: str) -> str:
 
 def unsafe(tree: ast.AST) -> list[str]:
     """What in a file can run code out of data."""
-    found = []
-    for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        found += [n for n in names if n.split(".")[0] in RUNS_WHAT_IT_READS]
-    for name, call in calls(tree):
+    nodes = list(ast.walk(tree))
+    names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    found = [n for n in names if n.split(".")[0] in RUNS_WHAT_IT_READS]
+    for name, call in calls(nodes):
         if name.endswith("torch.load") and given(call, "weights_only", "") != "True":
             found.append("torch.load without weights_only=True")
         if "load" in name and given(call, "allow_pickle", "False") != "False":
@@ -103,7 +102,7 @@ def impure(tree: ast.AST) -> list[str]:
                 if f"{node.module}.{a.name}" in WALL_CLOCK | ENVIRONMENT
                 or (node.module == "random" and a.name != "Random")
             ]
-    for name, call in calls(tree):
+    for name, call in calls(ast.walk(tree)):
         if name.split(".")[-1] in ("Random", "default_rng") and not call.args:
             found.append(f"{name} without a seed")
         if name in ("random.random", "np.random.random", "torch.manual_seed"):
