@@ -14,8 +14,9 @@ CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The other files in benchmarks/ are their tools.
 BENCHMARKS := allreduce batched_trainer codecs fedlaw joiner kill_in_reduce merge rate rendezvous round simulator time_to_target
-# One thread a process: the tests' models are small, and processes share the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# One thread a process: the tests' models are small, and processes share the cores. Bytecode is kept,
+# whatever the shell says: hundreds of processes are started.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: help setup demo peers test check lint bench proto prove-processes prove-long prove-packaging prove-peers prove-science clean
 

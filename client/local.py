@@ -19,7 +19,7 @@ from atoll.client.algorithm import FedProx, LocalAlgorithm, Plain
 from atoll.client.batches import Batch, batches, in_order, mixed
 from atoll.client.data import Examples, Kind, size
 from atoll.client.keep import Rule
-from atoll.client.models import manifest_of, named_tensors
+from atoll.client.models import manifest_of, named_tensors, seed_torch
 from atoll.client.objective import loss_of, score
 from atoll.client.schedule import schedule
 from atoll.client.sgd import SGD
@@ -342,7 +342,7 @@ class TorchTrainer:
         """Dropout and the like draw from (seed, client, step), and the caller's state stays."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(mixed(*self._random, "order", done))
+            seed_torch(mixed(*self._random, "order", done))
             yield
 
 

@@ -48,13 +48,22 @@ def build(spec: str, info: DataInfo | None, seed: int) -> nn.Module:
         )
     make = _given_info(spec, found, info)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         made = slots.call("model", spec, make, params)
     if not isinstance(made, nn.Module):
         raise UsageError(
             "FL-S103", f"{spec!r} made {type(made).__name__}, not a model", "return an nn.Module"
         )
     return made
+
+
+def seed_torch(seed: int) -> None:
+    """As `torch.manual_seed`, which where there is no accelerator writes down from where it was
+    called, for when one comes: 0.7 ms forty calls deep, at each order."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def manifest_of(module: nn.Module) -> Manifest:

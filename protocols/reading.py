@@ -6,6 +6,7 @@ imported class says.
 """
 
 import ast
+import functools
 import gc
 import importlib.util
 import re
@@ -76,22 +77,30 @@ def _tree(module: str) -> "_Module":
         raise LookupError(f"no source of {module}")
     try:
         text = path.read_text(encoding="utf-8")
-        return _Module(module, _parsed(text).body, text.splitlines())
+        return _Module(module, _parsed(text), text.splitlines())
     except (OSError, SyntaxError, ValueError) as error:
         raise LookupError(f"{path} cannot be read: {error}") from error
 
 
-def _parsed(text: str) -> ast.Module:
-    """Its syntax tree, made without a garbage collection in the midst of it: where that logs what
-    became of a forgotten task, Python 3.11 parses the lines of its traceback, and then takes the
-    interrupted parse for a broken one (SystemError)."""
+@functools.lru_cache(maxsize=128)  # a check at start reads the same few dozen again and again
+def _parsed(text: str) -> list[ast.stmt]:
+    """Its statements, of functions only the first of theirs: nobody looks further.
+
+    Made without a garbage collection in the midst of it: where that logs what became of a forgotten
+    task, Python 3.11 parses the lines of its traceback, and then takes the interrupted parse for a
+    broken one (SystemError)."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        return ast.parse(text)
+        body = ast.parse(text).body
     finally:
         if collects:
             gc.enable()
+    for node in body:
+        for inner in (node, *(node.body if isinstance(node, ast.ClassDef) else ())):
+            if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+                del inner.body[1:]
+    return body
 
 
 def locate(module: str) -> Path | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.client.data import DataInfo
-from atoll.client.models import BUILTIN, build, manifest_of
+from atoll.client.models import BUILTIN, build, manifest_of, seed_torch
 from atoll.protocols.errors import UsageError
 from atoll.protocols.manifest import TensorSpec
 
@@ -181,3 +181,11 @@ def test_a_tensor_that_cannot_travel_is_refused(dtype: torch.dtype) -> None:
 def test_a_lazy_tensor_is_refused_before_it_has_a_shape() -> None:
     with pytest.raises(UsageError, match=r"weight.*lazy"):
         manifest_of(nn.LazyLinear(3))
+
+
+def test_a_seed_is_torchs_own() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        wanted = torch.rand(3)
+        seed_torch(5)
+        assert torch.equal(torch.rand(3), wanted)

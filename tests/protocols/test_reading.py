@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from atoll.protocols import reading
 from atoll.protocols.reading import Parameter, locate, read, sentence, table
 
 CODE = '''"""Rule: what it is about. See https://example.org/module."""
@@ -176,6 +177,7 @@ def test_garbage_that_is_collected_meanwhile_breaks_no_parse(on: bool) -> None:
     try:
         for _ in range(20):
             Garbage()
+            reading._parsed.cache_clear()
             if not on:
                 gc.disable()
             assert (
@@ -185,3 +187,10 @@ def test_garbage_that_is_collected_meanwhile_breaks_no_parse(on: bool) -> None:
     finally:
         gc.enable()
         gc.set_threshold(*threshold)
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for size in (3, 4):
+        (tmp_path / "changing_atoll.py").write_text(f"def rule(size: int = {size}):\n    pass\n")
+        assert read("changing_atoll:rule").parameters[0].default == str(size)
