@@ -6,16 +6,12 @@ order of the rendezvous' words, so that no vote ever waits for an outer step.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from atoll.aggregation.allreduce import Done, Fail, PartReady, Plan
-from atoll.aggregation.circle import Patience
 from atoll.aggregation.rendezvous import Rendezvous
 from atoll.aggregation.rendezvous_events import (
     Abort,
@@ -48,33 +44,23 @@ from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.p2p.contribution import Contribution, packer
 from atoll.p2p.donor import Shelved, download
 from atoll.p2p.exchange import Exchange
+from atoll.p2p.former import Former
 from atoll.p2p.memory import Memory
 from atoll.p2p.post import Letter, Part, Post
 from atoll.p2p.reducing import Fetch
+from atoll.p2p.tally import Tally, Trained
+from atoll.p2p.terms import Terms
 from atoll.p2p.work import Facts
 from atoll.protocols.blobs import Blob
-from atoll.protocols.codecspec import Ways
-from atoll.protocols.errors import PeerError, RemoteError
+from atoll.protocols.errors import RemoteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUEUE = 10_000  # events that wait; what others say beyond is lost, as on a network
 AGAIN = 1.0  # seconds between work that must not count and the next
 
 logger = logging.getLogger(__name__)
-
-
-class Trained(Protocol):
-    """Local work, as `work.Trained`."""
-
-    @property
-    def delta(self) -> Tensor: ...
-    @property
-    def factor(self) -> float: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def loss(self) -> float: ...
 
 
 class Training(Protocol):
@@ -87,46 +73,6 @@ class Training(Protocol):
     async def train(self, steps: int) -> Trained: ...
     def bench(self, seconds: float) -> float: ...  # local steps a second; blocks
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What all peers of a run agree on, of its manifest."""
-
-    run: str  # hash of the manifest: the first model's chain begins with it
-    init: str  # SHA-256, in hex, of the first model
-    founder: str  # peer id of who decides the first commit
-    rounds: int  # 0: no end
-    ways: Ways
-    patience: Patience
-    most: float  # medians of length that a peer's part may have
-    share: float  # weight of a whole share of the work
-
-    @property
-    def start(self) -> Stand:
-        return Stand(0, self.run[:32], 0.0)
-
-
-@dataclass
-class Tally:
-    """What a peer has seen, for whoever watches it."""
-
-    round: int = 0
-    rounds_joined: int = 0  # whose mean this peer's work is in
-    aborts: int = 0
-    downloads: int = 0
-    healed: int = 0  # models with other bits than the group's, that were replaced
-    loss_first: float | None = None
-    loss: float | None = None
-    digest: str = ""  # of the model; empty where it is not known yet
-    digested: int = 0  # the round whose model that was: `round` is counted before it is applied
-    group: tuple[str, ...] = ()  # of the last commit
-    weights: tuple[float, ...] = ()
-    steps: int = 0  # local ones, in all
-    tokens: int = 0
-    state: str = "starting"
-    why: str = ""  # the last round that was put off
-    missing: tuple[str, ...] = ()  # members without some of whom nothing can be decided
 
 
 @dataclass
@@ -196,10 +142,11 @@ class Driver:
         kept = await asyncio.to_thread(self._memory.recall, self.terms.run)
         size, patience = self._work.engine.state.anchor.numel(), self.terms.patience
         if kept is None or kept.peer != self.me:
-            start, founders = self._first(), (self.terms.founder,)
-            self._machine = Rendezvous(self.me, size, founders, start, patience)
+            start = self.terms.first(self.me, self._work.facts.init)
+            self._machine = Rendezvous(self.me, size, (self.terms.founder,), start, patience)
         else:
-            model = await asyncio.to_thread(self._remembered, kept.bound)
+            former = Former(self._memory, self.exchange, self._work.engine, self._codec)
+            model = await asyncio.to_thread(former.model, kept.bound, self.terms.start)
             if model is None:
                 return False
             self._work.engine.load(model)
@@ -208,45 +155,6 @@ class Driver:
         self._bound, self._chain = self._machine.bound(), self._machine.stand.chain
         self.tally.round = max(0, self._machine.stand.epoch)
         return True
-
-    def _first(self) -> Stand:
-        here, run = self._work.facts.init, self.terms.init
-        if here == run:
-            return self.terms.start
-        if self.me == self.terms.founder:
-            raise PeerError(
-                "FL-P408",
-                f"the first model here is {here[:12]}, the run was founded with {run[:12]}",
-                "take the versions of torch and of the model that it was founded with",
-            )
-        logger.warning(
-            "peer=%s the first model here is %s, the run's is %s: that will be downloaded",
-            self.me, here[:12], run[:12],
-        )  # fmt: skip
-        return Stand()
-
-    def _remembered(self, bound: Bound) -> SyncState | None:
-        """The model of `bound`, and its means in the exchange. None where it is not whole."""
-        engine, last = self._work.engine, bound.last
-        for value in [v for v in (last and last.value, bound.accepted and bound.accepted[1]) if v]:
-            mean = self._memory.mean(value.digest, self._codec)
-            if mean is not None:
-                self.exchange.keep(mean)
-            elif last is None or value != last.value:
-                return None  # it voted for what it does not hold any more
-        if last is None:
-            return engine.state
-        found = self._memory.model(bound.stand.chain)
-        if found is not None:
-            return found
-        first = last.base == self.terms.start.chain
-        before = engine.state if first else self._memory.model(last.base)
-        if before is None or last.value.digest not in self.exchange:
-            return None
-        engine.load(before)
-        with contextlib.suppress(ValueError):
-            engine.commit(self.exchange.mean(last.value.digest).values)
-        return engine.state
 
     async def run(self) -> None:
         """PeerError where its disk fails."""
@@ -534,7 +442,7 @@ class Driver:
         self.tally.state = "training"
         while True:
             done = await self._work.train(self._steps())
-            self._count(done)
+            self.tally.count(done)
             if done.factor > 0:
                 break
             logger.warning("peer=%s round=%d: its work is not finite", self.me, stand.epoch)
@@ -543,14 +451,6 @@ class Driver:
         self._ready = _Ready(stand.chain, given)
         self.tally.state = "averaging"
         self.say(StepsDone(stand.chain))
-
-    def _count(self, done: Trained) -> None:
-        self.tally.steps += done.steps
-        self.tally.tokens += done.tokens
-        if done.factor > 0:
-            self.tally.loss = done.loss
-            if self.tally.loss_first is None:
-                self.tally.loss_first = done.loss
 
 
 def _attempt(chain: str, ballot: tuple[int, str]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from atoll.aggregation.rendezvous_events import Admitted, Lost, Removed
 from atoll.p2p import bulk, direct, ports, post
 from atoll.p2p.direct import Direct
-from atoll.p2p.driver import Driver, Tally, Terms, Training
+from atoll.p2p.driver import Driver, Training
 from atoll.p2p.gate import Gate, fetch_manifest
 from atoll.p2p.invite import Invite
 from atoll.p2p.manifest import Manifest, verify
@@ -29,6 +29,8 @@ from atoll.p2p.node import Node
 from atoll.p2p.post import Post
 from atoll.p2p.roads import Roads
 from atoll.p2p.roster import Entry, local_steps, weight
+from atoll.p2p.tally import Tally
+from atoll.p2p.terms import Terms
 from atoll.p2p.work import Work
 from atoll.protocols.blobs import Blob
 from atoll.protocols.channel import tune_malloc

@@ -16,9 +16,10 @@ from atoll.aggregation.outer import Nesterov
 from atoll.aggregation.rendezvous_events import Admitted, Lost
 from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.p2p.bulk import Got
-from atoll.p2p.driver import Driver, Terms
+from atoll.p2p.driver import Driver
 from atoll.p2p.memory import Memory
 from atoll.p2p.post import Post
+from atoll.p2p.terms import Terms
 from atoll.p2p.work import Facts
 from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import RemoteError
