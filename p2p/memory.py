@@ -92,9 +92,9 @@ class Memory:
         with _disk(path):
             if not path.exists():
                 return None
-            text = path.read_text()
+            data = path.read_bytes()
         try:
-            kept = state.loads(Kept, text)
+            kept = state.loads(Kept, data.decode())
         except ValueError as error:
             raise PeerError(
                 "FL-P405", f"{path} cannot be read: {error}", "remove it: the peer joins anew"

@@ -184,13 +184,13 @@ class Peer:
         """Where it was before, if that is free; beside whoever answers, or alone where it was
         a member already and nobody does: the others will look for it."""
         places = tuple(dict.fromkeys((*self._habits.places, *self._invite.addresses)))
-        founding = bool(self._signed)
+        founding, listens = bool(self._signed), self._listens()
         tries = [
             (listen, bootstrap)
             for bootstrap in (
                 [places, ()] if places and (founding or self._habits.places) else [places]
             )
-            for listen in self._listens()
+            for listen in listens
         ]
         for i, (listen, bootstrap) in enumerate(tries):
             node = Node(self.folder, listen=listen if self._listen else (), bootstrap=bootstrap)

@@ -107,7 +107,7 @@ def start(
     behalf: Behalf | None = None
     if invite:
         behalf, manifest = joined(invite, state, name)
-        wanted = like_peers(wanted, manifest, "strategy" in spelled_out())
+        wanted = like_peers(wanted, manifest, spelled_out())
     if not (state / "run.json").exists():
         check(wanted)
     rules = rules_of(given)
@@ -137,5 +137,6 @@ def start(
     ended = (
         summary.reason
         or f"stopped for now; go on with: fl-server start --state {shlex.quote(str(state))}"
+        + " --peer INVITE" * bool(invite)  # without it, it would go on alone
     )
     console.emit(summary, as_json, f"{ended}\n{told}{more}")

@@ -1,5 +1,6 @@
 """`fl-server start --peer INVITE`: a run whose server is one of the peers of a run without one."""
 
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,17 +33,24 @@ def joined(invite: str, state: Path, name: str) -> "tuple[Behalf, Manifest]":
     return behalf, behalf.start()
 
 
-def like_peers(spec: "RunSpec", manifest: "Manifest", strategy_given: bool) -> "RunSpec":
+def like_peers(spec: "RunSpec", manifest: "Manifest", given: Collection[str]) -> "RunSpec":
     """The run as its peers train it: model, data, local training and outer step are theirs.
 
-    UsageError FL-S104 where what was asked for besides does not go with that.
+    `given`: what the user has said of `spec`. UsageError FL-S104 where that does not go with it.
     """
     from atoll.p2p.work import local_of
 
+    for name in ("model", "data", "outer", "seed"):
+        asked, theirs = getattr(spec, name), getattr(manifest, name)
+        if name in given and asked != theirs:
+            raise UsageError(
+                "FL-S104", f"--{name} {asked}, but the peers of this run have {theirs}",
+                "leave it out: what is trained is said once, by the run's founder",
+            )  # fmt: skip
     local = asdict(local_of(manifest))
     made = replace(
         spec,
-        strategy=spec.strategy if strategy_given else f"diloco:steps={manifest.local_steps}",
+        strategy=spec.strategy if "strategy" in given else f"diloco:steps={manifest.local_steps}",
         model=manifest.model,
         data=manifest.data,
         seed=manifest.seed,

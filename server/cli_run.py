@@ -140,7 +140,8 @@ def export(state: Path, wanted: str, output: Path | None, kind: str, as_json: bo
 
     state = offline.find(state)
     number = offline.pick(state, wanted)
-    target = output or Path(f"{RunSpec.read(state / 'run.json').name}-v{number}.{kind}")
+    name = RunSpec.read(state / "run.json").name.replace("/", "-")
+    target = output or Path(f"{name}-v{number}.{kind}")
     payload = offline.export(state, number, target)
     size = target.stat().st_size
     with target.open("rb") as file:

@@ -49,6 +49,8 @@ class Rules:
         value = metrics.get(self.metric)
         if value is None:
             return
+        if math.isnan(metrics.get("loss", 0.0)):  # a class for NaN may be the right one by chance
+            value = math.nan
         if version >= self.latest_version:
             self.latest_version, self.latest = version, value
         if not math.isnan(value) and (self.best is None or self._better(value, self.best)):

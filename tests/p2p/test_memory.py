@@ -107,8 +107,8 @@ def test_what_is_torn_is_found_out(memory: Memory, change: Callable[[bytearray],
 
 
 def test_a_state_that_is_none_is_named(memory: Memory) -> None:
-    for text in ("", "{", '{"run":1}', "[]"):
-        (memory.folder / "state.json").write_text(text)
+    for data in (b"", b"{", b'{"run":1}', b"[]", b"\x90\xff"):
+        (memory.folder / "state.json").write_bytes(data)
         with pytest.raises(PeerError, match="cannot be read") as refused:
             memory.recall(RUN)
         assert refused.value.code == "FL-P405"

@@ -326,6 +326,9 @@ def test_export_names_its_file_after_run_and_version(
     monkeypatch.chdir(state.parent)
     assert data(capsys, "run", "export")["file"] == "digits-fc-v1.safetensors"
     assert (state.parent / "digits-fc-v1.safetensors").exists()
+    run = json.loads((state / "run.json").read_text())
+    (state / "run.json").write_text(json.dumps({**run, "name": "../mine"}))
+    assert data(capsys, "run", "export")["file"] == "..-mine-v1.safetensors"  # in this folder
 
 
 @pytest.mark.parametrize("wanted", ["7", "newest", "-1"])

@@ -9,8 +9,11 @@ from atoll.client.cli import cli as client
 from atoll.protocols import console
 from atoll.protocols.errors import UsageError
 from atoll.server.cli import cli as server
+from atoll.server.cli_peers import like_peers
 from atoll.server.options import spec_of
 from atoll.server.rules import Rules
+from atoll.server.spec import RunSpec
+from tests.p2p.people import MANIFEST
 
 
 @pytest.mark.parametrize(
@@ -56,6 +59,20 @@ def test_a_start_refuses_before_it_serves(
     assert console.run(server, ["start", "--state", str(state), *bad, "--json"]) in (2, 78)
     assert said in json.loads(capsys.readouterr().out)["error"]["message"]
     assert not state.exists()
+
+
+@pytest.mark.parametrize("name", ["model", "data", "outer", "seed"])
+def test_what_the_peers_train_is_not_said_anew_by_a_server_among_them(name: str) -> None:
+    """`--peer INVITE --model mlp` served the peers' model without a word."""
+    own = RunSpec("01J", strategy="fedavg", model="mlp", data="digits", outer="sgd", seed=7)
+    for given in ((), ("strategy",)):
+        made = like_peers(own, MANIFEST, given)
+        assert (made.model, made.data, made.outer) == ("charlm", "topics", "nesterov:0.7,0.9")
+    with pytest.raises(UsageError, match=rf"--{name} \w+, but the peers of this run have") as bad:
+        like_peers(own, MANIFEST, ("strategy", name))
+    assert bad.value.code == "FL-S104"
+    same = like_peers(own, MANIFEST, ())
+    assert like_peers(same, MANIFEST, ("strategy", name)) == same
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,15 @@ def test_a_metric_that_is_no_number_is_never_the_best_nor_a_target() -> None:
         assert (rules.best_version, rules.since_best, rules.reached_at) == (2, 1, None)
 
 
+def test_a_model_whose_loss_is_no_number_is_right_by_chance_alone() -> None:
+    """Of data all of one class a model of NaN was right on each, and met the target at once."""
+    rules = Rules(target=0.9)
+    rules.evaluated(0, {"accuracy": 1.0, "loss": math.nan}, 1.0)
+    assert (rules.best, rules.reached_at) == (None, None)
+    rules.evaluated(1, {"accuracy": 0.95, "loss": 0.2}, 2.0)
+    assert (rules.best_version, rules.reached_at) == (1, 2.0)
+
+
 def test_patience_without_any_number_ends_the_run_too() -> None:
     rules = told(Rules(patience=2), math.nan, math.nan)
     assert rules.reason(2, 2, 2, 2.0) == "no better accuracy in 2 evaluations, best none"
