@@ -64,7 +64,8 @@ def test_a_run_stopped_for_now_goes_on_with_the_same_limits(
     stopped = server.data()
     assert stopped["reason"] == ""
     assert 4 <= stopped["versions"] < 12
-    federation.until(lambda: caplog.text.count("has no server (") == 2)
+    said = [f"client=c{i} has no server (the server stops for now), trying again" for i in (0, 1)]
+    federation.until(lambda: all(line in caplog.text for line in said))
     server = federation.server()
     assert server.data()["versions"] == 12
     reports = [guest.ended() for guest in guests]
