@@ -6,7 +6,7 @@ from atoll.p2p.storms import EPOCHS, main, storm, try_storm
 from atoll.p2p.virtual import Outcome, Swarm
 from atoll.p2p.world import PeerModel, Weather
 
-FAST, ALL = 120, 10_000  # seeds
+FAST, ALL = 60, 10_000  # seeds
 A_TENTH = ALL // 10
 
 
