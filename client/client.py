@@ -268,7 +268,7 @@ class Client:
             if self._line is line:
                 self._line = None
             line.close()
-            line.out.put_nowait(None)
+            line.out.put(None)
 
     def _lost(self, reason: str) -> None:
         if self._session.failures == 0 and self._session.phase != "over":
@@ -392,7 +392,7 @@ class Client:
         result, view = kept
         packed = self._outbox.packed(update)
         if packed is not None and len(view) <= line.inline_limit:
-            line.out.put_nowait(nested(RESULT_FIELD, packed))
+            line.out.put(nested(RESULT_FIELD, packed))
         else:
             self._spawn(self._upload(line, result, view))
 

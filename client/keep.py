@@ -147,6 +147,8 @@ class Keep:
         The tensors are copied. Called again, as for an order trained again, it replaces.
         """
         copies: dict[str, Named] = {kind: _copied(named) for kind, named in parts.items() if named}
+        if not copies and update not in self._pending:
+            return
         with self._changed:
             self._forget(update)
             if copies:
@@ -158,6 +160,8 @@ class Keep:
     def announce(self, update: str) -> bool:
         """The outcome of `update` is known: `settle` will be called, perhaps from another thread,
         and `now` waits for it from here on. False: nothing is held for it, and nothing to do."""
+        if update not in self._pending:
+            return False  # it was put there, if at all, before its result was
         with self._changed:
             if update in self._pending:
                 self._settling.add(update)

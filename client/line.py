@@ -9,10 +9,12 @@ from atoll.client import transfer
 from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.errors import ClientError
+from atoll.protocols.inbox import Inbox
 from atoll.protocols.messages import ACK_FIELD
 from atoll.protocols.packed import MORE, Parts, nested
 
 LATER = 0.05  # seconds an acknowledgement may wait for a message to go with
+TICK = 0.001  # seconds by which a loop's timer may come early
 # A transfer ended with its connection, or the server took us to hold what we do not.
 BROKEN = ("FL-C101", "FL-C109", "FL-S208", "FL-W110", "FL-W112")
 
@@ -21,7 +23,7 @@ BROKEN = ("FL-C101", "FL-C109", "FL-S208", "FL-W110", "FL-W112")
 class Line:
     """What is said goes out in order; bulk goes over calls of its own."""
 
-    out: "asyncio.Queue[Parts | None]" = field(default_factory=asyncio.Queue)
+    out: Inbox[Parts | None] = field(default_factory=Inbox)
     token: str = ""
     run: str = ""
     inline_limit: int = 0
@@ -29,17 +31,30 @@ class Line:
     patience: transfer.Patience = field(default_factory=transfer.Patience)
 
     _acks: list[str] = field(default_factory=list)  # updates whose outcome we know
-    _timer: asyncio.TimerHandle | None = None  # to acknowledge them
+    _since: float = 0.0  # loop's time at which the first of these came
+    _timer: asyncio.TimerHandle | None = None  # stays when they have gone: it looks for the next
 
     def say(self, **kind: Any) -> None:
-        self.out.put_nowait((wire_pb2.ClientMessage(**kind).SerializeToString(),))
+        self.out.put((wire_pb2.ClientMessage(**kind).SerializeToString(),))
 
     def acknowledge(self, update: str) -> None:
         """Not urgent: it goes with the next message, or on its own after LATER seconds."""
-        if self._timer is None:
+        if not self._acks:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(LATER, lambda: self.say(ack=self._take_acks()))
+            self._since = loop.time()
+            if self._timer is None:
+                self._timer = loop.call_later(LATER, self._look, loop)
         self._acks.append(update)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if not self._acks:
+            return
+        due = self._since + LATER
+        if loop.time() < due - TICK:
+            self._timer = loop.call_at(due, self._look, loop)
+        else:
+            self.say(ack=self._take_acks())
 
     async def queued(self) -> AsyncIterator[bytes]:
         """What is said, until None is."""
@@ -50,9 +65,6 @@ class Line:
             yield b"".join(message)
 
     def _take_acks(self) -> wire_pb2.Ack:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         acks, self._acks = self._acks, []
         return wire_pb2.Ack(updates=acks)
 

@@ -46,8 +46,8 @@ def pack(
 
     Only the delta carries a residual: buffers are values, of which nothing is left to send later.
     """
-    planned = (*tensors.sections_of(manifest, up), *extras)
-    size = sum(s.length for s in planned)
+    planned = tensors.sections_of(manifest, up) + extras
+    size = sum([s.length for s in planned])
     varies = getattr(up, "variable", False)
     view = memoryview(bytearray(size)) if varies else room(size)
     at, sections, after = 0, [], state
@@ -65,12 +65,13 @@ def pack(
         else:
             sent = feedback.send(codec, rule, _delta(manifest, made), state, part)
             used, after = sent.payload, sent.state
-        sections.append(replace(section, length=len(used)))
+        exact = len(used) == section.length
+        sections.append(section if exact else replace(section, length=len(used)))
         at += len(used)
     if varies:
-        exact = room(at)
-        exact[:] = view[:at]
-        view = exact
+        packed = room(at)
+        packed[:] = view[:at]
+        view = packed
     return Packed(tuple(sections), view, after)
 
 

@@ -36,6 +36,8 @@ MAX_TEXT = 1000  # characters of a message for people
 
 def text(value: str, limit: int = MAX_TEXT) -> str:
     """`value` for people's eyes: cut to `limit`, control and direction characters replaced."""
+    if not value:
+        return ""
     cut = value if len(value) <= limit else value[: limit - 1] + "…"
     if cut.isascii() and cut.isprintable():
         return cut

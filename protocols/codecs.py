@@ -100,7 +100,7 @@ class Fp32:
         return out
 
     def decoder(self, payload: memoryview, count: int) -> Decoder:
-        return _Mapped(as_tensor(payload, torch.float32))
+        return Mapped(as_tensor(payload, torch.float32))
 
 
 FP32 = Fp32()
@@ -167,7 +167,7 @@ class Int64:
         return out
 
     def decoder(self, payload: memoryview, count: int) -> Decoder:
-        return _Mapped(as_tensor(payload, torch.int64))
+        return Mapped(as_tensor(payload, torch.int64))
 
 
 def codec(spec: str | Chain) -> Codec:
@@ -280,12 +280,15 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(values.sum(dtype=torch.float32)) or bool(torch.isfinite(values).all())
 
 
-class _Mapped:
+class Mapped:
+    """A decoder of values that lie in the bytes themselves."""
+
     def __init__(self, values: Tensor) -> None:
-        self._values = values
+        self.values = values
 
     def __call__(self, lo: int, hi: int, out: Tensor) -> Tensor:
-        return self._values[lo:hi]
+        whole = lo == 0 and hi == len(self.values)  # to cut nothing off costs as much as to cut
+        return self.values if whole else self.values[lo:hi]
 
 
 class _Widened:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -73,13 +73,18 @@ class Manifest:
         """Sections of a whole blob by the codec's name, once `tensors.sections_of` made them."""
         return {}
 
-    def spans(self, group: Group) -> Iterable[tuple[TensorSpec, int, int]]:
+    def spans(self, group: Group) -> Sequence[tuple[TensorSpec, int, int]]:
         """Each tensor of `group` with its first and last-plus-one element in the flat vector."""
-        at = 0
+        return self._spans[group]
+
+    @functools.cached_property
+    def _spans(self) -> Mapping[Group, Sequence[tuple[TensorSpec, int, int]]]:
+        found: dict[Group, list[tuple[TensorSpec, int, int]]] = {group: [] for group in GROUPS}
         for spec in self.tensors:
-            if spec.group == group:
-                yield spec, at, at + spec.numel
-                at += spec.numel
+            spans = found[spec.group]
+            at = spans[-1][2] if spans else 0
+            spans.append((spec, at, at + spec.numel))
+        return found
 
     def to_json(self) -> list[dict[str, object]]:
         return [

@@ -7,7 +7,7 @@ has no control characters (`bounds.py`). Whatever is wrong is RemoteError FL-W10
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -27,6 +27,7 @@ PAYLOAD_FIELD, INLINE_FIELD = 8, 5  # Result.payload, Blob.inline
 Fate = Literal["used", "discarded", "superseded"]
 _THEN: tuple[Then, ...] = get_args(Then)  # in the order of the enum's numbers
 _FATE: tuple[Fate, ...] = get_args(Fate)
+_FATE_NAME = {fate: wire_pb2.Outcome.Fate.Name(i) for i, fate in enumerate(_FATE)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ def _order_alone(order: Order) -> wire_pb2.Order:
         attempt=order.attempt,
         version=order.version,
         steps=order.steps,
-        extra=order.extra,
+        extra=order.extra or None,  # an empty map takes as long as all the rest
         deadline_seconds=order.deadline_seconds,
     )
 
@@ -264,13 +265,16 @@ def packed_result(result: Result, inline: bytes | memoryview) -> bytes:
         steps=result.steps,
         examples=result.examples,
         train_seconds=result.train_seconds,
-        metrics=result.metrics,
+        metrics=result.metrics or None,
         final=result.final,
         snapshot=result.snapshot,
     ).SerializeToString()
-    info = blob_to_wire(result.payload).SerializeToString()
+    payload = result.payload
+    info = wire_pb2.Blob(id=payload.id, size=payload.size, sha256=payload.sha256)
+    sections = _packed_sections(payload.sections)
     held = nested(INLINE_FIELD, inline) if len(inline) else ()
-    return b"".join((alone, *nested(PAYLOAD_FIELD, info, *held)))
+    blob = nested(PAYLOAD_FIELD, info.SerializeToString(), sections, *held)
+    return b"".join((alone, *blob))
 
 
 def result_from_wire(wire: wire_pb2.Result) -> Result:
@@ -293,6 +297,8 @@ def result_from_wire(wire: wire_pb2.Result) -> Result:
 
 def metrics_from_wire(wire: Mapping[str, float]) -> dict[str, float]:
     """A sorted copy; every value is finite."""
+    if not wire:
+        return {}
     if len(wire) > bounds.MAX_METRICS:
         raise bounds.malformed(f"{len(wire)} metrics, at most {bounds.MAX_METRICS} are taken")
     found: dict[str, float] = {}
@@ -312,12 +318,22 @@ def blob_to_wire(info: BlobInfo, inline: bytes = b"") -> wire_pb2.Blob:
         id=info.id,
         size=info.size,
         sha256=info.sha256,
-        sections=[
-            wire_pb2.Section(group=s.group, codec=s.codec, count=s.count, length=s.length)
-            for s in info.sections
-        ],
+        sections=_wire_sections(info.sections),
         inline=inline,
     )
+
+
+def _wire_sections(sections: Sequence[Section]) -> list[wire_pb2.Section]:
+    return [
+        wire_pb2.Section(group=s.group, codec=s.codec, count=s.count, length=s.length)
+        for s in sections
+    ]
+
+
+@functools.lru_cache(maxsize=64)
+def _packed_sections(sections: tuple[Section, ...]) -> bytes:
+    """A serialized Blob with nothing but these."""
+    return wire_pb2.Blob(sections=_wire_sections(sections)).SerializeToString()
 
 
 def blob_from_wire(wire: wire_pb2.Blob) -> tuple[BlobInfo, bytes]:
@@ -377,7 +393,7 @@ def ask_from_wire(wire: wire_pb2.Ask) -> tuple[str, Then]:
 def outcome_to_wire(outcome: Outcome) -> wire_pb2.Outcome:
     return wire_pb2.Outcome(
         order=outcome.order,
-        fate=wire_pb2.Outcome.Fate.Name(_FATE.index(outcome.fate)),
+        fate=_FATE_NAME[outcome.fate],
         version=outcome.version,
         reason=bounds.text(outcome.reason),
         update=outcome.update,

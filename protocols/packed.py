@@ -6,6 +6,8 @@ many clients is serialized once, and its bytes are copied once for each, when a 
 Stdlib only.
 """
 
+import functools
+
 Parts = tuple[bytes | memoryview, ...]  # of one message, to be joined
 
 MORE = 16  # ClientMessage.more, ServerMessage.more
@@ -13,7 +15,7 @@ MORE = 16  # ClientMessage.more, ServerMessage.more
 
 def nested(field: int, *parts: bytes | memoryview) -> Parts:
     """`parts`, a serialized message, as the field of that number of the message around it."""
-    return varint(field << 3 | 2) + varint(size(parts)), *parts
+    return varint(field << 3 | 2) + varint(sum(map(len, parts))), *parts
 
 
 def size(parts: Parts) -> int:
@@ -21,6 +23,7 @@ def size(parts: Parts) -> int:
     return sum(map(len, parts))
 
 
+@functools.lru_cache(maxsize=1024)  # a run's messages have the same few lengths
 def varint(value: int) -> bytes:
     """A number as protobuf writes it: seven bits a byte, the lowest first."""
     assert value >= 0, f"{value}: only numbers from 0 on"

@@ -57,6 +57,16 @@ def dumps(value: object) -> str:
     return text.decode()
 
 
+def dumps_values(value: object) -> str:
+    """The same text as `dumps`, five times as fast, where every field of every dataclass in it is
+    stored and none begins with an underscore: messages of machines, not machines."""
+    try:
+        text = orjson.dumps(value, _parts)
+    except TypeError:
+        return dumps(value)
+    return dumps(value) if b"null" in text else text.decode()
+
+
 def encode(plain: object) -> str:
     """JSON without a space. Raises ValueError where a number is not finite."""
     return json.dumps(plain, separators=(",", ":"), allow_nan=False)

@@ -56,10 +56,12 @@ def flatten(
 
 def unflatten(manifest: Manifest, group: Group, flat: Tensor) -> dict[str, Tensor]:
     """The tensors of `group` by name: views of `flat` where the model's dtype is flat's own."""
-    return {
-        spec.name: flat[lo:hi].view(spec.shape).to(getattr(torch, spec.dtype))
-        for spec, lo, hi in manifest.spans(group)
-    }
+    named: dict[str, Tensor] = {}
+    for spec, lo, hi in manifest.spans(group):
+        dtype = getattr(torch, spec.dtype)
+        part = flat[lo:hi].view(spec.shape)
+        named[spec.name] = part if dtype == flat.dtype else part.to(dtype)
+    return named
 
 
 def delta(
@@ -71,10 +73,12 @@ def delta(
     """
     if out is None:
         out = torch.empty_like(base)
-    read = Difference(manifest, base, tensors)
-    for lo in range(0, base.numel(), TILE):
-        hi = min(lo + TILE, base.numel())
-        read(lo, hi, out[lo:hi])
+    for spec, start, end in manifest.spans("trainable"):
+        local = _fitting(tensors, spec).reshape(-1)
+        for lo in range(start, end, TILE):
+            hi = min(lo + TILE, end)
+            tile = local[lo - start : hi - start].to("cpu", torch.float32)
+            torch.sub(base[lo:hi], tile, out=out[lo:hi])
     return out
 
 

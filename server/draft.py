@@ -78,6 +78,7 @@ class Version:
     durable: bool = False  # and synced
     blobs: dict[str, Blob] = field(default_factory=dict)  # codec name -> its bytes, once encoded
     lock: threading.Lock = field(default_factory=threading.Lock)
+    _flats: dict[Group, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def number(self) -> int:
@@ -93,10 +94,14 @@ class Version:
 
     def flat(self, group: Group) -> Tensor:
         """The flat vector of a group, over the version's own bytes: never write to it."""
-        for section, at in placed(self.shelf.sections):
-            if section.group == group:
-                return as_tensor(self.view[at : at + section.length], dtype_of(group))
-        return torch.empty(0, dtype=dtype_of(group))
+        found = self._flats.get(group)
+        if found is None:
+            found = torch.empty(0, dtype=dtype_of(group))
+            for section, at in placed(self.shelf.sections):
+                if section.group == group:
+                    found = as_tensor(self.view[at : at + section.length], dtype_of(group))
+            self._flats[group] = found
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """All travelling tensors by name; they may alias the version's bytes."""

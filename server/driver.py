@@ -8,6 +8,7 @@ disk and network happen elsewhere (`World`) and come back as inputs: they never 
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from atoll.protocols.events import (
     TimerFired,
 )
 from atoll.protocols.hand import Hand
+from atoll.protocols.inbox import Inbox
 from atoll.server.clock import Clock
 from atoll.server.inputs import Input, in_order
 from atoll.server.journal import Journal, Payload
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 LAZY = 0.005  # seconds an input may wait for others when all that waits for it is a receipt
 AT_ONCE = 2 << 20  # bytes of payloads that are copied without another thread
+TICK = 0.001  # seconds by which a loop's timer may come early
 BEHIND = 0.2  # seconds what was derived may wait for an input to be written with
 
 
@@ -109,12 +112,15 @@ class Driver:
         self._last = clock.now()
         self._serving = self._settling = self._failed = False
         self._unsaid: list[_Decided] = []  # not written yet
+        self._urgent = False  # somebody waits for what was decided about one of them
         self._derived: deque[Event] = deque()
         # A callable is called when all before it has been said; None: look again what is to do.
-        self._queue: asyncio.Queue[Input | Callable[[], None] | None] = asyncio.Queue()
+        self._queue: Inbox[Input | Callable[[], None] | None] = Inbox()
         self._timers = Timers(clock, self._fire)
         self._limit: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None  # to write what waits for no input
+        self._due_at = math.inf  # when that is to be, loop time; the timer may come before, at:
+        self._looks_at = 0.0
         self._due = False  # it has waited long enough
         self._disk = Hand("journal")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -137,7 +143,7 @@ class Driver:
         then: Callable[[], None] | None = None,
     ) -> None:
         self._last = max(self._last, now)  # a timer may come a hair early, time never goes back
-        self._queue.put_nowait(Input(self._last, event, payload, then))
+        self._queue.put(Input(self._last, event, payload, then))
 
     def post_threadsafe(self, event: Event) -> None:
         """The same from any thread."""
@@ -161,7 +167,7 @@ class Driver:
     def after(self, then: Callable[[], None]) -> None:
         """Call `then`, in the loop's thread, once all that was posted before has been said."""
         if self._serving:
-            self._queue.put_nowait(then)
+            self._queue.put(then)
         else:
             then()
 
@@ -183,7 +189,7 @@ class Driver:
         self._check_rules(self.clock.now())  # it may have ended just before a restart
         try:
             while not self._over():
-                await self._take(await self._batch())
+                await self._take(await self._queue.all())
         except AtollError as error:
             self.fail(error)
         except Exception as error:  # whatever it is, it is no good end
@@ -207,8 +213,7 @@ class Driver:
             if handle is not None:
                 handle.cancel()
         self._serving = False
-        while not self._queue.empty():
-            last = self._queue.get_nowait()
+        for last in self._queue.rest():
             if callable(last):
                 last()
 
@@ -226,25 +231,16 @@ class Driver:
     def wake(self) -> None:
         """Look again whether all is over; from any thread."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
+        self._loop.call_soon_threadsafe(self._queue.put, None)
 
-    async def _batch(self) -> list[Input | Callable[[], None]]:
-        """What has come: inputs in order, then what is to be called after them."""
-        batch = [await self._queue.get()]
-        while not self._queue.empty():
-            batch.append(self._queue.get_nowait())
+    async def _take(self, batch: list[Input | Callable[[], None] | None]) -> None:
+        """Decide about what has come, and say what was decided unless that can wait; then call
+        what is to be called after it."""
         inputs = [one for one in batch if isinstance(one, Input)]
-        calls = [one for one in batch if one is not None and not isinstance(one, Input)]
-        return [*in_order(inputs), *calls]
-
-    async def _take(self, batch: list[Input | Callable[[], None]]) -> None:
-        """Decide about a batch, and say what was decided unless that can wait."""
-        calls = [one for one in batch if not isinstance(one, Input)]
-        for one in batch:
-            if isinstance(one, Input):
-                self._decide(one)
-        urgent = any(one.heard is None or any(map(_urgent, one.effects)) for one in self._unsaid)
-        if urgent or calls or self._due:
+        for one in in_order(inputs) if len(inputs) > 1 else inputs:
+            self._decide(one)
+        calls = [one for one in batch if callable(one)] if len(inputs) < len(batch) else []
+        if self._urgent or calls or self._due:
             await self._settle()
         elif self._unsaid:
             self._settle_in(LAZY)
@@ -257,6 +253,7 @@ class Driver:
         seq = self.journal.enter(one.now, one.event)
         if self._failed:
             self._unsaid.append(_Decided(one, [], None))
+            self._urgent = True
             return False
         try:
             heard, actions, effects = self.run.handle(one.event, one.now)
@@ -265,6 +262,7 @@ class Driver:
             self.journal.fail(seq, repr(error))
             self._failed = True
             self._unsaid.append(_Decided(one, [], None))
+            self._urgent = True
             self.fail(failed(type(one.event).__name__, error))
             return False
         self.journal.decide(seq, actions)
@@ -273,16 +271,15 @@ class Driver:
                 self._timers.arm(effect.timer, effect.at)
             elif isinstance(effect, Disarm):
                 self._timers.disarm(effect.timer)
+            elif not isinstance(effect, Tell):
+                self._urgent = True
         told = self.world.heard(one.now, heard, actions, effects)
         self._unsaid.append(_Decided(one, effects, told))
         return True
 
     async def _settle(self) -> None:
         """Write down what was decided; then say it."""
-        self._due = False
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+        self._due, self._due_at = False, math.inf
         if not self._unsaid and not self.journal.behind:
             return
         assert self._loop is not None
@@ -328,22 +325,31 @@ class Driver:
                     if not going:
                         return followed
         finally:
-            self._settling = False
+            self._settling = self._urgent = False  # what is urgent in it is said with the rest
         return followed
 
     def _settle_in(self, seconds: float) -> None:
         assert self._loop is not None
-        due = self._loop.time() + seconds
-        if self._late is not None and self._late.when() > due:
+        self._due_at = min(self._due_at, self._loop.time() + seconds)
+        if self._late is not None:
+            if self._looks_at <= self._due_at:
+                return  # too early, perhaps: then it looks again
             self._late.cancel()
-            self._late = None
-        if self._late is None:
-            self._late = self._loop.call_at(due, self._is_due)
+        self._look_at(self._due_at)
 
-    def _is_due(self) -> None:
+    def _look_at(self, at: float) -> None:
+        assert self._loop is not None
+        self._looks_at = at
+        self._late = self._loop.call_at(at, self._look)
+
+    def _look(self) -> None:
+        assert self._loop is not None
         self._late = None
-        self._due = True
-        self._queue.put_nowait(None)
+        if self._loop.time() > self._due_at - TICK:
+            self._due = True
+            self._queue.put(None)
+        elif self._due_at < math.inf:
+            self._look_at(self._due_at)
 
     def _say(self, one: _Decided) -> None:
         """An input is written: carry out what was decided about it."""
@@ -399,9 +405,4 @@ class Driver:
     def fail(self, error: AtollError) -> None:
         """The run cannot go on: `serve` returns, and what is durable stays."""
         self.error = self.error or error
-        self._queue.put_nowait(None)
-
-
-def _urgent(effect: Effect) -> bool:
-    """Whether somebody waits for it to be carried out."""
-    return not isinstance(effect, Tell | Arm | Disarm)
+        self._queue.put(None)

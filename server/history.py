@@ -205,7 +205,10 @@ class History:
     # ---- one row each ------------------------------------------------------------------------
 
     def _client(self, row: Row) -> ClientTotals:
-        return self.clients.setdefault(row["client"], ClientTotals())
+        name = row["client"]
+        if name not in self.clients:
+            self.clients[name] = ClientTotals()
+        return self.clients[name]
 
     def _join(self, row: Row, t: float) -> None:
         client = self._client(row)

@@ -310,8 +310,14 @@ class Host:
         self._arm_lease()
 
     def message(self, session: Session, message: wire_pb2.ClientMessage) -> None:
-        """One message of a client's control stream. RemoteError ends the session."""
+        """One message of a client's control stream, and those that travel in it. RemoteError ends
+        the session."""
         self.membership.heard(session.client, session.fence, self.driver.clock.now())
+        self._hear(session, message)
+        for further in message.more:
+            self._hear(session, further)
+
+    def _hear(self, session: Session, message: wire_pb2.ClientMessage) -> None:
         match message.WhichOneof("kind"):
             case "result":
                 self.intake.inline(session, messages.result_from_wire(message.result))

@@ -15,6 +15,7 @@ from atoll.protocols.errors import RemoteError
 from atoll.protocols.events import Update, UpdateReceived
 from atoll.protocols.membership import Membership
 from atoll.protocols.messages import Result
+from atoll.protocols.payload import Payload as Read
 from atoll.protocols.payload import check, finite, parse
 from atoll.server import plausible
 from atoll.server.driver import Driver
@@ -57,6 +58,10 @@ class Intake:
 
     def may_upload(self, client: str, result: Result) -> str | None:
         """The id to store a result under; None where it is here already."""
+        return None if self._welcome(client, result) is None else result.update
+
+    def _welcome(self, client: str, result: Result) -> Codec | None:
+        """What a result is packed with; None where it is here already."""
         expected = self._run.expects(client, result.order, result.update)
         if expected == "have":
             return None
@@ -77,7 +82,7 @@ class Intake:
         except RemoteError as error:
             self._refuse(client, error)
             raise
-        return result.update
+        return packed
 
     def _packs(self, client: str, result: Result) -> Codec:
         """What a result must be packed with: as agreed now, or when it was finished."""
@@ -99,28 +104,31 @@ class Intake:
         await done.wait()
 
     def inline(self, session: Session, result: Result) -> None:
-        update = None
         try:
-            update = self.may_upload(session.client, result)
+            packed = self._welcome(session.client, result)
         except RemoteError as error:
             if error.code != "FL-W102":
                 raise
             refusal = refusals.error_to_wire(error, result.order)
             session.send(wire_pb2.ServerMessage(refusal=refusal))
             return
-        if update is None:
-            self._driver().after(partial(self._outgoing.receipt, session.client, result))
+        told = partial(self._outgoing.receipt, session.client, result)
+        if packed is None:
+            self._driver().after(told)
             return
+        update, info = result.update, result.payload
         stored = self._workshop.uploads.keep(update, result.inline)
         try:
-            self._check(result, stored)
+            if len(stored.data) != info.size:  # its sections were checked, its bytes are not there
+                self._check(result, stored)
+            payload = Read(info.sections, stored.view(), packed)
+            finite(self._workshop.store.manifest, payload)
         except RemoteError as error:
             self._workshop.uploads.free(update)
             self._refuse(session.client, error)
             raise
-        self._take(
-            session.client, result, stored, lambda: self._outgoing.receipt(session.client, result)
-        )
+        self._workshop.read[update] = payload
+        self._take(session.client, result, stored, told)
 
     def _check(self, result: Result, stored: StoredUpdate) -> None:
         manifest = self._workshop.store.manifest
@@ -132,21 +140,23 @@ class Intake:
     def _take(
         self, client: str, result: Result, stored: StoredUpdate, then: Callable[[], None]
     ) -> None:
-        if result.update in self._workshop.infos:
-            self._driver().after(then)  # it came twice at once
+        driver, update_id, info = self._driver(), result.update, result.payload
+        if update_id in self._workshop.infos:
+            driver.after(then)  # it came twice at once
             return
-        self._workshop.infos[result.update] = result.payload
-        self._outgoing.counted(client).up += result.payload.size
-        order, clock = self._run.order(client, result.order), self._driver().clock
+        self._workshop.infos[update_id] = info
+        self._outgoing.counted(client).up += info.size
+        order, clock = self._run.order(client, result.order), driver.clock
         since = None if order is None else order.started
         seconds = plausible.seconds(result.train_seconds, since, clock.now(), clock.began)
         update = Update(  # the run's book knows base and start
-            result.update, result.order, client, 0, result.steps, result.examples,
+            update_id, result.order, client, 0, result.steps, result.examples,
             0.0, seconds, result.metrics, final=result.final,
         )  # fmt: skip
         data = stored.data if stored.path is None else None
-        info = replace(result.payload, sha256=stored.sha256)
-        self._driver().post(UpdateReceived(update), Payload(result.update, info, data), then)
+        if info.sha256 != stored.sha256:
+            info = replace(info, sha256=stored.sha256)
+        driver.post(UpdateReceived(update), Payload(update_id, info, data), then)
 
     def learn_pace(self, update: Update) -> None:
         if update.steps > 0 and update.train_seconds > 0:

@@ -84,7 +84,7 @@ class Entry:
 
     def row(self, run: str) -> tuple[object, ...]:
         kind = type(self.event).__name__
-        return self.seq, run, self.now, kind, state.dumps(self.event), self.actions
+        return self.seq, run, self.now, kind, state.dumps_values(self.event), self.actions
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +348,7 @@ class Journal:
 
 def dump_actions(actions: Sequence[Action]) -> str:
     """Actions as JSON, each with its name: equal actions are equal text."""
-    return state.dumps([(type(a).__name__, a) for a in actions]) if actions else "[]"
+    return state.dumps_values([(type(a).__name__, a) for a in actions]) if actions else "[]"
 
 
 def same(was: str, is_now: str) -> bool:
@@ -363,7 +363,7 @@ def load_event(kind: str, text: str) -> Event:
 def _info(payload: Payload) -> str:
     """A payload's description, as JSON."""
     info = payload.info
-    return state.dumps(
+    return state.dumps_values(
         {
             "id": info.id,
             "size": info.size,

@@ -34,6 +34,7 @@ class Links:
         self._of: dict[str, Link] = {}  # client -> as agreed
         self._chains: dict[str, Chain] = {}  # codec -> its chain
         self._plain: Load | None = None
+        self._whole = sum(s.length for s in store.shelf.sections)  # bytes of a version
         shutil.rmtree(folder, ignore_errors=True)
 
     @classmethod
@@ -76,10 +77,8 @@ class Links:
 
     def size(self, link: Link, number: int, held: Held) -> int:
         """Bytes of `load`, at most."""
-        chain = self._chains.get(self._down(link).name)
-        if link.down == PLAIN or chain is None:
-            return len(self._store.open(number).view)
-        return chain.size(number, held)
+        chain = None if link.down == PLAIN else self._chains.get(self._down(link).name)
+        return self._whole if chain is None else chain.size(number, held)
 
     def view(self, link: Link, number: int, label: str) -> memoryview | None:
         """The bytes of x^ of a version of that chain, if they are kept: never write to them."""

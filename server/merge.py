@@ -234,6 +234,8 @@ class Merger:
     ) -> Iterator[tuple[int, Tensor]]:
         """The new buffers of a group, tile by tile. NotFiniteError."""
         count = self.manifest.counts[group]
+        if not count:
+            return
         sent = [(u.payload.decoder(group), w) for u, w in items if w > 0 and u.payload.has(group)]
         total = math.fsum(w for _, w in sent)
         start = base.flat(group)

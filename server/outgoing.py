@@ -128,7 +128,9 @@ class Outgoing:
         session.send_later(outcome.update, partial(_outcome, outcome))
 
     def counted(self, client: str) -> Traffic:
-        return self.traffic.setdefault(client, Traffic())
+        if client not in self.traffic:
+            self.traffic[client] = Traffic()
+        return self.traffic[client]
 
     def find_blob(self, client: str, blob: str) -> Blob:
         if self._table is not None and (own := self._table.find(client, blob)) is not None:

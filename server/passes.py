@@ -47,6 +47,10 @@ class Crew:
                     todo.clear()
                     raise
 
+        if len(starts) == 1:
+            torch.get_num_threads()  # as above
+            work(starts[0], self._areas[0])
+            return
         helpers = min(self._threads, len(starts)) - 1
         if helpers < 1:
             run(self._areas[0])

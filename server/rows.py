@@ -45,16 +45,17 @@ class Recorder:
             elif isinstance(action, Train):
                 order = run.open.get(action.client)
                 if order is not None:  # None where the run finished in the same breath
-                    yield _row(
-                        now, "train", client=order.client, order=order.id, steps=order.steps,
-                        version=order.version,
-                    )  # fmt: skip
+                    yield {
+                        "t": now, "kind": "train", "client": order.client, "order": order.id,
+                        "steps": order.steps, "version": order.version,
+                    }  # fmt: skip
             elif isinstance(action, Discard):
                 self._bases.pop(action.update, None)
                 yield _row(now, "discard", update=action.update, reason=action.reason)
         for effect in effects:
             if isinstance(effect, Deliver):
-                yield _row(now, "started", order=effect.order.id, bytes=down(effect.order))
+                order = effect.order
+                yield {"t": now, "kind": "started", "order": order.id, "bytes": down(order)}
             elif isinstance(effect, Stop):
                 yield _row(now, "finish", reason=effect.reason)
 
@@ -62,11 +63,12 @@ class Recorder:
         match event:
             case UpdateReceived(u):
                 self._bases[u.id] = u.base
-                yield _row(
-                    now, "update", client=u.client, order=u.order, update=u.id, steps=u.steps,
-                    base=u.base, train_seconds=u.train_seconds, started=u.started, bytes=size,
-                    metrics=dict(u.metrics), final=u.final, current=u.current,
-                )  # fmt: skip
+                yield {
+                    "t": now, "kind": "update", "client": u.client, "order": u.order,
+                    "update": u.id, "steps": u.steps, "base": u.base,
+                    "train_seconds": u.train_seconds, "started": u.started, "bytes": size,
+                    "metrics": dict(u.metrics), "final": u.final, "current": u.current,
+                }  # fmt: skip
             case ClientJoined(client, info):
                 yield _row(now, "join", client=client, examples=info.examples)
             case ClientLeft(client, reason):

@@ -112,10 +112,7 @@ async def _write(session: "Session", context: Any) -> None:
 
 async def _read(host: "Host", session: "Session", context: Any) -> None:
     while (data := await context.read()) is not grpc.aio.EOF:
-        message = _parse(data)
-        host.message(session, message)
-        for further in message.more:
-            host.message(session, further)
+        host.message(session, _parse(data))
 
 
 def _parse(data: bytes) -> wire_pb2.ClientMessage:

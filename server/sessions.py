@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import RemoteError
+from atoll.protocols.inbox import Inbox
 from atoll.protocols.links import PLAIN_LINK, Link
 from atoll.protocols.packed import MORE, Parts, nested, size
 
 Pack = Callable[[], wire_pb2.ServerMessage]
 
 LATER = 0.05  # seconds a receipt or an outcome may wait for company
+TICK = 0.001  # seconds by which a loop's timer may come early
 QUEUE = 256  # messages; a client that does not read is cut off rather than buffered without bound
 
 
@@ -29,13 +31,14 @@ class Session:
     link: Link = PLAIN_LINK  # codecs as agreed
     former: frozenset[str] = frozenset()  # orders it had in hand: packed as agreed then
     held: tuple[str, int] | None = None  # what it holds of a chain of models
-    out: "asyncio.Queue[Parts | None]" = field(default_factory=asyncio.Queue)
+    out: Inbox[Parts | None] = field(default_factory=Inbox)
     room: int = QUEUE  # messages that may wait to be written
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # it does not read: end it now
     batch: bool = False  # the client reads several messages in one
     step: int = 0  # local steps done of the order in training, as last heard
     _later: dict[str, Pack] = field(default_factory=dict)  # by update
-    _timer: asyncio.TimerHandle | None = None
+    _since: float = 0.0  # loop's time at which the first of these came
+    _timer: asyncio.TimerHandle | None = None  # stays when they have gone: it looks for the next
 
     def send(self, message: wire_pb2.ServerMessage) -> None:
         """Queue a message, behind those that waited for one; a full queue ends the session."""
@@ -50,14 +53,22 @@ class Session:
         """Queue a receipt or an outcome, for which nobody waits: with the next message that is
         urgent, or within LATER seconds. An outcome says all that its receipt would: of one update
         only the last message is packed and sent."""
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LATER, self.flush)
+        if not self._later:
+            loop = asyncio.get_running_loop()
+            self._since = loop.time()
+            if self._timer is None:
+                self._timer = loop.call_later(LATER, self._look, loop)
         self._later[update] = pack
 
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        due = self._since + LATER
+        if self._later and loop.time() < due - TICK:
+            self._timer = loop.call_at(due, self._look, loop)
+        else:
+            self.flush()
+
     def flush(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if not self._later:
             return
         later, self._later = self._later, {}
@@ -69,26 +80,23 @@ class Session:
         first = await self.out.get()
         if first is None:
             return None
-        parts, length = list(first), size(first)
-        while self.batch and length < INLINE and not self.out.empty():
-            other = self.out.get_nowait()
-            if other is None:
-                self.out.put_nowait(None)
-                break
+        parts, length = first, size(first)
+        while self.batch and length < INLINE and (other := self.out.peek()) is not None:
+            self.out.drop()
             parts += nested(MORE, *other)
             length += size(other)
         return b"".join(parts)
 
     def _put(self, message: Parts) -> None:
-        if self.out.qsize() < self.room:
-            self.out.put_nowait(message)
+        if len(self.out) < self.room:
+            self.out.put(message)
         else:
             self.cut.set()
 
     def close(self) -> None:
         """End the stream once what is queued has gone out."""
         self.flush()
-        self.out.put_nowait(None)
+        self.out.put(None)
 
 
 class Sessions:

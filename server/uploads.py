@@ -174,6 +174,14 @@ class Uploads:
         if len(data) > self.memory_limit:
             what = f"{len(data)} bytes inline, the limit is {self.memory_limit}"
             raise RemoteError("FL-W103", what, "send a blob")
+        with self._lock:
+            if update not in self._uploads and NAME.fullmatch(update):  # nearly every one
+                self._refuse_without_room(len(data))
+                stored = StoredUpdate(update, len(data), b"", None, data)
+                upload = _Upload(update, len(data), None, len(data), stored=stored)
+                self._uploads[update] = upload
+                self._reserved += upload.size
+                return stored
         upload = self._begin(update, len(data))
         with upload.lock:
             if upload.stored is None:

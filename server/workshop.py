@@ -15,11 +15,11 @@ from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Merged
-from atoll.protocols.payload import parse
+from atoll.protocols.payload import Payload, parse
 from atoll.server.draft import Version
 from atoll.server.merge import Item, Merger, UpdateBytes
 from atoll.server.run import Merge
-from atoll.server.uploads import Uploads
+from atoll.server.uploads import StoredUpdate, Uploads
 from atoll.server.versions import VersionStore, kept
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Workshop:
         self.keep = keep
         self.extras = extras_of(merger.half, store.manifest.counts["trainable"])
         self.infos: dict[str, BlobInfo] = {}  # of every update whose bytes are kept
+        self.read: dict[str, Payload] = {}  # small ones that have been checked, until merged
         self.stock = Stock()
         self.best: int | None = None  # version to keep besides the newest
         self._pinned: set[int] = set()  # being evaluated: one of them may turn out the best
@@ -72,9 +73,7 @@ class Workshop:
             if stored is None or update not in self.infos:
                 dropped.append((update, "its bytes are lost"))
                 continue
-            sections = self.infos[update].sections
-            manifest, packed, extras = self.store.manifest, self.codecs.of(sections), self.extras.up
-            payload = parse(manifest, sections, stored.view(), packed, "update", extras)
+            payload = self.read.pop(update, None) or self._parsed(update, stored)
             items.append((UpdateBytes(update, payload, merge.clients.get(update, "")), weight))
         draft = self.store.draft(merge.version, base.number, self.merger.vectors)
         try:
@@ -84,6 +83,11 @@ class Workshop:
             draft.abandon()
             raise
         return Merged(merge.version, stats.used, (*dropped, *stats.dropped), stats.stats)
+
+    def _parsed(self, update: str, stored: StoredUpdate) -> Payload:
+        sections = self.infos[update].sections
+        manifest, packed, extras = self.store.manifest, self.codecs.of(sections), self.extras.up
+        return parse(manifest, sections, stored.view(), packed, "update", extras)
 
     def rebuild(self, merges: Iterable[Merge]) -> None:
         """Make versions again that were published before a crash and are not on disk."""
@@ -151,4 +155,5 @@ class Workshop:
     def forget(self, updates: Iterable[str]) -> None:
         for update in updates:
             self.infos.pop(update, None)
+            self.read.pop(update, None)
             self.uploads.free(update)

@@ -12,6 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.protocols import state
+from atoll.protocols.events import (
+    Aggregate,
+    ClientInfo,
+    ClientJoined,
+    Discard,
+    Merged,
+    Train,
+    Update,
+    UpdateReceived,
+)
 from atoll.protocols.state import Json
 
 
@@ -63,6 +73,20 @@ def test_the_text_is_that_of_the_dump(machine: Machine, number: float) -> None:
     item = Item("null", number)
     assert json.loads(state.dumps((item, frozenset({2, 1})))) == state.dump((item, {2, 1}))
     assert state.dumps(types.MappingProxyType({"a": 1e-7, "b": 0.1})) == '{"a":1e-7,"b":0.1}'
+
+
+@given(st.text(), st.dictionaries(st.text(), numbers), st.sampled_from([None, math.inf, 1.5]))
+def test_values_are_written_as_machines_are(
+    name: str, shares: dict[str, float], pace: object
+) -> None:
+    """Events and actions go the quick way: a journal must not tell how it was written."""
+    wrapped = types.MappingProxyType(shares)
+    info = ClientInfo(1, pace, (name,))  # type: ignore[arg-type]
+    update = Update(name, "o1", "c", 1, 2, 3, 0.5, 1e-7, wrapped, True)
+    events = (UpdateReceived(update), ClientJoined(name, info), Merged(1, (name,), (), shares))
+    actions = (Aggregate(((name, 0.1),)), Train(name, 1, shares), Discard(name, "late"))
+    for one in (*events, *actions, {"sections": (Item(name, 1.0),)}, frozenset({name})):
+        assert state.dumps_values(one) == state.dumps(one)
 
 
 @given(machines)

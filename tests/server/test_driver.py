@@ -291,7 +291,7 @@ def test_an_update_at_the_instant_of_its_deadline_is_in_time(tmp_path: Path) -> 
         async def late() -> None:
             driver.attach()
             driver.post(JOINED)
-            await driver._take(await driver._batch())
+            await driver._take(await driver._queue.all())
             clock.shown = 0.9999
             driver._fire("deadline", 1.0)
             driver.post(result(driver.run.open["a"]))
@@ -311,7 +311,7 @@ def test_a_timer_cancelled_while_it_waits_to_be_handled_is_not_heard(tmp_path: P
         async def both() -> None:
             driver.attach()
             driver.post(JOINED)
-            await driver._take(await driver._batch())
+            await driver._take(await driver._queue.all())
             clock.shown = 2.0
             driver.post(result(driver.run.open["a"]))
             driver._fire("deadline", 1.0)
@@ -537,7 +537,7 @@ def test_snapshots_are_taken_every_so_many_inputs_where_there_are_any(tmp_path: 
             driver.attach()
             for client in "abcd":
                 driver.post(ClientJoined(client, ClientInfo(1)))
-                await driver._take(await driver._batch())
+                await driver._take(await driver._queue.all())
                 await driver._settle()
             await serving(driver, Stopping("enough"))
 
@@ -601,10 +601,10 @@ def test_what_follows_from_an_input_has_its_time_not_that_of_what_waits(tmp_path
         async def three() -> None:
             driver.attach()
             driver.post(JOINED)
-            await driver._take(await driver._batch())
+            await driver._take(await driver._queue.all())
             clock.shown = 1.0
             driver.post(result(driver.run.open["a"]))
-            batch = await driver._batch()
+            batch = await driver._queue.all()
             clock.shown = 2.0
             driver.post(ClientJoined("b", ClientInfo(1)))  # while the batch goes to the disk
             await driver._take(batch)
@@ -671,7 +671,7 @@ def test_a_strategy_may_fail_on_what_follows_too(tmp_path: Path) -> None:
         async def fail() -> None:
             driver.attach()
             driver.post(JOINED)
-            await driver._take(await driver._batch())
+            await driver._take(await driver._queue.all())
             await serving(driver, result(driver.run.open["a"]))
 
         with pytest.raises(ServerError, match="failed on Merged") as failed:
@@ -712,11 +712,11 @@ def test_nothing_is_said_of_an_input_that_is_not_written(tmp_path: Path) -> None
         async def two() -> None:
             driver.attach()
             driver.post(joined("a"))
-            await driver._take(await driver._batch())
+            await driver._take(await driver._queue.all())
             assert world.seen == []  # nobody waits: it is not written yet either
             assert driver.journal.behind
             driver.post(joined("b"))
-            await driver._take(await driver._batch())
+            await driver._take(await driver._queue.all())
             assert world.seen == [("o0", 2), ("o1", 2)]
             await serving(driver, Stopping("enough"))
 
@@ -739,11 +739,11 @@ def test_inputs_for_which_only_receipts_wait_are_written_together(tmp_path: Path
             driver.attach()
             for client in "abc":
                 driver.post(joined(client))
-            await driver._take(await driver._batch())
+            await driver._take(await driver._queue.all())
             for client in "abc":
                 done = result(driver.run.open[client])
                 driver.post(done, then=lambda: receipts.append(str(len(commits))))
-                await driver._take(await driver._batch())
+                await driver._take(await driver._queue.all())
                 assert len(receipts) == (3 if client == "c" else 0)
             await serving(driver, Stopping("enough"))
 
@@ -798,11 +798,11 @@ def test_a_journal_that_failed_writes_nothing_that_followed(tmp_path: Path) -> N
         async def full() -> None:
             driver.attach()
             driver.post(JOINED)
-            await driver._take(await driver._batch())
+            await driver._take(await driver._queue.all())
             driver.post(result(driver.run.open["a"]))
             driver.journal.base.execute("PRAGMA query_only = ON")
             with pytest.raises(ServerError, match="readonly"):
-                await driver._take(await driver._batch())
+                await driver._take(await driver._queue.all())
             driver.journal.base.execute("PRAGMA query_only = OFF")
             driver.journal.flush()
 

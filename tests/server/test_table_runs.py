@@ -171,8 +171,7 @@ class Hearing(Session):
 
     def orders(self) -> list[wire_pb2.Order]:
         found = []
-        while not self.out.empty():
-            parts = self.out.get_nowait()
+        for parts in self.out.rest():
             assert parts is not None
             message = wire_pb2.ServerMessage.FromString(b"".join(parts))
             found.append(message.order)
