@@ -487,7 +487,7 @@ def test_a_finished_run_waits_for_what_its_world_still_has_to_say(tmp_path: Path
             driver.post_threadsafe(Evaluated(0, {"accuracy": 0.5}))
             world.unfinished = False
             driver.wake()
-            await asyncio.wait_for(served, 5)
+            await asyncio.wait_for(served, 30)
 
         asyncio.run(end())
         assert driver.run.finished == "enough"
