@@ -383,7 +383,9 @@ class Rendezvous(Proposer):
             members = self.members if loading.last is None else loading.last.value.group
             yield from self._stand_at(stand, members, loading.last)
             self.bits = loading.bits
-        elif stand.chain == self.stand.chain:
+        elif stand.chain == self.stand.chain and self.bits not in ("", loading.bits):
+            # Not where a mean has brought it to the same model by now: it has those bits, or says
+            # others soon.
             yield Load(stand)
             self.bits = loading.bits
             if not self.ready:

@@ -242,6 +242,8 @@ class Driver:
             self.tally.round = max(0, self._machine.stand.epoch)
             for action in actions:
                 self._do(action)
+            if isinstance(event, Downloaded):
+                self._loaded = None  # taken by now, or not wanted any more
             if isinstance(event, BeatDue):
                 self.exchange.beat()
                 self.tally.missing = tuple(self._machine.missing(self.clock()))
@@ -382,7 +384,6 @@ class Driver:
         assert self._loaded is not None, "nothing was downloaded"
         chain, model = self._loaded
         assert chain == stand.chain, "another model was downloaded"
-        self._loaded = None
         if chain == self._chain:  # only its bits were others: work and attempts go on
             self.tally.healed += 1
         else:

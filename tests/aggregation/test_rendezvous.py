@@ -532,6 +532,17 @@ def test_a_download_that_is_no_better_than_what_is_here_is_not_taken(b: Rendezvo
     assert b.stand.chain == "own"
 
 
+@pytest.mark.parametrize(("bits", "then"), [("", []), ("f", []), ("x", [Load(FAR), TrainOn(FAR)])])
+def test_a_download_of_a_model_that_a_mean_brought_meanwhile_is_taken_for_its_bits(
+    b: Rendezvous, bits: str, then: list[PeerAction]
+) -> None:
+    """It counted as healed, and what had been trained from it was begun anew."""
+    assert hear(b, "a", far()) == [Download(FAR, ("a",), "f")]
+    b.stand, b.bits = FAR, bits
+    assert quiet(b.handle(Downloaded(FAR.chain), 1.1)) == then
+    assert b.bits == bits.replace("x", "f")
+
+
 def test_where_a_peer_stands_must_follow_from_the_commit_that_it_names(b: Rendezvous) -> None:
     for claim in (Stand(6, FAR.chain, 99.0), Stand(6, "z", FAR.heavy)):
         assert b.handle(Heard("a", Announce(claim, False, LAST, "f")), 1.0) == []
