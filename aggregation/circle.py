@@ -113,7 +113,7 @@ class Circle:
     lead: Lead | None = None
     tries: int = 0
     spoiled: set[str] = field(default_factory=set)  # weight 0 in this epoch
-    shunned: set[str] = field(default_factory=set)  # not in the group in this epoch
+    apart: set[tuple[str, str]] = field(default_factory=set)  # could not reach each other in it
     ripe: float | None = None  # when the first peer was ready
     pause: float = -1e9  # until when this peer proposes nothing
     # beyond it

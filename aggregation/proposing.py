@@ -4,6 +4,8 @@ The lowest of the members that are near proposes, a proposal at a time: it asks 
 the group reduce, asks for votes. Nothing is decided by what it believes, all by what it is told.
 """
 
+from collections import Counter
+
 from atoll.aggregation.allreduce import Part, Plan
 from atoll.aggregation.circle import Actions, Circle, Lead
 from atoll.aggregation.quorum import quorum
@@ -100,7 +102,7 @@ class Proposer(Circle):
 
     def _plan(self, promises: dict[str, Promise]) -> Plan | None:
         """The group of all who promised; None where nobody's work is done or nobody can reduce."""
-        group = sorted(p for p in promises if p in self.roster and p not in self.shunned)
+        group = sorted({*promises} & self.roster.keys() - self._waiting())
         for peer in group:
             self.roster[peer].ready = promises[peer].ready
         weights = tuple(self._weight(p) for p in group)
@@ -131,7 +133,7 @@ class Proposer(Circle):
                 return
         for failed in lead.failures.values():
             self.spoiled.update(failed.spoiled)
-        self._shun(lead, now)
+        self._set_apart(lead, now)
         self.tries += 1
         self.lead = None
         if self.tries >= self.patience.attempts:
@@ -139,18 +141,24 @@ class Proposer(Circle):
             reasons += [f"{p} is lost" for p in sorted(lost)] or ["it took too long"] * late
             yield Abort("; ".join(reasons) or "the digests differ")
             self.tries, self.pause, self.ripe = 0, now + self.patience.ready, None
-            self.shunned.clear()
+            self.apart.clear()
             return
         yield from self._propose(now)
 
-    def _shun(self, lead: Lead, now: float) -> None:
+    def _set_apart(self, lead: Lead, now: float) -> None:
         """Two that are near to me and not to each other: one of them must wait for the next."""
         near = {*self._near(now), self.me}
-        pairs = [(p, m) for p, f in lead.failures.items() for m in f.missing if m in near]
-        counts = {p: sum(p in pair for pair in pairs) for pair in pairs for p in pair}
-        counts.pop(self.me, None)
-        if counts:
-            self.shunned.add(max(counts, key=lambda p: (counts[p], p)))
+        for peer, failed in lead.failures.items():
+            self.apart |= {(min(peer, m), max(peer, m)) for m in failed.missing if m in near}
+
+    def _waiting(self) -> set[str]:
+        """Whom to leave out, so that no two are in the group that cannot reach each other: those
+        first whom most others miss. That may be I, who lead the others all the same."""
+        found: set[str] = set()
+        while pairs := [pair for pair in self.apart if not found.intersection(pair)]:
+            counts = Counter(peer for pair in pairs for peer in pair)
+            found.add(max(counts, key=lambda p: (counts[p], p != self.me, p)))
+        return found
 
     def _ask_votes(self, lead: Lead, now: float) -> Actions:
         assert lead.value is not None

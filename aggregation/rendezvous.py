@@ -337,7 +337,7 @@ class Rendezvous(Proposer):
         self.promised, self.promised_at, self.pause = (0, ""), -1e9, -1e9
         self.asked, self.owed, self.lead, self.getting, self.tries = None, None, None, "", 0
         self.lost = (0, "")
-        for of_the_epoch in (self.made, self.failed, self.held, self.spoiled, self.shunned):
+        for of_the_epoch in (self.made, self.failed, self.held, self.spoiled, self.apart):
             of_the_epoch.clear()
         yield from self._announce()
         yield TrainOn(stand)

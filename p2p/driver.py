@@ -258,10 +258,13 @@ class Driver:
         return 0 < self.terms.rounds <= self._machine.stand.epoch
 
     def _all_done(self) -> bool:
-        """Whether nobody near may still need the last mean of this peer."""
-        since = self.clock() - self.terms.patience.silence
-        others = [k for p, k in self._machine.roster.items() if p != self.me and k.heard > since]
-        return all(k.stand.rank >= self._machine.stand.rank for k in others)
+        """Whether nobody near may still need the last mean of this peer, nor this peer the last
+        model of theirs: it is known what bits they have."""
+        here, since = self._machine, self.clock() - self.terms.patience.silence
+        others = [k for p, k in here.roster.items() if p != self.me and k.heard > since]
+        if here.loading is not None or not here.bits:
+            return False
+        return all(k.stand.rank >= here.stand.rank and bool(k.bits) for k in others)
 
     async def _bind(self, bound: Bound, anyway: bool = False) -> None:
         if bound == self._bound and not anyway:

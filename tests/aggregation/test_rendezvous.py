@@ -383,6 +383,36 @@ def test_two_that_cannot_reach_each_other_are_not_in_one_group(a: Rendezvous) ->
     assert begin[0].plan.group == ("a", "b")
 
 
+def test_a_proposer_that_the_others_miss_leaves_itself_out(a: Rendezvous) -> None:
+    """It left out whoever missed it, one by one, and its own work alone was the mean."""
+    reducing(a)
+    hear(a, "b", Failed("s", ONE, "still without a", ("a",), ()))
+    for peer in "bc":
+        begun = hear(a, peer, Promise("s", (2, "a"), True, None))
+    assert isinstance(begun[0], Reduce)
+    assert begun[0].plan.group == ("a", "c")  # of two alone it is not known whose fault it is
+    hear(a, "c", Failed("s", (2, "a"), "still without a", ("a",), ()))
+    for peer in "bc":
+        begun = hear(a, peer, Promise("s", (3, "a"), True, None))
+    plan = a.lead.plan if a.lead else None
+    assert plan is not None
+    assert plan.group == ("b", "c")
+    assert begun == to(Begin("s", (3, "a"), plan), "bc")
+    hear(a, "b", Reduced("s", (3, "a"), "d"))
+    voting = hear(a, "c", Reduced("s", (3, "a"), "d"))
+    value = Value((3, "a"), ("b", "c"), (1.0, 1.0), "d")
+    assert voting == [
+        Get("s", "d", ("b", "c")),
+        *to(Accept("s", (3, "a"), value, ("b", "c")), "bc"),
+    ]
+    assert hear(a, "b", Accepted("s", (3, "a"))) == []
+    assert hear(a, "c", Accepted("s", (3, "a"))) == to(Commit("s", value), "bcq")
+    assert quiet(a.handle(MeanMade("s", "d"), 1.1)) == [
+        Apply(value, used=False),
+        TrainOn(S.next(value)),
+    ]
+
+
 def test_after_some_attempts_the_round_is_put_off_with_the_model_as_it_was(a: Rendezvous) -> None:
     for count in range(1, 5):
         reducing(a, (count, "a"))
