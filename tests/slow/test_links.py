@@ -132,6 +132,7 @@ def test_clients_judge_the_model_that_they_hold(federation: "Federation") -> Non
     assert max(row["metrics"]["accuracy"] for row in federation.history("evaluated")) > 0.5
 
 
+@pytest.mark.long
 def test_a_demo_with_few_bytes_reaches_its_target(federation: "Federation") -> None:
     """1 % of each update and a byte a value down: 100 times fewer bytes up; down the model once,
     then about a quarter of it a version, however many of them a client skips."""

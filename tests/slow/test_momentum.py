@@ -41,6 +41,7 @@ def test_a_demo_with_scaffold_m_reaches_its_target(federation: "Federation", loc
     assert down > 1.4 * up > 0  # model, direction and control down; delta and dc up
 
 
+@pytest.mark.long
 def test_clients_killed_anywhere_leave_c_the_mean_of_what_they_keep(
     federation: "Federation",
 ) -> None:
