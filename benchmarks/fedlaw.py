@@ -34,7 +34,8 @@ from atoll.protocols.codecs import as_tensor, codec
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.payload import parse
 from atoll.protocols.tensors import sections_of
-from atoll.server.merge import Item, Merger, UpdateBytes
+from atoll.server.items import Item, UpdateBytes
+from atoll.server.merge import Merger
 from atoll.server.regions import map_file
 from atoll.server.versions import VersionStore
 

@@ -28,7 +28,8 @@ from atoll.protocols.manifest import Manifest, TensorSpec
 from atoll.protocols.payload import parse
 from atoll.protocols.tensors import sections_of
 from atoll.server.draft import Draft, Version
-from atoll.server.merge import Item, Merger, UpdateBytes
+from atoll.server.items import Item, UpdateBytes
+from atoll.server.merge import Merger
 from atoll.server.regions import map_file
 from atoll.server.versions import VersionStore
 

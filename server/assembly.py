@@ -23,6 +23,7 @@ from atoll.protocols.events import Evaluated
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.membership import Membership
 from atoll.protocols.tensors import extra_sections, sections_of
+from atoll.server.buffers import Buffers
 from atoll.server.check import mixed
 from atoll.server.clock import Clock
 from atoll.server.driver import Driver
@@ -32,7 +33,7 @@ from atoll.server.host import Host
 from atoll.server.joint import Group, JointMerger
 from atoll.server.journal import Journal
 from atoll.server.links import Links
-from atoll.server.merge import Buffers, Merger
+from atoll.server.merge import Merger
 from atoll.server.momenta import suited
 from atoll.server.outgoing import Traffic
 from atoll.server.past import Past

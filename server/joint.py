@@ -15,11 +15,11 @@ from torch import Tensor
 from atoll.aggregation.mean import Mean
 from atoll.aggregation.outer import Outer
 from atoll.aggregation.sync_engine import SyncState
-from atoll.protocols.errors import RemoteError, UsageError
+from atoll.protocols.errors import UsageError
 from atoll.protocols.manifest import Manifest
-from atoll.protocols.payload import finite
 from atoll.server.draft import Draft, Version
-from atoll.server.merge import InterruptedMergeError, Item, Merger, MergeStats
+from atoll.server.items import Item, spoilt
+from atoll.server.merge import InterruptedMergeError, Merger, MergeStats
 
 MEAN = Mean()
 LATE = "the peers went on without it"
@@ -68,7 +68,8 @@ class JointMerger(Merger):
     ) -> MergeStats:
         """As `Merger.merge`; items whose base the peers have left behind are dropped."""
         anchor = base.flat("trainable")
-        live, dropped = self._whole(items)
+        dropped = spoilt(self.manifest, items)
+        live = [item for item in items if item[0].id not in dropped]
         if live:
             delta = self._mean(live, anchor)
             answer = self._group.average(anchor, delta)
@@ -82,23 +83,12 @@ class JointMerger(Merger):
             draft.write_outer(name, 0, values)
         draft.numbers = base.facts.numbers
         if not counted:
-            dropped += [(update.id, LATE) for update, _ in live]
-            return MergeStats((), tuple(dropped), {})
+            dropped |= {update.id: LATE for update, _ in live}
+            return MergeStats((), tuple(dropped.items()), {})
         norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-        return MergeStats(tuple(u.id for u, _ in live), tuple(dropped), {"delta_norm": norm})
-
-    def _whole(self, items: Sequence[Item]) -> tuple[list[Item], list[tuple[str, str]]]:
-        """Those that can be used, and why the others cannot."""
-        live: list[Item] = []
-        dropped: list[tuple[str, str]] = []
-        for update, weight in items:
-            try:
-                finite(self.manifest, update.payload)
-            except RemoteError as error:
-                dropped.append((update.id, error.message))
-            else:
-                live.append((update, weight))
-        return live, dropped
+        return MergeStats(
+            tuple(u.id for u, _ in live), tuple(dropped.items()), {"delta_norm": norm}
+        )
 
     def _mean(self, items: Sequence[Item], like: Tensor) -> Tensor:
         """In the order of the items, as every merge."""

@@ -12,9 +12,8 @@ it: honest updates are read once, and nothing that is not a number enters a mode
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,38 +23,25 @@ from atoll.aggregation.half import Half, Turn, Work
 from atoll.aggregation.outer import STEPS, Outer, Sgd
 from atoll.aggregation.proxy import Proxy
 from atoll.protocols.codecs import TILE, Decoder, all_finite
-from atoll.protocols.errors import RemoteError, UsageError
-from atoll.protocols.manifest import TRAVELLING, Group, Manifest
-from atoll.protocols.payload import Payload, finite
-from atoll.protocols.tensors import EXTRA, SAID, dtype_of
+from atoll.protocols.errors import RemoteError
+from atoll.protocols.manifest import TRAVELLING, Manifest
+from atoll.protocols.tensors import EXTRA
+from atoll.server.buffers import Buffers, buffer_tiles, buffers_to_be, checked
 from atoll.server.combine import MEAN, MEMORY, Plan, Source, plan, summed
 from atoll.server.draft import Draft, Version
+from atoll.server.items import Item, said, spoilt
 from atoll.server.passes import Area, Crew, NotFiniteError, scratch
 from atoll.server.privacy import Privacy, fits
 from atoll.server.rewrite import rewrite
 from atoll.server.table import Table
 
-
-class InterruptedMergeError(Exception):
-    """The server stops: the version is made when it starts again."""
-
-
-Buffers = Literal["weighted_mean", "keep_server", "personal"]
 PLAIN = Sgd()
 NORM_WHOLE = 1 << 15  # elements
 NORM_BLOCK = 1 << 12  # elements; norms add up block by block, alike for every number of threads
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateBytes:
-    """One update as it came, checked by `payload.parse`."""
-
-    id: str
-    payload: Payload
-    client: str = ""
-
-
-Item = tuple[UpdateBytes, float]  # an update and its raw weight
+class InterruptedMergeError(Exception):
+    """The server stops: the version is made when it starts again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +60,8 @@ class MergeStats:
 class Merger:
     """Makes versions out of updates. One at a time; `close` ends its threads.
 
-    `tile`: elements a thread takes at once. `buffers`: what becomes of the clients' buffers.
-    "weighted_mean": float ones are averaged with the weights normalised to 1 and mixed into the
-    server's by min(1, sum of the weights), of integer ones the largest is taken; under a robust
-    aggregator the median stands for the mean, and for the largest. "keep_server" and "personal":
-    the server's stay as they are (and the clients' stay with them). `privacy`: central DP.
+    `tile`: elements a thread takes at once. `buffers`: what becomes of the clients' buffers
+    (`server/buffers.py`). `privacy`: central DP.
     """
 
     def __init__(
@@ -93,10 +76,7 @@ class Merger:
         half: Half | None = None,
         table: Table | None = None,
     ) -> None:
-        if buffers not in get_args(Buffers):
-            raise UsageError(
-                "FL-S102", f"buffers={buffers!r}", f"one of {', '.join(get_args(Buffers))}"
-            )
+        checked(buffers)
         self.manifest = manifest
         self.aggregator = aggregator
         self.outer = outer
@@ -153,7 +133,8 @@ class Merger:
             try:
                 stats = self._once(base, draft, live, use_outer, known)
             except (NotFiniteError, RemoteError):  # or bytes that no codec made
-                dropped.update(_culprits(self.manifest, live))
+                whole = {update.id: "the merged model would not be finite" for update, _ in live}
+                dropped.update(spoilt(self.manifest, live) or whole)
                 live = [item for item in live if item[0].id not in dropped]
                 draft.rewind()
                 continue
@@ -174,7 +155,7 @@ class Merger:
     ) -> dict[str, float]:
         proxy = self._proxy()
         if proxy is not None:
-            proxy.begin(self._buffers_to_be(base, items))
+            proxy.begin(buffers_to_be(self.buffers, base, items))
         step = _Step(self, base, draft, items, use_outer, known)
         squares: dict[int, float] = {}
         count = self.manifest.counts["trainable"]
@@ -191,7 +172,8 @@ class Merger:
             if group == "buffers_float" and step.taken is not None and proxy is not None:
                 draft.write(group, 0, proxy.settle())
                 continue
-            for lo, tile in self._buffer_tiles(group, base, items, step.plan.robust):
+            tiles = buffer_tiles(self.buffers, group, base, items, step.plan.robust)
+            for lo, tile in tiles:
                 draft.write(group, lo, tile)
         norm = math.sqrt(math.fsum(squares.values()))
         draft.numbers = base.facts.numbers
@@ -219,41 +201,6 @@ class Merger:
     def _proxy(self) -> Proxy | None:
         """What the rule learns by; None: it learns nothing."""
         return self.aggregator.proxy if is_learner(self.aggregator) else None
-
-    def _buffers_to_be(self, base: Version, items: Sequence[Item]) -> dict[str, Tensor]:
-        """The buffers that come of these items."""
-        made: dict[str, Tensor] = {}
-        for group in TRAVELLING[1:]:
-            made[group] = base.flat(group).clone()
-            for lo, tile in self._buffer_tiles(group, base, items, robust=False):
-                made[group][lo : lo + len(tile)] = tile
-        return made
-
-    def _buffer_tiles(
-        self, group: Group, base: Version, items: Sequence[Item], robust: bool
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The new buffers of a group, tile by tile. NotFiniteError."""
-        count = self.manifest.counts[group]
-        if not count:
-            return
-        sent = [(u.payload.decoder(group), w) for u, w in items if w > 0 and u.payload.has(group)]
-        total = math.fsum(w for _, w in sent)
-        start = base.flat(group)
-        for lo in range(0, count, TILE):
-            hi = min(lo + TILE, count)
-            tile = start[lo:hi].clone()
-            if self.buffers == "weighted_mean" and sent:
-                spare = torch.empty(hi - lo, dtype=dtype_of(group))
-                if robust:
-                    values = [decode(lo, hi, torch.empty_like(spare)) for decode, _ in sent]
-                    if group == "buffers_float" and not all(map(all_finite, values)):
-                        raise NotFiniteError  # a median would hide it
-                    _mix_median(tile, values, total)
-                else:
-                    _mix_mean(tile, ((decode(lo, hi, spare), w) for decode, w in sent), total)
-                if group == "buffers_float" and not all_finite(tile):
-                    raise NotFiniteError
-            yield lo, tile
 
 
 class _Step:
@@ -392,27 +339,11 @@ class _Step:
         return tiles
 
 
-def said(half: Half, payload: Payload) -> dict[str, float]:
-    """The numbers that an update brought."""
-    return dict(zip(half.says, payload.read(EXTRA + SAID).tolist(), strict=True))
-
-
 def scaled(decoder: Decoder, by: float) -> Decoder:
     """The same, each value times `by`."""
     if by == 1:
         return decoder
     return lambda lo, hi, out: torch.mul(decoder(lo, hi, out), by, out=out[: hi - lo])
-
-
-def _culprits(manifest: Manifest, items: Sequence[Item]) -> dict[str, str]:
-    """Which updates hold NaN, Inf or corrupt bytes; all where only their sum is too large."""
-    found: dict[str, str] = {}
-    for update, _ in items:
-        try:
-            finite(manifest, update.payload)
-        except RemoteError as error:
-            found[update.id] = error.message
-    return found or {update.id: "the merged model would not be finite" for update, _ in items}
 
 
 def _squared_norm(values: Tensor) -> float:
@@ -423,25 +354,3 @@ def _squared_norm(values: Tensor) -> float:
     norms = torch.linalg.vector_norm(values[:whole].view(-1, NORM_BLOCK), dim=1).double()
     rest = torch.linalg.vector_norm(values[whole:]).double()
     return float(norms.square().sum() + rest.square())
-
-
-def _mix_mean(tile: Tensor, sent: Iterable[tuple[Tensor, float]], total: float) -> None:
-    """Mix buffers of (values, weight) into the server's by min(1, `total` weight), in place."""
-    if tile.dtype == torch.int64:
-        for value, _ in sent:
-            torch.maximum(tile, value, out=tile)
-        return
-    mix = min(1.0, total)
-    tile.mul_(1 - mix)
-    for value, weight in sent:
-        tile.add_(value, alpha=mix * weight / total)
-
-
-def _mix_median(tile: Tensor, sent: Sequence[Tensor], total: float) -> None:
-    """As `_mix_mean`, where some who sent may not be honest."""
-    ordered = torch.stack(list(sent)).sort(dim=0).values
-    low, high = ordered[(len(sent) - 1) // 2], ordered[len(sent) // 2]
-    if tile.dtype == torch.int64:
-        torch.maximum(tile, low, out=tile)
-        return
-    tile.lerp_((low + high) / 2, min(1.0, total))

@@ -38,13 +38,15 @@ from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.payload import Payload
 from atoll.server.accountant import Sampling
 from atoll.server.attack import Attack
+from atoll.server.buffers import Buffers
 from atoll.server.check import check_simulated
 from atoll.server.combine import MEAN
 from atoll.server.crew import Crew, Job, Together
 from atoll.server.dp import central_dp
+from atoll.server.items import UpdateBytes
 from atoll.server.learner import learning, learning_in
 from atoll.server.learning import Worked
-from atoll.server.merge import PLAIN, Buffers, Merger, UpdateBytes
+from atoll.server.merge import PLAIN, Merger
 from atoll.server.momenta import suited
 from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order

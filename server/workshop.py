@@ -17,7 +17,8 @@ from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Merged
 from atoll.protocols.payload import Payload, parse
 from atoll.server.draft import Version
-from atoll.server.merge import Item, Merger, UpdateBytes
+from atoll.server.items import Item, UpdateBytes
+from atoll.server.merge import Merger
 from atoll.server.run import Merge
 from atoll.server.uploads import StoredUpdate, Uploads
 from atoll.server.versions import VersionStore, kept

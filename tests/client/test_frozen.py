@@ -10,7 +10,7 @@ from atoll.aggregation.fedavg import FedAvg
 from atoll.client.data import load_data
 from atoll.client.local import LocalConfig
 from atoll.protocols.manifest import TRAVELLING
-from atoll.server.merge import Buffers
+from atoll.server.buffers import Buffers
 from atoll.server.simulator import simulate
 from atoll.server.training import Training
 

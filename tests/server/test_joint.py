@@ -17,8 +17,9 @@ from atoll.protocols.manifest import Manifest, TensorSpec
 from atoll.protocols.payload import parse
 from atoll.protocols.tensors import pack
 from atoll.server.draft import Version
+from atoll.server.items import Item, UpdateBytes
 from atoll.server.joint import LATE, JointMerger
-from atoll.server.merge import InterruptedMergeError, Item, MergeStats, UpdateBytes
+from atoll.server.merge import InterruptedMergeError, MergeStats
 from atoll.server.versions import VersionStore
 
 COUNT = 1003

@@ -16,8 +16,10 @@ from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import Group, Manifest, TensorSpec
 from atoll.protocols.payload import parse
 from atoll.protocols.tensors import pack
+from atoll.server.buffers import Buffers
 from atoll.server.draft import Version
-from atoll.server.merge import Buffers, Item, Merger, MergeStats, UpdateBytes
+from atoll.server.items import Item, UpdateBytes
+from atoll.server.merge import Merger, MergeStats
 from atoll.server.versions import VersionStore
 
 COUNT = 1003

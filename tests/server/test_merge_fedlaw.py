@@ -17,8 +17,10 @@ from atoll.protocols.codecs import codec
 from atoll.protocols.manifest import Group
 from atoll.protocols.payload import parse
 from atoll.protocols.tensors import flatten, pack
+from atoll.server.buffers import Buffers
 from atoll.server.draft import Version
-from atoll.server.merge import Buffers, Item, Merger, MergeStats, UpdateBytes
+from atoll.server.items import Item, UpdateBytes
+from atoll.server.merge import Merger, MergeStats
 from atoll.server.versions import VersionStore
 
 

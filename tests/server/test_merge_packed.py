@@ -10,7 +10,8 @@ from atoll.protocols.codecs import Codec
 from atoll.protocols.manifest import Manifest, TensorSpec
 from atoll.protocols.payload import Payload, parse
 from atoll.protocols.tensors import codec_for, pack
-from atoll.server.merge import Merger, UpdateBytes
+from atoll.server.items import UpdateBytes
+from atoll.server.merge import Merger
 from atoll.server.versions import VersionStore
 
 COUNT = 9001

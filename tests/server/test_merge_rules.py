@@ -33,7 +33,8 @@ from atoll.protocols.payload import parse
 from atoll.protocols.tensors import pack
 from atoll.server.combine import DECODED, MEMORY, Source, plan
 from atoll.server.draft import Version
-from atoll.server.merge import Item, Merger, MergeStats, UpdateBytes
+from atoll.server.items import Item, UpdateBytes
+from atoll.server.merge import Merger, MergeStats
 from atoll.server.passes import Crew, InOrder, NotFiniteError, Reading
 from atoll.server.versions import VersionStore
 

@@ -16,7 +16,8 @@ from atoll.protocols.events import Aggregate, ClientInfo, ClientJoined, Update, 
 from atoll.protocols.manifest import Manifest, TensorSpec
 from atoll.protocols.payload import parse
 from atoll.protocols.tensors import pack
-from atoll.server.merge import Merger, UpdateBytes
+from atoll.server.items import UpdateBytes
+from atoll.server.merge import Merger
 from atoll.server.presets import PRESETS, preset_of
 from atoll.server.server import Server
 from atoll.server.versions import VersionStore

@@ -19,7 +19,8 @@ from atoll.server.accountant import Sampling
 from atoll.server.books import Books
 from atoll.server.dp import CentralDP, central_dp
 from atoll.server.draft import Version
-from atoll.server.merge import Item, Merger, MergeStats, UpdateBytes
+from atoll.server.items import Item, UpdateBytes
+from atoll.server.merge import Merger, MergeStats
 from atoll.server.privacy import Privacy
 from atoll.server.versions import VersionStore
 
