@@ -19,18 +19,15 @@ from torch import Tensor
 
 from atoll.aggregation.aggregator import Aggregator, aggregator
 from atoll.aggregation.half import Numbers, extras_of, generation, told, told_to
-from atoll.aggregation.noise import KEY, derived
 from atoll.aggregation.outer import Outer, outer
 from atoll.aggregation.strategy import Strategy
 from atoll.client.algorithm import LocalAlgorithm, local_algorithm
 from atoll.client.data import Data, Indices, load_data
-from atoll.client.keep import Keep, Named, life_of
 from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.localdp import LocalDP
 from atoll.client.localdp import local_dp as own_noise
 from atoll.client.models import build, manifest_of, named_tensors
 from atoll.client.trainer import Trainer
-from atoll.protocols import feedback as feedbacks
 from atoll.protocols import tensors
 from atoll.protocols.codecs import Fp32
 from atoll.protocols.events import Merged
@@ -50,7 +47,9 @@ from atoll.server.merge import PLAIN, Merger
 from atoll.server.momenta import suited
 from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order
+from atoll.server.simkeeps import SimKeeps
 from atoll.server.simlinks import SimLinks
+from atoll.server.simnoise import SimNoise, simulated_key
 from atoll.server.spec import RunSpec
 from atoll.server.table import table_of
 from atoll.server.trainers import VALIDATORS, Trainers
@@ -104,10 +103,7 @@ class Training:
             self._parts["local algorithm"] = algorithm
         self._crew, self._judge = crew or Together(factory), judge
         self._examples, self._attacks = examples or {}, attacks or {}
-        self._states: dict[str, feedbacks.State] = {}  # client -> what its codec left out, and such
-        self._sent: dict[str, str] = {}  # update not known to be used -> its client
-        self._private, self._key = local_dp, simulated_key(seed)
-        self._noisy: dict[str, int] = {}  # client -> updates with noise of its own
+        self._noise = SimNoise(local_dp, seed) if local_dp is not None else None
         self._count = manifest.counts["trainable"]
         self._table = table_of(half, self._count, None)
         self._merger = Merger(
@@ -115,15 +111,12 @@ class Training:
         )
         self._extras = extras_of(half, self._count)
         self._rules = algorithm.rules if algorithm is not None else {}
-        self._keeps: dict[str, Keep] = {}  # private state of each client
-        self._found: dict[str, dict[str, Named]] = {}  # order -> that state as it found it
-        self._of: dict[str, str] = {}  # undecided update -> its client
-        self._seed = seed
         self._says = half.says if half is not None else ()
         with tempfile.TemporaryDirectory() as folder:  # never used: every version is a small one
             self._versions = VersionStore(Path(folder), manifest, memory_limit=1 << 62)
         self._newest = self._versions.initial(initial)
         self._links = SimLinks(self._versions, up, down, codecs or {})
+        self.keeps = SimKeeps(self._links, self._rules, seed)
         self._done: dict[str, int] = {}  # client -> local steps in its life
         self._orders: dict[str, dict[str, int]] = {}  # client -> order -> version, may be trained
         self._held: dict[str, UpdateBytes] = {}
@@ -244,10 +237,11 @@ class Training:
     def given(self, order: Order) -> None:
         orders = self._orders.setdefault(order.client, {})
         orders[order.id] = order.version
-        self._found[order.id] = self._state_of(order.client)
+        self.keeps.begin(order.id, order.client)
         while len(orders) > FORMER + 1:  # the run has forgotten older ones
             gone = next(iter(orders))
-            del orders[gone], self._found[gone]
+            del orders[gone]
+            self.keeps.end(gone)
             self._drop(gone)
 
     def download(self, order: Order) -> int | None:
@@ -281,36 +275,32 @@ class Training:
     def train(self, client: str, order: Order, steps: int, update: str, final: bool) -> Worked:
         base = self._links.model(order)
         trained = self._crew.trained(self._job(order, steps), partial(self._start, order))
-        self._keep(client).hold(update, trained.state)
-        self._of[update] = client
+        self.keeps.keep(client).hold(update, trained.state)
         if final:
             self._done[client] = self._done.get(client, 0) + trained.steps
-            del self._orders[client][order.id], self._found[order.id]
-        private, metrics = self._private, dict(trained.metrics)
+            del self._orders[client][order.id]
+            self.keeps.end(order.id)
+        metrics = dict(trained.metrics)
         groups: dict[str, Tensor] = {
             group: tensors.flatten(self.manifest, trained.tensors, group)
-            if private is None
+            if self._noise is None
             else base.read(group)
             for group in TRAVELLING[1:]
             if self.manifest.counts[group]
         }
         start = base.read("trainable")
         groups["trainable"] = tensors.delta(self.manifest, start, trained.tensors)
-        if private is not None:
-            private.protect(groups["trainable"], derived(self._key, "local", update))
-            self._noisy[client] = self._noisy.get(client, 0) + 1
-            metrics = {"epsilon": private.cost(self._noisy[client])}
+        if self._noise is not None:
+            metrics = self._noise.protect(client, update, groups["trainable"])
         if client in self._attacks:
             groups["trainable"] = self._attacks[client].on_delta(groups["trainable"])
         groups |= tensors.extra_groups(self._extras.up, trained.extras, trained.said, self._says)
-        state = self._states.get(client, {})
-        codec = self._links.codec(client)
-        sender = feedbacks.Sender(codec, self._links.rule(client) if final else None, state)
+        sender = self.keeps.sender(client, final)
         sections, view = tensors.pack(self.manifest, groups, sender, extras=self._extras.up)
-        if final:  # a snapshot's work comes again with the whole
-            self._states[client], self._sent[update] = sender.after, client
-        self._held[update] = UpdateBytes(update, Payload(sections, view, codec), client)
+        payload = Payload(sections, view, self._links.codec(client))
+        self._held[update] = UpdateBytes(update, payload, client)
         if final:
+            self.keeps.sent(update, client, sender.after)
             self._drop(order.id)
         return Worked(trained.examples, metrics, len(view))
 
@@ -334,9 +324,9 @@ class Training:
             own=own,
             extra={**told(numbers), **order.extra, **extra},
             extras={name: base.outer.get(name, zero) for name in self._extras.down},
-            state=self._found[order.id],
-            latest=self._state_of(order.client),
-            life=self._keep(order.client).life,
+            state=self.keeps.found(order.id),
+            latest=self.keeps.now(order.client),
+            life=self.keeps.keep(order.client).life,
         )
 
     def _start(self, order: Order) -> dict[str, Tensor]:
@@ -348,23 +338,15 @@ class Training:
         draft = self._versions.draft(merge.version, base.number, self._merger.vectors)
         made = self._merger.merge(base, draft, items, merge.outer, merge.known)
         self._newest = draft.seal(merge.items)
-        for update in made.used:
-            self._sent.pop(update, None)
+        self.keeps.used(made.used)
         wanted = {v for orders in self._orders.values() for v in orders.values()}
         self._links.follow(merge.version, wanted)
         self._versions.prune({merge.version, *wanted})
         if self._table is not None:
             starts = {c: list(map(self._numbers, o.values())) for c, o in self._orders.items()}
             self._table.prune(self._newest.facts.numbers, starts)
-        return Merged(merge.version, made.used, made.dropped, {**made.stats, **self._paid()})
-
-    def _paid(self) -> dict[str, float]:
-        """What the clients' own noise has cost; whether one of them could not go on."""
-        if self._private is None:
-            return {}
-        most, limit = max(self._noisy.values(), default=0), self._private.epsilon
-        over = limit is not None and self._private.cost(most + 1) > limit
-        return {"epsilon": self._private.cost(most), "budget_spent": float(over)}
+        paid = self._noise.paid() if self._noise is not None else {}
+        return Merged(merge.version, made.used, made.dropped, {**made.stats, **paid})
 
     def evaluate(self, version: int) -> Mapping[str, float]:
         if self._judge is None:
@@ -373,28 +355,9 @@ class Training:
         return dict(self._judge.evaluate())
 
     def forget(self, update: str, fate: Fate) -> None:
-        held, client = self._held.pop(update, None), self._of.pop(update, None)
-        if held is not None and client is not None:
-            self._keeps[client].settle(update, fate, held.payload.read)
-        if self._sent.pop(update, None) is not None and held is not None:  # it was not used
-            payload = held.payload.section("trainable")
-            codec = self._links.codec(held.client)
-            self._states[held.client] = feedbacks.restore(codec, self._states[held.client], payload)
-
-    def _keep(self, client: str) -> Keep:
-        if client not in self._keeps:
-            keep = self._keeps[client] = Keep(None, life_of(self._seed, client))
-            for kind, rule in self._rules.items():
-                keep.register(kind, rule)
-        return self._keeps[client]
-
-    def _state_of(self, client: str) -> dict[str, Named]:
-        """Private state as it is now."""
-        return {kind: self._keep(client).now(kind) for kind in self._rules}
-
-    def kept(self, client: str) -> Tensor | None:
-        """What the codec of `client` has left out so far; None: nothing, or it is not kept."""
-        return self._states.get(client, {}).get(feedbacks.RESIDUAL)
+        held = self._held.pop(update, None)
+        if held is not None:
+            self.keeps.settle(held, fate)
 
     def upload(self, client: str) -> int:
         sections = tensors.sections_of(self.manifest, self._links.codec(client))
@@ -417,11 +380,6 @@ class Training:
     def model(self) -> dict[str, Tensor]:
         """The newest version's tensors, by name; they alias it."""
         return self._newest.tensors()
-
-
-def simulated_key(seed: int) -> bytes:
-    """Noise that comes again with the seed: right for a simulation, and protects nobody."""
-    return derived(bytes(KEY), "simulated", seed)
 
 
 def _named(proxy: "str | Data") -> str:

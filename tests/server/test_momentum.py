@@ -113,7 +113,7 @@ class Watched(Training):
         if self._table is not None:
             rows = [self._table.row(self._newest.facts.numbers, name) for name in self.toys]
             return [zero if row is None else row for row in rows]
-        held = {n: k.now("control") for n, k in self._keeps.items()}
+        held = {n: k.now("control") for n, k in self.keeps.of.items()}
         return [held.get(name, {}).get("c", zero) for name in self.toys]
 
 
@@ -220,7 +220,7 @@ def test_feddyn_reaches_the_optimum_and_keeps_the_mean_of_its_clients() -> None:
     learning = Watched(TWO, "feddyn:alpha=0.5")
     simulate(Chosen(both, 40), {"a": 1.0, "b": 1.0}, learning=learning)
     assert float(learning.models[-1]) == pytest.approx(0.6, abs=1e-3)
-    mine = [keep.now("lambda")["c"] for keep in learning._keeps.values()]
+    mine = [keep.now("lambda")["c"] for keep in learning.keeps.of.values()]
     assert float(learning.vector("drift")) == pytest.approx(float(sum(mine)) / 2, abs=CLOSE)
 
 
@@ -265,7 +265,7 @@ def test_whoever_keeps_the_variates_they_and_the_models_have_the_same_bits(spec:
         assert all(map(torch.equal, client.models, server.models))
         assert all(map(torch.equal, client.variates(), server.variates()))
         assert float(server.variates()[0]) != 0
-        assert not server._keeps or all(not k.report() for k in server._keeps.values())
+        assert not server.keeps.of or all(not k.report() for k in server.keeps.of.values())
 
 
 def test_one_step_a_round_is_momentum_sgd() -> None:
@@ -399,7 +399,7 @@ def test_a_lost_commit_would_break_the_mean() -> None:
     """The invariant can fail: a client that forgets its c_i in silence leaves c wrong."""
     learning = Watched(TWO, "scaffold")
     simulate(Chosen(both, 3), {"a": 1.0, "b": 1.0}, learning=learning)
-    keep = learning._keeps["a"]
+    keep = learning.keeps.of["a"]
     keep._held.kinds.clear()
     mean = torch.stack(learning.variates()).mean(0)
     assert not torch.allclose(learning.vector("control"), mean, atol=1e-3)

@@ -99,8 +99,8 @@ def test_a_phone_and_a_server_in_one_run() -> None:
     assert server.bytes_up == server.bytes_down == 10 * WHOLE
     assert phone.bytes_up < server.bytes_up / 5
     assert phone.bytes_down == WHOLE + 9 * WHOLE // 2
-    assert made.kept("a") is not None  # error feedback is the phone's alone
-    assert made.kept("b") is None
+    assert made.keeps.residual("a") is not None  # error feedback is the phone's alone
+    assert made.keeps.residual("b") is None
     assert run.versions == 10
     assert run.updates_used == 20
     assert run.seconds == pytest.approx(10 * (5 * PACES["b"] + WHOLE / 100))

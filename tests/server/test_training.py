@@ -251,6 +251,6 @@ def test_what_was_not_used_is_given_back() -> None:
     learned = torch.stack(gone).sum(0)
     moved = torch.cat([(start[n] - made.model()[n]).reshape(-1) for n in start])
     assert len(gone) >= 8
-    kept = made.kept("a")
+    kept = made.keeps.residual("a")
     assert kept is not None
     assert torch.allclose(moved + kept, learned, atol=1e-5)
