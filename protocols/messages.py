@@ -5,15 +5,14 @@ finite and of the right size, names match, lists are short, sizes add up, and te
 has no control characters (`bounds.py`). Whatever is wrong is RemoteError FL-W101 with the value.
 """
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from atoll.protocols import bounds, wire_pb2
-from atoll.protocols.blobs import BLOB_ID, INLINE, BlobInfo, Section
-from atoll.protocols.errors import RemoteError
+from atoll.protocols.blobs import BlobInfo
+from atoll.protocols.blobwire import blob_from_wire, blob_to_wire, packed_sections
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.links import AS_THE_RUN, Link
 from atoll.protocols.packed import Parts, nested
@@ -271,7 +270,7 @@ def packed_result(result: Result, inline: bytes | memoryview) -> bytes:
     ).SerializeToString()
     payload = result.payload
     info = wire_pb2.Blob(id=payload.id, size=payload.size, sha256=payload.sha256)
-    sections = _packed_sections(payload.sections)
+    sections = packed_sections(payload.sections)
     held = nested(INLINE_FIELD, inline) if len(inline) else ()
     blob = nested(PAYLOAD_FIELD, info.SerializeToString(), sections, *held)
     return b"".join((alone, *blob))
@@ -308,73 +307,6 @@ def metrics_from_wire(wire: Mapping[str, float]) -> dict[str, float]:
             raise bounds.malformed(f"metric {key}={wire[key]}")
         found[key] = wire[key]
     return found
-
-
-# ---- blobs -------------------------------------------------------------------------------------
-
-
-def blob_to_wire(info: BlobInfo, inline: bytes = b"") -> wire_pb2.Blob:
-    return wire_pb2.Blob(
-        id=info.id,
-        size=info.size,
-        sha256=info.sha256,
-        sections=_wire_sections(info.sections),
-        inline=inline,
-    )
-
-
-def _wire_sections(sections: Sequence[Section]) -> list[wire_pb2.Section]:
-    return [
-        wire_pb2.Section(group=s.group, codec=s.codec, count=s.count, length=s.length)
-        for s in sections
-    ]
-
-
-@functools.lru_cache(maxsize=64)
-def _packed_sections(sections: tuple[Section, ...]) -> bytes:
-    """A serialized Blob with nothing but these."""
-    return wire_pb2.Blob(sections=_wire_sections(sections)).SerializeToString()
-
-
-def blob_from_wire(wire: wire_pb2.Blob) -> tuple[BlobInfo, bytes]:
-    """The blob's description and its inline bytes (empty: to be fetched, or an empty blob)."""
-    if len(wire.sections) > bounds.MAX_SECTIONS:
-        raise bounds.malformed(
-            f"{len(wire.sections)} sections, at most {bounds.MAX_SECTIONS} are taken"
-        )
-    sections, length = _sections(
-        tuple((s.group, s.codec, s.count, s.length) for s in wire.sections)
-    )
-    size = bounds.count("blob size", wire.size)
-    if length != size:
-        raise bounds.malformed(f"blob size {size}, its sections have {length}")
-    if len(wire.sha256) not in (0, 32):
-        raise bounds.malformed(f"a SHA-256 of {len(wire.sha256)} bytes")
-    inline = wire.inline  # each look at it is a copy
-    if len(inline) > INLINE:
-        raise RemoteError(
-            "FL-W103", f"{len(inline)} bytes inline, the limit is {INLINE}", "send a blob"
-        )
-    if inline and len(inline) != size:
-        raise bounds.malformed(f"blob size {size}, but {len(inline)} bytes inline")
-    return BlobInfo(bounds.name("blob id", wire.id, BLOB_ID), size, wire.sha256, sections), inline
-
-
-@functools.lru_cache(maxsize=64)  # a run's blobs have the same few
-def _sections(told: tuple[tuple[str, str, int, int], ...]) -> tuple[tuple[Section, ...], int]:
-    """Sections, and their bytes together."""
-    sections = tuple(
-        Section(
-            group=bounds.name("section group", group, bounds.GROUP),
-            codec=bounds.name("section codec", codec, bounds.CODEC),
-            count=bounds.count("section count", count),
-            length=bounds.count("section length", length),
-        )
-        for group, codec, count, length in told
-    )
-    if len({s.group for s in sections}) != len(sections):
-        raise bounds.malformed("a section group stands twice")
-    return sections, sum(s.length for s in sections)
 
 
 # ---- ask and outcome ---------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +22,7 @@ from atoll.protocols.events import Evaluated
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.membership import Membership
 from atoll.protocols.tensors import extra_sections, sections_of
+from atoll.server import standing
 from atoll.server.buffers import Buffers
 from atoll.server.check import mixed
 from atoll.server.clock import Clock
@@ -35,7 +35,6 @@ from atoll.server.journal import Journal
 from atoll.server.links import Links
 from atoll.server.merge import Merger
 from atoll.server.momenta import suited
-from atoll.server.outgoing import Traffic
 from atoll.server.past import Past
 from atoll.server.privacy import Privacy
 from atoll.server.recover import Recovered, recover
@@ -345,72 +344,15 @@ class Assembly:
         return path
 
     def summary(self) -> Summary:
-        run, rules = self.host.run, self.driver.rules
-        best = rules.best_version
-        metrics: Mapping[str, float] = next(
-            (
-                row["metrics"]
-                for row in reversed(self.history.rows)
-                if row["kind"] == "evaluated" and row["version"] == best
-            ),
-            {},
+        return standing.summary(
+            self.spec, self.host.run, self.driver.rules, self.history, self.clock.now()
         )
-        return Summary(
-            self.spec.id, run.finished or "", run.published, run.updates_used, run.steps_used,
-            self._seconds(), metrics, best, rules.reached_at,
-        )  # fmt: skip
 
-    def _seconds(self) -> float:
-        """Run clock at the end of the run; waiting for its clients afterwards is not part of it."""
-        rows = self.history.rows
-        ended = next((row["t"] for row in reversed(rows) if row["kind"] == "finish"), None)
-        return self.clock.now() if ended is None else float(ended)
-
-    def status(self, arguments: Mapping[str, object]) -> object:
+    def status(self) -> dict[str, object]:
         """What `fl-server status` and `run show` print."""
-        run, rules = self.host.run, self.driver.rules
-        now, sent = self.clock.now(), self.host.outgoing.traffic
-        members = [
-            {
-                "name": m.name,
-                "state": m.standing,
-                "reason": m.reason,
-                "since_s": round(now - m.since, 3),
-                "heard_s": round(now - m.heard, 3),
-                "seconds_per_step": m.seconds_per_step,
-                "order": run.open[m.name].id if m.name in run.open else None,
-                "steps": run.open[m.name].steps if m.name in run.open else None,
-                "step": self.host.sessions.of[m.name].step
-                if m.name in self.host.sessions.of
-                else None,
-                "updates": totals.updates if (totals := self.history.clients.get(m.name)) else 0,
-                "bytes_up": sent.get(m.name, Traffic()).up,
-                "bytes_down": sent.get(m.name, Traffic()).down,
-            }
-            for m in self.host.membership.members.values()
-        ]
-        groups = getattr(run.strategy, "groups", None)
-        return {
-            "run": self.spec.id,
-            "name": self.spec.name,
-            "strategy": self.spec.strategy,
-            "state": "finished" if run.finished else "running",
-            "reason": run.finished or "",
-            "version": run.published,
-            "updates": run.updates_used,
-            "steps": run.steps_used,
-            "elapsed_s": round(now, 3),
-            "metric": rules.metric,
-            "target": rules.target,
-            "latest": rules.latest,
-            "best": rules.best,
-            "best_version": rules.best_version,
-            "epsilon": self.history.epsilon,
-            "clients": members,
-            "groups": [list(g) if isinstance(g, tuple) else asdict(g) for g in groups(now)]
-            if groups
-            else [],
-        }
+        return standing.status(
+            self.spec, self.host, self.driver.rules, self.history, self.clock.now()
+        )
 
 
 def _unwritten(error: OSError) -> ServerError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from atoll.aggregation import half
-from atoll.protocols import messages, tensors, wire_pb2
+from atoll.protocols import blobwire, messages, tensors, wire_pb2
 from atoll.protocols.blobs import INLINE, Blob
 from atoll.protocols.errors import AtollError
 from atoll.protocols.messages import Result
@@ -152,7 +152,7 @@ class Outgoing:
 def _beside(blob: Blob) -> bytes:
     """An order with nothing but a blob of extras."""
     small = bytes(blob.view) if blob.info.size <= INLINE else b""
-    made = wire_pb2.Order(extras=[messages.blob_to_wire(blob.info, small)])
+    made = wire_pb2.Order(extras=[blobwire.blob_to_wire(blob.info, small)])
     return made.SerializeToString()
 
 

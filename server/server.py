@@ -270,7 +270,7 @@ class Server:
             manifest = self._assembly.manifest.to_json()
             return {**json.loads(self.spec.for_clients()), "manifest": manifest}
         if what == "status":
-            return self._assembly.status(arguments)
+            return self._assembly.status()
         if what == "history":
             after, wait = int(arguments.get("after", 0)), float(arguments.get("wait", 0.0))
             return self._assembly.lines(max(0, after), max(0.0, min(wait, MOST_WAIT)))

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.protocols import bounds, messages, refusals, wire_pb2
+from atoll.protocols import blobwire, bounds, messages, refusals, wire_pb2
 from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.errors import AtollError, RefusedError, RemoteError, ServerError
 from atoll.protocols.events import ClientInfo, Then
@@ -206,18 +206,18 @@ def test_256_metrics_are_taken() -> None:
     ],
 )
 def test_a_blob_that_does_not_add_up_is_refused(changed: BlobInfo) -> None:
-    assert refused(lambda: messages.blob_from_wire(messages.blob_to_wire(changed))) == "FL-W101"
+    assert refused(lambda: blobwire.blob_from_wire(blobwire.blob_to_wire(changed))) == "FL-W101"
 
 
 def test_inline_bytes_are_bounded_and_complete() -> None:
-    short = messages.blob_to_wire(BLOB, bytes(23))
-    assert refused(lambda: messages.blob_from_wire(short)) == "FL-W101"
+    short = blobwire.blob_to_wire(BLOB, bytes(23))
+    assert refused(lambda: blobwire.blob_from_wire(short)) == "FL-W101"
     size = INLINE + 1
     large = BlobInfo("b", size, b"", (Section("trainable", "fp32", 1, size),))
-    wire = messages.blob_to_wire(large, bytes(size))
-    assert refused(lambda: messages.blob_from_wire(wire)) == "FL-W103"
+    wire = blobwire.blob_to_wire(large, bytes(size))
+    assert refused(lambda: blobwire.blob_from_wire(wire)) == "FL-W103"
     fits = replace(large, size=INLINE, sections=(Section("trainable", "fp32", 1, INLINE),))
-    assert messages.blob_from_wire(messages.blob_to_wire(fits, bytes(INLINE)))[1] == bytes(INLINE)
+    assert blobwire.blob_from_wire(blobwire.blob_to_wire(fits, bytes(INLINE)))[1] == bytes(INLINE)
 
 
 def test_numbers_an_enum_does_not_have_are_refused() -> None:
@@ -231,7 +231,7 @@ KINDS: list[tuple[Any, Callable[[Any], object]]] = [
     (wire_pb2.Hello, messages.hello_from_wire),
     (wire_pb2.Order, messages.order_from_wire),
     (wire_pb2.Result, messages.result_from_wire),
-    (wire_pb2.Blob, messages.blob_from_wire),
+    (wire_pb2.Blob, blobwire.blob_from_wire),
     (wire_pb2.Ask, messages.ask_from_wire),
     (wire_pb2.Outcome, messages.outcome_from_wire),
     (wire_pb2.Refusal, refusals.error_from_wire),
@@ -272,7 +272,7 @@ def read_again(found: Any) -> Any:
         case AtollError():
             return found if found.message == bounds.text(found.message) else None
         case (BlobInfo(), bytes()):
-            return messages.blob_from_wire(messages.blob_to_wire(*found))
+            return blobwire.blob_from_wire(blobwire.blob_to_wire(*found))
         case _:
             return messages.ask_from_wire(messages.ask_to_wire(*found))
 

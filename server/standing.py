@@ -1,0 +1,85 @@
+"""Standing: where a run stands, as its server tells whoever asks, and how it ended."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from atoll.server.history import History
+from atoll.server.host import Host
+from atoll.server.outgoing import Traffic
+from atoll.server.rules import Rules
+from atoll.server.run import Run
+from atoll.server.server import Summary
+from atoll.server.spec import RunSpec
+
+
+def status(
+    spec: RunSpec, host: Host, rules: Rules, history: History, now: float
+) -> dict[str, object]:
+    """The fields of a `server/status.py` `Status`, as plain data. `now`: on the run's clock."""
+    run = host.run
+    groups = getattr(run.strategy, "groups", None)
+    return {
+        "run": spec.id,
+        "name": spec.name,
+        "strategy": spec.strategy,
+        "state": "finished" if run.finished else "running",
+        "reason": run.finished or "",
+        "version": run.published,
+        "updates": run.updates_used,
+        "steps": run.steps_used,
+        "elapsed_s": round(now, 3),
+        "metric": rules.metric,
+        "target": rules.target,
+        "latest": rules.latest,
+        "best": rules.best,
+        "best_version": rules.best_version,
+        "epsilon": history.epsilon,
+        "clients": _clients(host, history, now),
+        "groups": [list(g) if isinstance(g, tuple) else asdict(g) for g in groups(now)]
+        if groups
+        else [],
+    }
+
+
+def _clients(host: Host, history: History, now: float) -> list[dict[str, object]]:
+    sent, told = host.outgoing.traffic, []
+    for m in host.membership.members.values():
+        order, session = host.run.open.get(m.name), host.sessions.of.get(m.name)
+        totals, traffic = history.clients.get(m.name), sent.get(m.name, Traffic())
+        told.append({
+            "name": m.name,
+            "state": m.standing,
+            "reason": m.reason,
+            "since_s": round(now - m.since, 3),
+            "heard_s": round(now - m.heard, 3),
+            "seconds_per_step": m.seconds_per_step,
+            "order": order.id if order is not None else None,
+            "steps": order.steps if order is not None else None,
+            "step": session.step if session is not None else None,
+            "updates": totals.updates if totals is not None else 0,
+            "bytes_up": traffic.up,
+            "bytes_down": traffic.down,
+        })  # fmt: skip
+    return told
+
+
+def summary(spec: RunSpec, run: Run, rules: Rules, history: History, now: float) -> Summary:
+    best = rules.best_version
+    metrics: Mapping[str, float] = next(
+        (
+            row["metrics"]
+            for row in reversed(history.rows)
+            if row["kind"] == "evaluated" and row["version"] == best
+        ),
+        {},
+    )
+    return Summary(
+        spec.id, run.finished or "", run.published, run.updates_used, run.steps_used,
+        _seconds(history, now), metrics, best, rules.reached_at,
+    )  # fmt: skip
+
+
+def _seconds(history: History, now: float) -> float:
+    """Run clock at the end of the run; waiting for its clients afterwards is not part of it."""
+    ended = next((row["t"] for row in reversed(history.rows) if row["kind"] == "finish"), None)
+    return now if ended is None else float(ended)
