@@ -2,10 +2,10 @@
 
 For chains of Flatten, Linear and ReLU under cross-entropy, by plain SGD or Adam, FedProx too: what
 simulations of many small clients train. With one thread of torch the numbers are those of one
-client at a time, bit for bit: a batched product runs the same kernel on each of its matrices, and
-everything else treats each number or each row alone. (With several threads torch cuts a single
-large product, but not one of a batch, into pieces, and the last bits differ: by less than 1e-6 of
-a weight and step.)
+client at a time, bit for bit: only layers whose batched products run the same kernel on each of
+their matrices are stacked (`client/stacked_products.py` tries them), and everything else treats
+each number or each row alone. (With several threads torch cuts a single large product, but not one
+of a batch, into pieces, and the last bits differ: by less than 1e-6 of a weight and step.)
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from atoll.client.batches import TensorBatches
 from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.stacked_batches import StackedBatches
 from atoll.client.stacked_loss import MOST_ROWS, StackedLoss
+from atoll.client.stacked_products import same_bits
 from atoll.client.trainer import Task, Tensors, Trained
 
-LEAST = 400  # multiplications in a product: torch does a smaller one of a batch by another kernel
 CACHE = 4 << 20  # bytes of models, gradients and batches of those that are trained at a time
 FEWEST, MOST = 8, 128  # clients at a time, whatever their models' size
 
@@ -54,7 +54,7 @@ def fits(trainer: object) -> TypeGuard[TorchTrainer]:
         and not trainer.slowdown
         and chain(trainer.model) is not None
         and all(
-            p.numel() * batches.order.batch >= LEAST
+            same_bits(batches.order.batch, p.shape[1], p.shape[0])
             for p in trainer.model.parameters() if p.dim() == 2
         )
     )  # fmt: skip

@@ -13,6 +13,7 @@ from atoll.client.data import Data, Split, load_data
 from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.partition import shards_of
 from atoll.client.specs import trainer_on
+from atoll.client.stacked_products import same_bits
 from atoll.client.trainer import Task
 
 LOCAL = LocalConfig(lr=0.1, batch=8, device="cpu")
@@ -95,19 +96,34 @@ def test_the_numbers_are_those_of_one_client_at_a_time(
 
 
 def test_layers_without_bias_or_relu_between_them() -> None:
-    made = [unbiased(i) for i in range(3)]
+    made = [unbiased(i, 16, 12, 17) for i in range(3)]
     assert all(stacked.fits(trainer) for trainer in made)
     check_same(works(made, lambda i: 6))
 
 
-def unbiased(i: int) -> TorchTrainer:
+@pytest.mark.parametrize("rows", [7, 8, 17, 20, 32])
+@pytest.mark.parametrize(("first", "second"), [(9, 7), (7, 9), (8, 3), (24, 1)])
+def test_no_layer_is_stacked_whose_products_have_other_bits_in_a_batch(
+    first: int, second: int, rows: int
+) -> None:
+    """For some of these sizes one processor's library takes another kernel, another's does not."""
+    made = [unbiased(i, first, second, rows) for i in range(3)]
+    if stacked.fits(made[0]):
+        check_same(works(made, lambda i: 3))
+    else:
+        sizes = [(20, first), (first, second), (second, 10)]
+        assert not all(same_bits(rows, *size) for size in sizes)
+
+
+def unbiased(i: int, first: int, second: int, rows: int) -> TorchTrainer:
     generator = torch.Generator().manual_seed(i)
     x = torch.randn(40, 4, 5, generator=generator)
     y = torch.randint(0, 10, (40,), generator=generator)
     model = nn.Sequential(
-        nn.Flatten(), nn.Linear(20, 9, bias=False), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 10)
-    )
-    local = LocalConfig(lr=0.1, batch=17, device="cpu")
+        nn.Flatten(), nn.Linear(20, first, bias=False), nn.Linear(first, second), nn.ReLU(),
+        nn.Linear(second, 10),
+    )  # fmt: skip
+    local = LocalConfig(lr=0.1, batch=rows, device="cpu")
     return TorchTrainer(model, Split(x, y), config=local, client=f"c{i}")
 
 
@@ -145,17 +161,17 @@ class Own(LocalAlgorithm):
 
 
 def on_digits(model: nn.Module, **given: object) -> TorchTrainer:
-    split = Split(torch.randn(20, 6), torch.randint(0, 5, (20,)))
+    split = Split(torch.randn(20, 16), torch.randint(0, 8, (20,)))
     return TorchTrainer(model, split, **given)  # type: ignore[arg-type]
 
 
 def tied() -> nn.Module:
-    layer = nn.Linear(6, 6)
+    layer = nn.Linear(16, 16)
     return nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer)
 
 
 def frozen() -> nn.Module:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 9), nn.Linear(9, 5))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 8))
     model[1].weight.requires_grad_(False)
     return model
 
@@ -164,10 +180,10 @@ def frozen() -> nn.Module:
     "trainer",
     [
         lambda: object(),
-        lambda: on_digits(nn.Linear(6, 5)),
-        lambda: on_digits(nn.Sequential(nn.Linear(6, 5))),
-        lambda: on_digits(nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU())),
-        lambda: on_digits(nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh())),
+        lambda: on_digits(nn.Linear(16, 8)),
+        lambda: on_digits(nn.Sequential(nn.Linear(16, 8))),
+        lambda: on_digits(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU())),
+        lambda: on_digits(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh())),
         lambda: on_digits(tied()),
         lambda: on_digits(frozen()),
         lambda: on_digits(plain(), algorithm=Own()),
@@ -176,7 +192,7 @@ def frozen() -> nn.Module:
         lambda: on_digits(plain(), config=LocalConfig(keep_optimizer_state=True)),
         lambda: on_digits(plain(), slowdown=0.1),
         lambda: on_digits(plain(), kind="regression"),
-        lambda: on_digits(plain(), config=LocalConfig(batch=13)),  # 390 multiplications
+        lambda: on_digits(plain(), config=LocalConfig(batch=3)),  # 384 multiplications
     ],
 )
 def test_what_does_not_fit_is_trained_alone(trainer: Callable[[], object]) -> None:
@@ -184,10 +200,10 @@ def test_what_does_not_fit_is_trained_alone(trainer: Callable[[], object]) -> No
 
 
 def plain() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(6, 5))
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8))
 
 
 def test_what_fits() -> None:
     assert stacked.fits(on_digits(plain()))
-    assert stacked.fits(on_digits(plain(), config=LocalConfig(batch=14)))
+    assert stacked.fits(on_digits(plain(), config=LocalConfig(batch=4)))
     assert stacked.fits(on_digits(plain(), algorithm=FedProx(0.1)))
