@@ -1,6 +1,5 @@
 """Proxy data: drawn evenly, apart from the test set, with every class; and the errors where not."""
 
-import logging
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch.utils.data import Dataset
 from atoll.client.data import Data, DataInfo, Examples, Split, from_user, load_data, size
 from atoll.client.proxy import Wanted, checked, drawn, held_out, prints, proxy_data
 from atoll.protocols.errors import DataError
+from tests.conftest import Logged
 
 
 def blobs(n: int = 400) -> Data:
@@ -107,16 +107,15 @@ def test_a_file_that_lacks_the_last_class_lacks_a_class() -> None:
     assert checked(without, data, lacking=True).info == data.info
 
 
-def test_a_missing_class_is_refused_unless_it_is_meant(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_class_is_refused_unless_it_is_meant(logged: Logged) -> None:
     data = blobs()
     assert isinstance(data.train, Split)
     without = Data(data.info, data.train.take(np.flatnonzero(data.labels() != 2)))
     with pytest.raises(DataError, match="class 2") as caught:
         checked(without, data)
     assert caught.value.code == "FL-D107"
-    with caplog.at_level(logging.WARNING):
-        assert checked(without, data, lacking=True) is without
-    assert "class 2 has fewer than 10" in caplog.text
+    assert checked(without, data, lacking=True) is without
+    assert "class 2 has fewer than 10" in logged.text
 
 
 def test_one_example_is_no_data() -> None:

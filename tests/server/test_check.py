@@ -13,6 +13,7 @@ from atoll.protocols.errors import AtollError, DataError, UsageError
 from atoll.server import Server, Training, catalogue, simulate
 from atoll.server.check import FILES, PARTITIONS, check, check_partition, made_of, mixed
 from atoll.server.spec import RunSpec
+from tests.conftest import Logged
 
 
 def spec(**given: str) -> RunSpec:
@@ -193,7 +194,7 @@ def test_objects_are_judged_like_names() -> None:
 
 
 def test_a_simulation_from_python_is_judged_with_the_same_sentence(
-    caplog: pytest.LogCaptureFixture,
+    logged: Logged,
 ) -> None:
     few, paces = FedBuff(size=2, steps=2), {"a": 0.1, "b": 0.1}
     with pytest.raises(UsageError) as caught:
@@ -208,4 +209,4 @@ def test_a_simulation_from_python_is_judged_with_the_same_sentence(
     with pytest.raises(UsageError, match="plain SGD steps"):
         simulate(few, paces, 1.0, learning=scaffold)
     simulate(FedCompass(), paces, 1.0, learning=Training.of(["a", "b"], aggregation="median"))
-    assert "strategy fedcompass may bring fewer" in caplog.text
+    assert "strategy fedcompass may bring fewer" in logged.text

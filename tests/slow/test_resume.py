@@ -1,6 +1,5 @@
 """Stopped, restarted, cut off: a run goes on where it was, and nobody trains anything twice."""
 
-import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from torch import Tensor
 from atoll.client.client import Client
 from atoll.client.trainer import Task, Trained
 from atoll.server.rules import Rules
+from tests.conftest import Logged
 
 if TYPE_CHECKING:
     from tests.slow.conftest import Federation
@@ -51,11 +51,10 @@ def client(federation: "Federation", name: str, trainer: Counting, address: str 
 
 
 def test_a_run_stopped_for_now_goes_on_with_the_same_limits(
-    federation: "Federation", caplog: pytest.LogCaptureFixture
+    federation: "Federation", logged: Logged
 ) -> None:
     """Ctrl-C, then the command that its last line names, without the options of the first. Its
     clients say that they wait: they said nothing."""
-    caplog.set_level(logging.INFO, "atoll.client.client")
     server = federation.server("--strategy", "fedavg:steps=3,min_clients=2", "--versions", "12")
     trainers = [Counting(0.03), Counting(0.03)]
     guests = [federation.guest(client(federation, f"c{i}", t)) for i, t in enumerate(trainers)]
@@ -65,7 +64,7 @@ def test_a_run_stopped_for_now_goes_on_with_the_same_limits(
     assert stopped["reason"] == ""
     assert 4 <= stopped["versions"] < 12
     said = [f"client=c{i} has no server (the server stops for now), trying again" for i in (0, 1)]
-    federation.until(lambda: all(line in caplog.text for line in said))
+    federation.until(lambda: all(line in logged.text for line in said))
     server = federation.server()
     assert server.data()["versions"] == 12
     reports = [guest.ended() for guest in guests]
