@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
@@ -30,8 +31,7 @@ INVITE = Invite(
 )  # fmt: skip
 
 
-@cache
-def key(number: int) -> bytes:
+def key() -> bytes:
     """A libp2p identity file's bytes."""
     made = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     der = made.private_bytes(
@@ -43,10 +43,13 @@ def key(number: int) -> bytes:
     return RSA_KEY + length + der
 
 
-def person(folder: Path, number: int) -> Identity:
-    file = folder / f"identity-{number}.key"
-    file.write_bytes(key(number))
-    return Identity(file)
+@cache
+def person(number: int) -> Identity:
+    """Of so many different ones: a key takes 0.1 s to make and 30 ms to read."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "identity.key"
+        file.write_bytes(key())
+        return Identity(file)
 
 
 def entry_of(who: Identity, at: float | None = None, **changes: Any) -> roster.Entry:

@@ -127,13 +127,13 @@ class Swarm:
         memory.open()
 
         async def call(peer: str, kind: str, said: bytes, seconds: float) -> bytes:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
             if peer not in self.posts or self.cut(name, peer, kind):
                 raise RemoteError("FL-P203", f"{peer} does not answer", "")
             return await self.posts[peer].answer(name, said)
 
         async def fetch(peer: str, what: str, dest: memoryview, shorter: bool) -> Got:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
             if peer not in self.drivers or self.cut(name, peer, what):
                 raise RemoteError("FL-P203", f"{peer} does not answer", "")
             found = await self.drivers[peer].find(name, what)

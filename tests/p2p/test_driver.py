@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +12,8 @@ from atoll.aggregation.outer import Nesterov
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p import donor
 from atoll.protocols.errors import PeerError
+from tests.p2p.jumping import run
 from tests.p2p.swarm import SIZE, Swarm, work_of
-
-
-def run(work: Callable[[], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        async with asyncio.timeout(120):
-            await work()
-
-    asyncio.run(inside())
 
 
 def expected(rounds: int, names: str) -> SyncState:
@@ -99,18 +91,18 @@ def test_a_peer_that_is_killed_at_any_moment_comes_back_as_itself(
         rng = random.Random(seed)
         async with Swarm(tmp_path, rounds=0, first=3) as swarm:
             for name in "abc":
-                await swarm.start(name, pause=0.02)
+                await swarm.start(name, pause=0.05)
             for _ in range(3):
                 name = rng.choice("abc")
                 at = swarm.round
-                handled = rng.randrange(40)
+                handled = rng.randrange(100)
                 await swarm.until(partial(_beyond, swarm, at))
                 for _ in range(handled):
                     await asyncio.sleep(0.001)
                 before = swarm.drivers[name].tally.round
                 await swarm.kill(name)
                 await asyncio.sleep(rng.choice((0.0, 0.1, 1.2)))
-                again = await swarm.start(name, pause=0.02)
+                again = await swarm.start(name, pause=0.05)
                 assert again.tally.round >= before
             last = swarm.end_in(3)
             await swarm.ended()

@@ -18,8 +18,8 @@ NOW = 1_000_000.0
 
 
 @pytest.fixture
-def people(tmp_path: Path) -> list[Identity]:
-    return [person(tmp_path, i) for i in range(3)]
+def people() -> list[Identity]:
+    return [person(i) for i in range(3)]
 
 
 def refused(found: Entry | RemoteError, code: str, why: str) -> bool:
@@ -198,10 +198,10 @@ def test_gossip_reads_back_and_is_bounded(people: list[Identity]) -> None:
     assert roster.gossiped(b'["\\ud800"]') == [b"?"]
 
 
-def test_ids_are_libp2ps(tmp_path: Path) -> None:
+def test_ids_are_libp2ps() -> None:
     """Known answer: base 58 of Bitcoin's own examples; the rest is held by real nodes."""
     assert base58(b"\0\0Hello World!") == "112NEpo7TZRRrLZSi2U"
-    who = person(tmp_path, 0)
+    who = person(0)
     assert who.id.startswith("Qm")
     assert len(who.id) == 46
     assert id_of(who.public) == who.id
@@ -215,7 +215,7 @@ def test_ids_are_libp2ps(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_identity_is_told(tmp_path: Path) -> None:
     file = tmp_path / "identity.key"
-    for data in (b"", b"something", key(0)[:100], RSA_KEY):
+    for data in (b"", b"something", key()[:100], RSA_KEY):
         file.write_bytes(data)
         with pytest.raises(ValueError, match=r".+"):
             Identity(file)
