@@ -19,6 +19,11 @@ PRODUCT = ("aggregation", "client", "p2p", "protocols", "server")
 EVERYWHERE = (*PRODUCT, "benchmarks", "examples", "tests")
 
 RUNS_WHAT_IT_READS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+# One of these words is in every text in which `unsafe` finds anything; most texts need no parsing.
+SUSPECT = re.compile(
+    rf"\b(?:{'|'.join(RUNS_WHAT_IT_READS)}"
+    r"|torch\s*\.\s*load|allow_pickle|eval|exec|__import__|shell|system|popen)\b"
+)
 WALL_CLOCK = {
     "time.time",
     "time.time_ns",
@@ -67,9 +72,22 @@ def given(call: ast.Call, name: str, default: str) -> str:
     return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), default)
 
 
+def nodes_of(tree: ast.AST) -> Iterator[ast.AST]:
+    """As ast.walk, in a third of its time."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        yield node
+        for value in vars(node).values():
+            if isinstance(value, ast.AST):
+                todo.append(value)
+            elif isinstance(value, list):
+                todo += [child for child in value if isinstance(child, ast.AST)]
+
+
 def unsafe(tree: ast.AST) -> list[str]:
     """What in a file can run code out of data."""
-    nodes = list(ast.walk(tree))
+    nodes = [n for n in nodes_of(tree) if isinstance(n, ast.Import | ast.ImportFrom | ast.Call)]
     names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     found = [n for n in names if n.split(".")[0] in RUNS_WHAT_IT_READS]
@@ -113,7 +131,7 @@ def impure(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("folder", EVERYWHERE)
 def test_nothing_runs_code_out_of_data(folder: str) -> None:
     for file in files(folder):
-        assert not unsafe(parsed(file)), file
+        assert not SUSPECT.search(file.read_text()) or not unsafe(parsed(file)), file
 
 
 @pytest.mark.parametrize(
@@ -128,9 +146,14 @@ def test_nothing_runs_code_out_of_data(folder: str) -> None:
         "eval(x)",
         "subprocess.run(x, shell=True)",
         "os.system(x)",
+        "os.popen(x)",
+        "__import__(x)",
+        "exec(x)",
+        *(f"import {name}.own" for name in sorted(RUNS_WHAT_IT_READS)),
     ],
 )
 def test_code_out_of_data_would_be_seen(text: str) -> None:
+    assert SUSPECT.search(text)
     assert unsafe(ast.parse(text))
 
 

@@ -140,9 +140,7 @@ def test_garbage_in_the_directory_hides_nobody(tmp_path: Path) -> None:
         first = await swarm.gate(a, invite)
         liar = await swarm.node(invite.addresses)
         key = directory_key(invite)
-        forged = roster.write(
-            entry_of(person(tmp_path, 1)), person(tmp_path, 1), replace(invite, secret=bytes(32))
-        )
+        forged = roster.write(entry_of(person(1)), person(1), replace(invite, secret=bytes(32)))
         for subkey, record in (("x", b"\xff" * 900), ("y", forged), (a.id, b"overwritten")):
             await liar.note(key, subkey, record, 3600.0)
         second = await swarm.gate(await swarm.node(invite.addresses), invite)
