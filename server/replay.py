@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols.errors import ServerError
-from atoll.protocols.events import Action, Event
+from atoll.protocols.events import Action, Event, Finish, Stopping
 from atoll.server.digest import said
 from atoll.server.journal import dump_actions, same
 
@@ -15,12 +15,14 @@ Recorded = Iterable[tuple[float, Event, Decided]]
 def replay(strategy: Strategy, recorded: Recorded) -> int:
     """Inputs whose recorded actions came again, all of those that had some written down.
 
-    The events are those the strategy heard, as `Run.handle` returns them. Raises ServerError
-    FL-S209 at the first difference, showing both.
+    The events are those the strategy heard, as `Run.handle` returns them; what came after the end
+    of the run, late work, it did not hear. Raises ServerError FL-S209 at the first difference,
+    showing both.
     """
-    again = 0
+    again, over = 0, False
     for at, (now, event, decided) in enumerate(recorded):
-        actions = strategy.handle(event, now)
+        actions = [] if over else strategy.handle(event, now)
+        over = over or isinstance(event, Stopping) or any(isinstance(a, Finish) for a in actions)
         if decided is None:  # the process died before it could write them down
             continue
         text = decided if isinstance(decided, str) else dump_actions(decided)

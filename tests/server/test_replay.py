@@ -1,11 +1,14 @@
 """What a run decided comes again from what it heard; any difference is shown."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
 from atoll.aggregation.fedavg import FedAvg
+from atoll.aggregation.fedbuff import FedBuff
 from atoll.aggregation.fedcompass import FedCompass
+from atoll.aggregation.strategy import Strategy
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import (
     Action,
@@ -30,13 +33,14 @@ from atoll.protocols.events import (
 from atoll.server.digest import BATCH, Digest, said
 from atoll.server.journal import Journal, dump_actions
 from atoll.server.replay import replay
+from atoll.server.run import Run
 from atoll.server.simulator import simulate
 
-Rows = list[tuple[float, Event, list[Action]]]
+Row = tuple[float, Event, list[Action]]
 
 
-def recorded() -> Rows:
-    rows: Rows = []
+def recorded() -> list[Row]:
+    rows: list[Row] = []
     simulate(
         FedCompass(min_steps=5, max_steps=25),
         {"a": 0.1, "b": 0.25, "c": 0.8},
@@ -62,6 +66,32 @@ def test_a_journal_is_replayed_with_the_actions_it_holds(tmp_path: Path) -> None
     journal.close()
     strategy = FedCompass(min_steps=5, max_steps=25)
     assert replay(strategy, held) == len(rows) - 3  # the last had not been written down
+
+
+@pytest.mark.parametrize("strategy", [FedBuff(size=3, steps=9), FedAvg(rounds=1, steps=9)])
+def test_work_that_comes_after_the_end_was_not_heard(strategy: Strategy) -> None:
+    """A replay gave it to the strategy, which wanted to train on: seen on a busy machine."""
+    fresh, run, rows = deepcopy(strategy), Run(strategy), list[Row]()
+
+    def tell(now: float, event: Event) -> None:
+        heard, actions, _ = run.handle(event, now)
+        rows.append((now, heard, actions))
+
+    def result(at: int) -> Event:
+        return UpdateReceived(Update(f"o{at}.0", f"o{at}", "ab"[at], 0, 9, 9, 0.0, 0.1))
+
+    tell(0.0, ClientJoined("a", ClientInfo(10)))
+    tell(0.0, ClientJoined("b", ClientInfo(10)))
+    tell(1.0, result(0))
+    if isinstance(strategy, FedBuff):
+        tell(2.0, Stopping("enough"))
+        tell(2.1, result(1))
+    else:
+        tell(2.0, result(1))
+        tell(2.1, Merged(1, ("o0.0", "o1.0"), ()))
+    assert run.finished
+    tell(3.0, ClientLeft("a", "gone"))
+    assert replay(fresh, rows) == len(rows)
 
 
 def test_the_first_difference_is_shown_with_both_sides() -> None:
@@ -131,7 +161,7 @@ def test_metrics_are_said_in_order_of_their_names() -> None:
 
 
 def test_a_digest_can_be_read_at_any_time_and_depends_on_the_order() -> None:
-    def digest(rows: Rows, look: bool = False) -> str:
+    def digest(rows: list[Row], look: bool = False) -> str:
         made = Digest()
         for row in rows:
             made.feed(*row)
