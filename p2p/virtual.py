@@ -147,7 +147,7 @@ class Swarm:
     def run(self, epochs: int, until: float = 300.0) -> Outcome:
         """Until all who live have made so many epochs, or `until` seconds have passed."""
         while self._net.next_before(until):
-            if self._net.now > 0 and not self._short(epochs):
+            if self._net.now > 0 and not self._behind(epochs) and not self._short(epochs):
                 break
         short, headless = self._short(epochs), self._headless()
         living = [p.machine.stand.epoch for p in self._peers.values() if p.alive]
@@ -167,12 +167,23 @@ class Swarm:
         for p in self._peers.values():
             if p.alive:
                 bits.setdefault(p.machine.stand.chain, set()).add(_sha256(p.anchor))
-        return sorted(
+        other = {chain for chain, found in bits.items() if len(found) > 1}
+        late = [
             name
             for name, p in self._peers.items()
-            if (p.alive or self._net.now < p.model.joins or self._returning(p))
-            and (p.machine.stand.epoch < epochs or len(bits.get(p.machine.stand.chain, ())) > 1)
-        )
+            if self._expected(p) and p.machine.stand.chain in other
+        ]
+        return sorted({*late, *self._behind(epochs)})
+
+    def _behind(self, epochs: int) -> list[str]:
+        return [
+            name
+            for name, p in self._peers.items()
+            if p.machine.stand.epoch < epochs and self._expected(p)
+        ]
+
+    def _expected(self, peer: _Peer) -> bool:
+        return peer.alive or self._net.now < peer.model.joins or self._returning(peer)
 
     def _returning(self, peer: _Peer) -> bool:
         dead = peer.lives == 1 and not peer.alive and not peer.machine.left

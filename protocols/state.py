@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -85,7 +85,10 @@ def _parts(value: object) -> object:
 
 def load(kind: type[T], data: Json) -> T:
     """The `kind` whose dump is `data`. Raises ValueError, naming the field, where it is not."""
-    return typing.cast("T", _read(kind, data, kind.__name__))
+    try:
+        return typing.cast("T", _reader(kind)(data))
+    except _UnfitError as error:
+        raise error.within(kind.__name__).told() from None
 
 
 def loads(kind: type[T], text: str) -> T:
@@ -94,14 +97,16 @@ def loads(kind: type[T], text: str) -> T:
 
 def restore(machine: object, data: Json) -> None:
     """Set the fields of an existing machine to those of `data`, in place."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{type(machine).__name__}: expected an object, got {data!r}")
     kind: type = type(machine)
-    hints = _hints(kind)
-    for name in [f.name for f in _stored(kind)]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{kind.__name__}: expected an object, got {data!r}")
+    for name, read, _ in _readers(kind):
         if name not in data:
-            raise ValueError(f"{type(machine).__name__}.{name}: missing")
-        setattr(machine, name, _read(hints[name], data[name], f"{type(machine).__name__}.{name}"))
+            raise ValueError(f"{kind.__name__}.{name}: missing")
+        try:
+            setattr(machine, name, read(data[name]))
+        except _UnfitError as error:
+            raise error.within(f"{kind.__name__}.{name}").told() from None
 
 
 def _odd_keys(value: Mapping[Any, object]) -> bool:
@@ -120,100 +125,176 @@ def _stored(kind: type) -> tuple[dataclasses.Field[Any], ...]:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _readers(kind: type) -> tuple[tuple[str, "Reader", bool], ...]:
+    """Each stored field of a dataclass, what reads it, and whether it is an argument."""
+    hints = typing.get_type_hints(kind)
+    return tuple((f.name, _reader(hints[f.name]), f.init) for f in _stored(kind))
 
 
-def _read(kind: Any, data: Json, where: str) -> object:
+class _UnfitError(ValueError):
+    """Data that do not fit; the field is put before the reason on the way out."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason, self.path = reason, ""
+
+    def within(self, outer: str) -> "_UnfitError":
+        self.path = outer + self.path
+        return self
+
+    def told(self) -> ValueError:
+        return ValueError(f"{self.path}: {self.reason}")
+
+
+Reader = Callable[[Json], object]
+
+
+def _reader(kind: Any) -> Reader:
+    """What makes a `kind` of its dump. A dataclass may hold itself: its own are found later."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or kind is object:
-        return data
+        return lambda data: data
     if origin in (typing.Union, types.UnionType):
-        return _read_union(args, data, where)
+        return _union(args)
     if origin is typing.Literal:
-        if data not in args:
-            raise ValueError(f"{where}: {data!r} is not one of {args}")
-        return data
+        return _literal(args)
     if kind is float:
-        return _read_float(data, where)
+        return _float
     if kind in (int, str, bool, type(None)):
-        if type(data) is not kind:
-            raise ValueError(f"{where}: expected {kind.__name__}, got {data!r}")
-        return data
+        return _plain(kind)
     if dataclasses.is_dataclass(kind):
-        return _read_dataclass(typing.cast("type", kind), data, where)
+        return functools.partial(_dataclass, typing.cast("type", kind))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return _read_mapping(args, data, where)
+        return _mapping(*map(_reader, args)) if args[0] is str else _pairs(*map(_reader, args))
     if origin in (list, set, frozenset) or kind in (list, set, frozenset):
-        if not isinstance(data, list):
-            raise ValueError(f"{where}: expected a list, got {data!r}")
-        return (origin or kind)(_read(args[0] if args else Any, v, f"{where}[]") for v in data)
+        return _collection(origin or kind, _reader(args[0] if args else Any))
+    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+        return _collection(tuple, _reader(args[0]))
     if origin is tuple:
-        return _read_tuple(args, data, where)
-    raise TypeError(f"{where}: {kind!r} cannot be part of a machine's state")
+        return _tuple(tuple(map(_reader, args)))
+    raise TypeError(f"{kind!r} cannot be part of a machine's state")
 
 
-def _read_union(args: tuple[Any, ...], data: Json, where: str) -> object:
-    for arg in args:
-        try:
-            return _read(arg, data, where)
-        except ValueError:
-            continue
-    raise ValueError(f"{where}: {data!r} is none of {args}")
+def _union(args: tuple[Any, ...]) -> Reader:
+    readers = [_reader(arg) for arg in args]
+
+    def read(data: Json) -> object:
+        for one in readers:
+            try:
+                return one(data)
+            except ValueError:
+                continue
+        raise _UnfitError(f"{data!r} is none of {args}")
+
+    return read
 
 
-def _read_float(data: Json, where: str) -> float:
+def _literal(args: tuple[Any, ...]) -> Reader:
+    def read(data: Json) -> object:
+        if data not in args:
+            raise _UnfitError(f"{data!r} is not one of {args}")
+        return data
+
+    return read
+
+
+def _float(data: Json) -> float:
+    if type(data) is float:
+        return data
     if isinstance(data, bool) or not isinstance(data, int | float | str):
-        raise ValueError(f"{where}: expected a number, got {data!r}")
+        raise _UnfitError(f"expected a number, got {data!r}")
     if isinstance(data, str) and data not in ("inf", "-inf", "nan"):
-        raise ValueError(f"{where}: expected a number, got {data!r}")
+        raise _UnfitError(f"expected a number, got {data!r}")
     return float(data)
 
 
-def _read_dataclass(kind: type, data: Json, where: str) -> object:
+def _plain(kind: type) -> Reader:
+    def read(data: Json) -> object:
+        if type(data) is not kind:
+            raise _UnfitError(f"expected {kind.__name__}, got {data!r}")
+        return data
+
+    return read
+
+
+def _dataclass(kind: type, data: Json) -> object:
     if not isinstance(data, dict):
-        raise ValueError(f"{where}: expected an object, got {data!r}")
-    hints, fields = _hints(kind), _stored(kind)
-    unknown = sorted(set(data) - {f.name for f in fields})
-    if unknown:
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}")
-    values = {}
-    for f in fields:
-        if f.name in data:
-            values[f.name] = _read(hints[f.name], data[f.name], f"{where}.{f.name}")
-    new = {f.name: values.pop(f.name) for f in fields if f.init and f.name in values}
+        raise _UnfitError(f"expected an object, got {data!r}")
+    new: dict[str, object] = {}
+    later: dict[str, object] = {}
+    name = ""
+    try:
+        for name, read, argument in _readers(kind):
+            if name in data:
+                (new if argument else later)[name] = read(data[name])
+    except _UnfitError as error:
+        raise error.within(f".{name}") from None
+    if len(new) + len(later) < len(data):
+        unknown = sorted(data.keys() - new.keys() - later.keys())
+        raise _UnfitError(f"unknown field {unknown[0]!r}")
     try:
         made = kind(**new)
     except TypeError as error:
-        raise ValueError(f"{where}: {error}") from error
-    for name, value in values.items():  # fields that are state, not arguments
+        raise _UnfitError(str(error)) from error
+    for name, value in later.items():  # fields that are state, not arguments
         object.__setattr__(made, name, value)
     return made
 
 
-def _read_mapping(args: tuple[Any, ...], data: Json, where: str) -> dict[Any, object]:
-    key, value = args
-    if key is not str:
+def _mapping(_: Reader, value: Reader) -> Reader:
+    def read(data: Json) -> object:
+        if not isinstance(data, dict):
+            raise _UnfitError(f"expected an object, got {data!r}")
+        key = ""
+        try:
+            return {(key := k): value(v) for k, v in data.items()}
+        except _UnfitError as error:
+            raise error.within(f"[{key}]") from None
+
+    return read
+
+
+def _pairs(key: Reader, value: Reader) -> Reader:
+    """A mapping whose keys are no strings."""
+
+    def read(data: Json) -> object:
         if not isinstance(data, list | dict) or (isinstance(data, dict) and data):
-            raise ValueError(f"{where}: expected pairs, got {data!r}")
-        pairs = [_pair(p, where) for p in data]
-        return {_read(key, k, f"{where}{{}}"): _read(value, v, f"{where}[{k}]") for k, v in pairs}
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: expected an object, got {data!r}")
-    return {k: _read(value, v, f"{where}[{k}]") for k, v in data.items()}
+            raise _UnfitError(f"expected pairs, got {data!r}")
+        found = {}
+        for pair in data:
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise _UnfitError(f"expected a pair, got {pair!r}")
+            found[_inside("{}", key, pair[0])] = _inside(f"[{pair[0]}]", value, pair[1])
+        return found
+
+    return read
 
 
-def _pair(data: Json, where: str) -> tuple[Json, Json]:
-    if not isinstance(data, list) or len(data) != 2:
-        raise ValueError(f"{where}: expected a pair, got {data!r}")
-    return data[0], data[1]
+def _collection(kind: Callable[[Iterable[object]], object], item: Reader) -> Reader:
+    def read(data: Json) -> object:
+        if not isinstance(data, list):
+            raise _UnfitError(f"expected a list, got {data!r}")
+        try:
+            return kind([item(one) for one in data])
+        except _UnfitError as error:
+            raise error.within("[]") from None
+
+    return read
 
 
-def _read_tuple(args: tuple[Any, ...], data: Json, where: str) -> tuple[object, ...]:
-    if not isinstance(data, list):
-        raise ValueError(f"{where}: expected a list, got {data!r}")
-    if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(_read(args[0], v, f"{where}[]") for v in data)
-    if len(args) != len(data):
-        raise ValueError(f"{where}: expected {len(args)} values, got {data!r}")
-    return tuple(_read(a, v, f"{where}[]") for a, v in zip(args, data, strict=True))
+def _tuple(items: tuple[Reader, ...]) -> Reader:
+    def read(data: Json) -> object:
+        if not isinstance(data, list):
+            raise _UnfitError(f"expected a list, got {data!r}")
+        if len(items) != len(data):
+            raise _UnfitError(f"expected {len(items)} values, got {data!r}")
+        return tuple(_inside("[]", item, one) for item, one in zip(items, data, strict=True))
+
+    return read
+
+
+def _inside(where: str, read: Reader, data: Json) -> object:
+    try:
+        return read(data)
+    except _UnfitError as error:
+        raise error.within(where) from None
