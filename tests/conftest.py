@@ -22,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The slow ones are not even imported where none is wanted."""
+    return (collection_path.name == "slow" and config.option.markexpr == "not slow") or None
+
+
 def pytest_collection_finish() -> None:
     """What is imported now stays: the collector, which takes 0.3 s to go through it, lets it be."""
     gc.collect()

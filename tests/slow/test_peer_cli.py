@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,20 +138,29 @@ def test_what_stands_in_the_way_is_told(shell: Shell, tmp_path: Path) -> None:
 
     who = "QmQnv1XtVcE8GPWnZ8bL4kGGzxZr8iEMfHWZnK1wiTzC7X"
     nobody = replace(INVITE, addresses=(f"/ip4/127.0.0.1/tcp/9/p2p/{who}",))
-    code, told = shell.ask("join", invite.write(nobody), "--host", "127.0.0.1")
-    assert (code, told["code"]) == (69, "FL-P202")
-    with silent_port() as port:
+    here = ("--host", "127.0.0.1")
+    with silent_port() as port, ThreadPoolExecutor() as beside:
         silent = replace(INVITE, addresses=(f"/ip4/127.0.0.1/tcp/{port}/p2p/{who}",))
-        code, told = shell.ask("join", invite.write(silent), "--host", "127.0.0.1")
-    assert (code, told["code"]) == (69, "FL-P202")
-    code, told = shell.ask("doctor", invite.write(nobody))
+        asked = [
+            beside.submit(shell.ask, *arguments)
+            for arguments in (
+                ("join", invite.write(nobody), *here),
+                ("join", invite.write(silent), *here, "--folder", "b"),
+                ("doctor", invite.write(nobody)),
+                ("init", "--model", "nonesuch", *here, "--folder", "d"),
+                ("init", *SMALL, "--codec", "powersgd", "--folder", "c"),
+            )
+        ]
+        failed = shell.begin("doctor", invite.write(nobody))
+        assert "error FL-P312" in failed.communicate(timeout=240)[1]
+    for one, wanted in zip(asked, [(69, "FL-P202"), (69, "FL-P202")], strict=False):
+        code, told = one.result()
+        assert (code, told["code"]) == wanted
+    code, told = asked[2].result()
     assert code == 9
     assert "run" in [c["name"] for c in told["checks"] if c["verdict"] == "problem"]
-    failed = shell.begin("doctor", invite.write(nobody))
-    assert "error FL-P312" in failed.communicate(timeout=240)[1]
-    code, told = shell.ask("init", "--model", "nonesuch", "--host", "127.0.0.1")
-    assert code == 78
-    code, told = shell.ask("init", *SMALL, "--codec", "powersgd", "--folder", "c")
+    assert asked[3].result()[0] == 78
+    code, told = asked[4].result()
     assert (code, told["code"]) == (64, "FL-P401")
     assert not (tmp_path / "c").exists()
 

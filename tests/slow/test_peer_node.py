@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from atoll.p2p import bulk
-from atoll.p2p.node import MOST, PING_SECONDS, RECORD, Node
+from atoll.p2p import bulk, node
+from atoll.p2p.node import MOST, RECORD, Node
 from atoll.protocols.blobs import Blob, BlobInfo
 from atoll.protocols.errors import AtollError, PeerError, RemoteError
 from atoll.protocols.frames import checksums
@@ -170,8 +170,10 @@ def test_a_transfer_goes_on_where_its_giver_broke_off(tmp_path: Path) -> None:
 
 
 def test_a_daemon_that_is_killed_or_frozen_is_replaced_and_the_peer_is_itself_again(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(node, "PING_SECONDS", 1.0)
+
     async def work(first: Node, second: Node) -> None:
         await first.serve("echo", echo)
         name, where = first.id, await first.addresses()
@@ -182,7 +184,7 @@ def test_a_daemon_that_is_killed_or_frozen_is_replaced_and_the_peer_is_itself_ag
         os.kill(first.daemon.pid, signal.SIGSTOP)
         began = time.monotonic()
         await until(lambda: first.restarts == 2)
-        assert time.monotonic() - began < 10 * PING_SECONDS
+        assert time.monotonic() - began < 30
         assert await answered(second, name, b"2") == f"{second.id} 2".encode()
         assert not first.lost.is_set()
 
