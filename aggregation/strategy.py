@@ -55,7 +55,7 @@ class Strategy:
                 return self.on_merged(event, now)
             case Evaluated():
                 return self.on_evaluated(event, now)
-            case Stopping(reason):
+            case Stopping(reason):  # pragma: no branch
                 return self.on_stop(reason, now)
 
     def merge_sizes(self, clients: int | None = None) -> tuple[int, int | None]:

@@ -312,8 +312,6 @@ class Run:
     ) -> None:
         self.version += 1
         self.merging[self.version] = {update: self._take(update) for update, _ in items}
-        if len(self.merging[self.version]) != len(items):
-            raise StrategyError(f"Aggregate: an update stands twice in {items}")
         for update, weight in items:
             if not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise StrategyError(f"Aggregate: update {update!r} has weight {weight!r}")

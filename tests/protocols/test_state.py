@@ -87,6 +87,9 @@ def test_values_are_written_as_machines_are(
     actions = (Aggregate(((name, 0.1),)), Train(name, 1, shares), Discard(name, "late"))
     for one in (*events, *actions, {"sections": (Item(name, 1.0),)}, frozenset({name})):
         assert state.dumps_values(one) == state.dumps(one)
+    assert state.dumps_values({1: shares}) == state.dumps({1: shares})
+    with pytest.raises(TypeError, match="object cannot be part"):
+        state.dumps_values(object())
 
 
 @given(machines)
@@ -170,6 +173,8 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Json], where: s
 def test_a_missing_field_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="'size'"):
         state.load(Machine, {"mode": "fast"})
+    with pytest.raises(ValueError, match=r"^Machine\.size: expected int, got '1'"):
+        state.restore(Machine(1), good(size="1"))
     with pytest.raises(ValueError, match=r"Machine\.size: missing"):
         state.restore(Machine(1), {"mode": "fast"})
     with pytest.raises(ValueError, match="expected an object"):
