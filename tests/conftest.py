@@ -27,10 +27,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return (collection_path.name == "slow" and config.option.markexpr == "not slow") or None
 
 
+def pytest_sessionstart() -> None:
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """What is imported now stays: the collector, which takes 0.3 s to go through it, lets it be."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 class Logged(logging.Handler):
