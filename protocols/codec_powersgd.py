@@ -18,13 +18,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atoll.protocols.codec_blocks import SPAN
 from atoll.protocols.codec_sparse import DTYPES, bits_of
 from atoll.protocols.codecs import Decoder, all_finite, as_tensor, room
 from atoll.protocols.errors import UsageError
 
 Q = "q"
 MAX_RANK = 256
+SPAN = 1 << 16  # elements worked on at once
 
 
 @dataclass(frozen=True, slots=True)

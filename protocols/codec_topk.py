@@ -21,6 +21,8 @@ from atoll.protocols.halving import row_sums
 
 CHUNK = 4096  # what 12 bits can tell apart
 GROUP = 16  # chunks that share a lookup table of 2-bit values
+AT_ONCE = 64  # chunks worked on where they share none: 1 MiB, so that a pass outweighs its calls
+HEAP = 8  # values of which only the largest is looked at first
 
 
 class TopK:
@@ -59,12 +61,12 @@ class TopK:
     def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
         out = room(self, values, out)
         whole = values.numel() // CHUNK
-        step, kept = GROUP, self.kept(CHUNK)
+        step, kept = GROUP if self.bits == 2 else AT_ONCE, self.kept(CHUNK)
         tables, packed, places = self._parts(out, values.numel())
         rows = values[: whole * CHUNK].view(-1, CHUNK)
         for lo in range(0, whole, step):
             part, hi = rows[lo : lo + step], min(lo + step, whole)
-            table = tables[0][lo // step : lo // step + 1]
+            table = tables[0][lo // GROUP : lo // GROUP + 1]
             self._write(part, kept, table, packed[0][lo:hi], places[0][lo:hi])
         if last := values.numel() - whole * CHUNK:
             row = values[whole * CHUNK :].view(1, last)
@@ -179,9 +181,13 @@ def largest(rows: Tensor, kept: int) -> Tensor:
     matters are done again: the first of them. NaN counts as the largest.
     """
     sizes = rows.abs()
-    top, places = torch.topk(sizes, kept, dim=1, sorted=False)
-    least = top.amin(1, keepdim=True)
-    unclear = ((sizes >= least).sum(1) != kept).nonzero()[:, 0]
+    heaps, rest = divmod(rows.shape[1], HEAP)
+    if rest or 2 * kept > heaps:  # nearly all heaps would be looked through
+        top, places = torch.topk(sizes, kept, dim=1, sorted=False)
+        least = top.amin(1, keepdim=True)
+        unclear = ((sizes >= least).sum(1) != kept).nonzero()[:, 0]
+    else:
+        places, unclear = _by_heaps(sizes.view(-1, HEAP, heaps), kept)
     if unclear.numel():
         again = sizes[unclear].nan_to_num_(nan=torch.inf)
         least = torch.topk(again, kept, dim=1).values[:, -1:]
@@ -190,6 +196,26 @@ def largest(rows: Tensor, kept: int) -> Tensor:
         chosen = above | (equal & (equal.cumsum(1) <= wanted))
         places[unclear] = chosen.nonzero()[:, 1].view(-1, kept)
     return places.sort(dim=1).values
+
+
+def _by_heaps(heaps: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """(places of `kept` largest, rows where others are as large); `heaps`: (rows, HEAP, heaps).
+
+    The largest lie in the `kept` heaps with the largest maxima: each of these has one value at
+    least that is no smaller than the smallest of the maxima, and no other heap has a larger one.
+    """
+    rows, each, count = heaps.shape
+    maxima = heaps.amax(1)
+    lead, taken = torch.topk(maxima, kept, dim=1, sorted=False)
+    bound = lead.amin(1, keepdim=True)
+    steps = torch.arange(0, each * count, count, device=heaps.device)
+    among = (taken[:, None, :] + steps[:, None]).view(rows, each * kept)
+    sizes = heaps.view(rows, each * count).gather(1, among)
+    top, at = torch.topk(sizes, kept, dim=1, sorted=False)
+    least = top.amin(1, keepdim=True)
+    inside = (sizes >= least).sum(1) != kept
+    outside = ((maxima >= bound).sum(1) != kept) & (least <= bound)[:, 0]
+    return among.gather(1, at), (inside | outside).nonzero()[:, 0]
 
 
 def four_bins(values: Tensor) -> tuple[Tensor, Tensor]:

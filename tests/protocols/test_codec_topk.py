@@ -134,3 +134,16 @@ def test_a_part_to_keep_is_a_part() -> None:
     for fraction in (0, -1, 1.01, math.nan):
         with pytest.raises(UsageError):
             TopK(fraction)
+
+
+@pytest.mark.parametrize("digits", [0, 1, 6])
+@pytest.mark.parametrize(("width", "kept"), [(4096, 41), (512, 5), (64, 4), (64, 5), (100, 3)])
+def test_the_largest_are_the_first_of_a_stable_sort_however_they_are_looked_for(
+    width: int, kept: int, digits: int
+) -> None:
+    """With few digits many are equal: within a heap, and beyond those that are looked through."""
+    random = torch.Generator().manual_seed(width + digits)
+    rows = (torch.randn(200, width, generator=random) * 10**digits).round() / 10**digits
+    rows[0] = 0
+    in_order = rows.abs().argsort(dim=1, descending=True, stable=True)[:, :kept]
+    assert torch.equal(largest(rows, kept), in_order.sort(dim=1).values)
