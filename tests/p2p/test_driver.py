@@ -12,7 +12,7 @@ from atoll.aggregation.outer import Nesterov
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p import donor
 from atoll.protocols.errors import PeerError
-from tests.p2p.jumping import run
+from tests.jumping import run
 from tests.p2p.swarm import SIZE, Swarm, work_of
 
 

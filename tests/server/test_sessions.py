@@ -1,9 +1,7 @@
 """Sessions: what waits to be written to one client, in order and not without bound."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
 
 import pytest
 
@@ -11,8 +9,7 @@ from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import RemoteError
 from atoll.server.sessions import LATER, QUEUE, Session, Sessions
-
-T = TypeVar("T")
+from tests.jumping import run
 
 
 def order(number: int, size: int = 0) -> wire_pb2.ServerMessage:
@@ -26,13 +23,6 @@ def outcome(number: int) -> wire_pb2.ServerMessage:
 
 def tell(session: Session, number: int) -> None:
     session.send_later(f"o{number}.0", partial(outcome, number))
-
-
-def run(work: Callable[[], Awaitable[T]]) -> T:
-    async def inside() -> T:
-        return await work()
-
-    return asyncio.run(inside())
 
 
 async def read(session: Session) -> wire_pb2.ServerMessage | None:
@@ -89,23 +79,19 @@ def test_what_nothing_urgent_follows_is_sent_all_the_same() -> None:
         assert message.outcome.update == "o1.0"
         return asyncio.get_running_loop().time() - began
 
-    assert LATER * 0.5 < run(send) < 5
+    assert run(send) == pytest.approx(LATER)
 
 
-def test_what_travelled_with_another_hurries_nothing_that_waits_after_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_travelled_with_another_hurries_nothing_that_waits_after_it() -> None:
     """Each receipt's own timer stayed behind and sent the next one alone: twice the messages."""
-    later = 0.6  # more than a busy machine oversleeps
-    monkeypatch.setattr("atoll.server.sessions.LATER", later)
 
     async def send() -> int:
         session = Session("c", 1)
         tell(session, 1)
         session.send(order(2))
-        await asyncio.sleep(later / 2)
+        await asyncio.sleep(LATER / 2)
         tell(session, 3)
-        await asyncio.sleep(later * 0.6)
+        await asyncio.sleep(LATER * 0.6)
         return len(session.out)
 
     assert run(send) == 2

@@ -74,12 +74,12 @@ def _hand_on(inner: "asyncio.Future[T]", outer: "asyncio.Future[T]") -> None:
         outer.set_result(inner.result())
 
 
-def run(work: Callable[[], Awaitable[None]], seconds: float = 600.0) -> None:
+def run(work: Callable[[], Awaitable[T]], seconds: float = 600.0) -> T:
     """`work` in such a loop. TimeoutError after so many seconds on its clock."""
 
-    async def inside() -> None:
+    async def inside() -> T:
         async with asyncio.timeout(seconds):
-            await work()
+            return await work()
 
     with asyncio.Runner(loop_factory=Jumping) as runner:
-        runner.run(inside())
+        return runner.run(inside())
