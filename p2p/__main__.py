@@ -6,7 +6,7 @@ from atoll.protocols.entry import start
 
 
 def main() -> NoReturn:
-    start("atoll.p2p.cli")
+    start("atoll.p2p.cli", garbage_every=7000)
 
 
 if __name__ == "__main__":
