@@ -8,6 +8,8 @@ maker, and all who finish hold the same bits. It says `Done` with a digest over 
 """
 
 import hashlib
+import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,6 +36,13 @@ class Plan:
     group: tuple[str, ...]  # sorted: the order of the sum
     weights: tuple[float, ...]  # by the roster's rule, beside `group`
     parts: tuple[Part, ...]
+    lengths: tuple[float, ...] = ()  # L2, of what each gives, by its own word, beside `group`
+
+    def longest(self, most: float) -> float:
+        """How long a mean can be where no part may count for more than `most` medians of length:
+        of what a reducer returns this much can be checked. inf where no lengths were said."""
+        said = [n for n, w in zip(self.lengths, self.weights, strict=bool(self.lengths)) if w > 0]
+        return most * statistics.median(said) if any(said) else math.inf
 
     def contributors(self) -> list[tuple[str, float]]:
         pairs = zip(self.group, self.weights, strict=True)
@@ -56,6 +65,7 @@ class Arrived:
     what: What
     part: int
     digest: str = ""  # of a result: SHA-256 over its bytes, in hex
+    length: float = 0.0  # of a result: L2, of its values
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,7 @@ class Combined:
     part: int
     digest: str
     spoiled: tuple[str, ...] = ()
+    length: float = 0.0  # L2, of the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +166,10 @@ class AllReduce:
     me: str
     plan: Plan
     deadline: float  # when it fails, seconds of `now`
+    longest: float = math.inf  # length of a mean that is believed
     awaited: dict[int, set[str]] = field(default_factory=dict)  # my parts -> inputs still missing
     results: dict[int, str] = field(default_factory=dict)  # part -> digest, of those held
+    lengths: dict[int, float] = field(default_factory=dict)  # of the same
     ready: dict[int, str] = field(default_factory=dict)  # others' parts that can be fetched
     pulling: set[tuple[str, What, int]] = field(default_factory=set)
     over: bool = False
@@ -168,13 +181,13 @@ class AllReduce:
         match event:
             case Go():
                 yield from self._go()
-            case Arrived(peer, what, part, digest):
+            case Arrived(peer, what, part):
                 self.pulling.discard((peer, what, part))
-                yield from self._arrived(peer, what, part, digest)
+                yield from self._arrived(event)
             case Missed(peer, what, part):
                 self.pulling.discard((peer, what, part))
-            case Combined(part, digest, spoiled):
-                yield from self._combined(part, digest, spoiled)
+            case Combined():
+                yield from self._combined(event)
             case PartReady(peer, part, digest):
                 known = 0 <= part < len(self.plan.parts) and self.plan.parts[part].reducer == peer
                 if known and part not in self.results:
@@ -205,8 +218,9 @@ class AllReduce:
                 if peer != self.me:
                     yield from self._pull(peer, "input", i)
 
-    def _arrived(self, peer: str, what: What, part: int, digest: str) -> Iterator[ReduceAction]:
-        if what == "input":
+    def _arrived(self, arrived: Arrived) -> Iterator[ReduceAction]:
+        peer, part, digest = arrived.peer, arrived.part, arrived.digest
+        if arrived.what == "input":
             missing = self.awaited.get(part, set())
             if peer in missing:
                 missing.discard(peer)
@@ -215,20 +229,26 @@ class AllReduce:
         elif self.ready.setdefault(part, digest) != digest:
             yield self._fail(f"part {part} has another digest than {peer} said", missing=(peer,))
         else:
-            yield from self._hold(part, digest)
+            yield from self._hold(part, digest, arrived.length)
 
-    def _combined(self, part: int, digest: str, spoiled: tuple[str, ...]) -> Iterator[ReduceAction]:
+    def _combined(self, combined: Combined) -> Iterator[ReduceAction]:
+        part, digest, spoiled = combined.part, combined.digest, combined.spoiled
         if spoiled:
             yield self._fail(f"not finite: {', '.join(spoiled)}", spoiled=spoiled)
             return
         for peer in self.plan.group:
             if peer != self.me:
                 yield Tell(peer, PartReady(self.me, part, digest))
-        yield from self._hold(part, digest)
+        yield from self._hold(part, digest, combined.length)
 
-    def _hold(self, part: int, digest: str) -> Iterator[ReduceAction]:
-        self.results[part] = digest
-        if len(self.results) == len(self.plan.parts):
+    def _hold(self, part: int, digest: str, length: float) -> Iterator[ReduceAction]:
+        self.results[part], self.lengths[part] = digest, length
+        if (found := math.hypot(*self.lengths.values())) > self.longest:
+            worst = max(self.lengths, key=lambda i: (self.lengths[i], -i))
+            maker = self.plan.parts[worst].reducer
+            reason = f"{maker} gives a mean of length {found:.3g}, at most {self.longest:.3g}"
+            yield self._fail(reason, missing=(maker,))
+        elif len(self.results) == len(self.plan.parts):
             self.over = True
             yield Done(whole(self.results[i] for i in range(len(self.plan.parts))))
 

@@ -99,6 +99,7 @@ class Circle:
     most: float = math.inf  # weight of a whole share: by the run's rule nobody has more
     # of the epoch under way
     ready: bool = False
+    length: float = 0.0  # L2, of this peer's work
     promised: Ballot = (0, "")
     promised_at: float = -1e9
     lost: Ballot = (0, "")  # attempts up to here ended when this peer was started anew

@@ -53,13 +53,13 @@ def part_mean(
 
 def _limit(parts: Sequence[Tensor], most: float) -> list[float]:
     """What each part is multiplied by, so that none is longer than `most` medians."""
-    norms = [_length(part) for part in parts]
+    norms = [norm(part) for part in parts]
     ordered, middle = sorted(norms), len(norms) // 2
     median = ordered[middle] if len(norms) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
     return [min(1.0, most * median / norm) if norm > 0 else 1.0 for norm in norms]
 
 
-def _length(part: Tensor) -> float:
-    """Its L2 norm, tile by tile: as a whole it would first be laid out in float64."""
+def norm(part: Tensor) -> float:
+    """L2, tile by tile: as a whole it would first be laid out in float64."""
     tiles = (part[lo : lo + TILE] for lo in range(0, len(part), TILE))
     return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tiles))

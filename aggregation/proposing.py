@@ -115,7 +115,8 @@ class Proposer(Circle):
             for piece in cut(count) if count else ():
                 parts.append(Part(peer, start, start + piece))
                 start += piece
-        return Plan(tuple(group), weights, tuple(parts))
+        lengths = tuple(promises[p].length for p in group)
+        return Plan(tuple(group), weights, tuple(parts), lengths if any(lengths) else ())
 
     def _reduced(self, lead: Lead, now: float) -> Actions:
         assert lead.plan is not None

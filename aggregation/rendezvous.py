@@ -10,6 +10,7 @@ its state comes back under another name.
 Time is the caller's `now`, in seconds. The network may lose, delay, double and reorder messages.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from atoll.aggregation.allreduce import Plan
@@ -57,6 +58,7 @@ from atoll.aggregation.rendezvous_events import (
     Value,
     Wake,
 )  # fmt: skip
+from atoll.aggregation.shares import longest
 
 
 @dataclass
@@ -114,9 +116,9 @@ class Rendezvous(Proposer):
             case Lost(peer):
                 if peer in self.roster:
                     self.roster[peer].heard = -1e9
-            case StepsDone(chain):
+            case StepsDone(chain, length):
                 if chain == self.stand.chain and not self.ready:
-                    self.ready = True
+                    self.ready, self.length = True, length
                     yield from self._announce()
             case MeanMade(chain, digest, ballot):
                 if chain == self.stand.chain:
@@ -211,7 +213,7 @@ class Rendezvous(Proposer):
             yield from self._say(peer, Refuse(self.stand.chain, self.promised), now)
             return
         yield from self._promise(ballot, now)
-        said = Promise(self.stand.chain, ballot, self.ready, self.accepted)
+        said = Promise(self.stand.chain, ballot, self.ready, self.accepted, self.length)
         yield from self._say(peer, said, now)
 
     def _promise(self, ballot: Ballot, now: float) -> Actions:
@@ -251,6 +253,8 @@ class Rendezvous(Proposer):
         """Why this peer takes no part in such a plan: nobody's weight is taken at its word."""
         if self.me not in plan.group or len(plan.group) != len(plan.weights):
             return f"{self.me} is not in the group"
+        if plan.lengths and len(plan.lengths) != len(plan.group):
+            return "the lengths are not those of the group"
         if list(plan.group) != sorted({*plan.group}) or not any(plan.weights):
             return "the group is not in order, or has no work"
         ends = [0, *(part.stop for part in plan.parts)]
@@ -258,12 +262,26 @@ class Rendezvous(Proposer):
             return "the parts are not the whole"
         if not all(part.reducer in plan.group and part.start < part.stop for part in plan.parts):
             return "a part has no reducer in the group"
-        for peer, weight in zip(plan.group, plan.weights, strict=True):
+        for peer in plan.group:
             if peer not in self.roster:
                 return f"{peer} is not in the roster"
+        if busy := self._reduces_too_much(plan):
+            return f"{busy} would reduce more than its bound"
+        for peer, weight in zip(plan.group, plan.weights, strict=True):
             if weight not in (0.0, self.roster[peer].weight):
                 return f"the weight of {peer} is not the roster's"
+        mine = plan.group.index(self.me)
+        if plan.weights[mine] and plan.lengths and plan.lengths[mine] != self.length:
+            return f"the length of {self.me} is not what it said"
         return ""
+
+    def _reduces_too_much(self, plan: Plan) -> str:
+        """Who would, by that bandwidths are claims and what is reduced is believed; or nobody."""
+        bound = longest(self.size, [self.roster[p].bandwidth for p in plan.group])
+        held: Counter[str] = Counter()
+        for part in plan.parts:
+            held[part.reducer] += part.stop - part.start
+        return next((peer for peer in plan.group if held[peer] > bound), "")
 
     def _accept(self, peer: str, accept: Accept, now: float) -> Actions:
         if accept.ballot < self.promised:
@@ -333,7 +351,7 @@ class Rendezvous(Proposer):
             yield Drop(self.stand.chain, self.reducing)
         self.stand, self.members, self.last = stand, members, last
         self.ready, self.accepted, self.reducing, self.ripe = False, None, None, None
-        self.bits = ""
+        self.bits, self.length = "", 0.0
         self.promised, self.promised_at, self.pause = (0, ""), -1e9, -1e9
         self.asked, self.owed, self.lead, self.getting, self.tries = None, None, None, "", 0
         self.lost = (0, "")

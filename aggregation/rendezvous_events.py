@@ -86,6 +86,7 @@ class Promise:
     ballot: Ballot
     ready: bool
     accepted: tuple[Ballot, Value] | None  # what I voted for last
+    length: float = 0.0  # L2, of my work; 0: not said, or it is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,7 @@ class StepsDone:
     """The local work on the model `chain` is done."""
 
     chain: str
+    length: float = 0.0  # L2, of what it gives; 0: not said
 
 
 @dataclass(frozen=True, slots=True)

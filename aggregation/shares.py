@@ -3,27 +3,51 @@
 DeDLOC (Diskin et al. 2021, https://arxiv.org/abs/2106.10207) solves a linear program; hivemind's
 form of it, min over shares f of the slowest peer's (1 + (n - 2) f) / b, has a closed solution. The
 leader computes it once and ships whole elements, so nobody's floats can differ from another's.
+Bandwidths are claims: ours has a bound, so that no claim buys more than two equal shares, and each
+member checks that the leader kept it.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 PIECES = 4  # of a peer's share, at most
 PIECE = 1 << 20  # elements of one, at least
 
 
+def at_most(bandwidths: Sequence[float]) -> float:
+    """The largest fraction that one peer may reduce: two equal shares of those who can."""
+    able = sum(b > 0 for b in bandwidths)
+    return 2 / able if able > 2 else 1.0
+
+
+def longest(total: int, bandwidths: Sequence[float]) -> int:
+    """Elements of `total` that one peer may reduce, with the few that `split` rounds."""
+    return math.ceil(at_most(bandwidths) * total) + len(bandwidths)
+
+
 def shares(bandwidths: Sequence[float]) -> list[float]:
     """The fraction that each peer reduces; they sum to 1, and 0 bandwidth reduces nothing.
 
     `bandwidths`: any unit, 0 for one that cannot accept connections. ValueError where all are 0.
-    Where the slowest sender alone sets the time, solutions are many: ours is proportional.
+    None is above `at_most`; who would be has that, and the others the rest as if it were all. Where
+    the slowest sender alone sets the time, solutions are many: ours is proportional.
     """
     able = [b for b in bandwidths if b > 0]
     if not able:
         raise ValueError("nobody in the group can reduce: all bandwidths are 0")
-    n = len(bandwidths)
-    time = max(1 / min(able), (n - 2 + len(able)) / sum(able))
-    raw = [max(0.0, time * b - 1) if b > 0 else 0.0 for b in bandwidths]
+    n, bound = len(bandwidths), at_most(bandwidths)
+    full: set[int] = set()  # places of those at the bound
+    while True:
+        rest = [b for i, b in enumerate(bandwidths) if b > 0 and i not in full]
+        left = (n - 2) * (1 - bound * len(full))
+        time = max(1 / min(able), (left + len(rest)) / sum(rest))
+        loads = [max(0.0, time * b - 1) if b > 0 else 0.0 for b in bandwidths]
+        raw = [min(load, (n - 2) * bound) if n > 2 else load for load in loads]
+        more = {i for i, load in enumerate(loads) if n > 2 and load > (n - 2) * bound} - full
+        if not more or bound == 1:
+            break
+        full |= more
     if sum(raw) <= 1e-12 * n:
         raw = [max(0.0, b) for b in bandwidths]
     total = sum(raw)

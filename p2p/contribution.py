@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from atoll.aggregation.allreduce import Part
+from atoll.aggregation.part_mean import norm
 from atoll.protocols import codecs, feedback
 from atoll.protocols.codecspec import Chain
 from atoll.protocols.errors import UsageError
+
+LONGEST = 1e15  # length that is said of any work: letters take no larger number
 
 
 class Contribution:
@@ -30,6 +33,11 @@ class Contribution:
         if rule is None or residual is None or feedback.too_long(rule, residual, delta):
             return
         self._whole = torch.add(delta, residual, alpha=rule.decay)
+
+    @property
+    def length(self) -> float:
+        """L2, of what it gives, before its codec."""
+        return min(norm(self._whole), LONGEST)
 
     def packed(self, parts: Sequence[Part]) -> tuple[memoryview, ...]:
         """Bytes of each part; of fp32 the delta's own, without a copy."""
@@ -56,6 +64,12 @@ def packer(chain: Chain) -> codecs.Codec:
             "take int8, int4, e3m0, topk, randomk or sign, each with +ef if you like",
         )
     return found
+
+
+def gain(codec: codecs.Codec) -> float:
+    """By how much values get longer on its way, as a rule: some let few stand for all."""
+    inner = getattr(codec, "inner", codec)
+    return float(getattr(inner, "gain", 1.0))
 
 
 def unpack(codec: codecs.Codec, payload: memoryview, out: Tensor) -> bool:

@@ -452,9 +452,10 @@ class Driver:
             logger.warning("peer=%s round=%d: its work is not finite", self.me, stand.epoch)
             await asyncio.sleep(AGAIN)
         given = await asyncio.to_thread(Contribution, done.delta, self._up, self._residual)
+        length = await asyncio.to_thread(lambda: given.length)
         self._ready = _Ready(stand.chain, given)
         self.tally.state = "averaging"
-        self.say(StepsDone(stand.chain))
+        self.say(StepsDone(stand.chain, length))
 
 
 def _attempt(chain: str, ballot: tuple[int, str]) -> str:

@@ -35,9 +35,9 @@ from atoll.aggregation.allreduce import (
     Tell,
     What,
 )
-from atoll.aggregation.part_mean import part_mean
+from atoll.aggregation.part_mean import norm, part_mean
 from atoll.p2p.bulk import Got
-from atoll.p2p.contribution import Contribution, unpack
+from atoll.p2p.contribution import Contribution, gain, unpack
 from atoll.protocols import codecs
 from atoll.protocols.blobs import Blob, BlobInfo
 from atoll.protocols.codecs import Codec, as_bytes
@@ -86,7 +86,7 @@ class Reducing:
         self.me, self.attempt, self.plan = me, attempt, plan
         self.payloads: tuple[memoryview, ...] = ()  # what this peer contributed
         self.mean: Mean | None = None
-        self._machine = AllReduce(me, plan, deadline)
+        self._machine = AllReduce(me, plan, deadline, plan.longest(most * gain(up) * gain(down)))
         self._mine, self._up, self._down, self._most = mine, up, down, most
         self._fetch, self._tell, self._over, self._clock = fetch, tell, over, clock
         self._values = vector(plan.parts[-1].stop)
@@ -183,13 +183,15 @@ class Reducing:
                 finite = await asyncio.to_thread(unpack, codec, payload, values)
                 if not finite:
                     raise RemoteError("FL-P403", f"{name} of {peer} is not finite", "try again")
+                long = await asyncio.to_thread(norm, values)
                 self._results[part] = digest, payload
             else:
                 self._inputs[part, peer] = payload
         except RemoteError:
             self._handle(Missed(peer, what, part))
         else:
-            self._handle(Arrived(peer, what, part, digest if what == "result" else ""))
+            result = what == "result"
+            self._handle(Arrived(peer, what, part, *((digest, long) if result else ())))
 
     async def _combine(self, part: int, order: tuple[tuple[str, float], ...]) -> None:
         if self._mine is not None:
@@ -197,13 +199,15 @@ class Reducing:
                 await self._news.wait_for(lambda: bool(self.payloads))
             self._inputs[part, self.me] = self.payloads[part]
         digest, payload, spoiled = await asyncio.to_thread(self._mean_of, part, order)
+        place = self.plan.parts[part]
+        long = await asyncio.to_thread(norm, self._values[place.start : place.stop])
         for peer, _ in order:
             self._inputs.pop((part, peer), None)
         if not spoiled:
             async with self._news:
                 self._results[part] = digest, payload
                 self._news.notify_all()
-        self._handle(Combined(part, digest, spoiled))
+        self._handle(Combined(part, digest, spoiled, long))
 
     def _mean_of(
         self, part: int, order: tuple[tuple[str, float], ...]

@@ -58,6 +58,7 @@ from atoll.protocols import state
 Listen = Callable[[float, str, PeerEvent, list[PeerAction]], None]
 
 START = Stand(0, "start", 0.0)
+MOST = 10.0  # medians of length that a mean may have
 HEARD = 50  # messages that a liar may say again
 
 
@@ -286,7 +287,7 @@ class Swarm:
                 self._send(name, to, lambda: self._hear(to, Heard(name, message)))
             case Reduce(chain, ballot, plan, deadline):
                 attempt = _attempt(chain, ballot)
-                peer.reduces[attempt] = AllReduce(name, plan, deadline)
+                peer.reduces[attempt] = AllReduce(name, plan, deadline, plan.longest(MOST))
                 peer.given.add(attempt)
                 self._reduce(name, attempt, allreduce.Go())
             case Drop(chain, ballot):
@@ -307,7 +308,7 @@ class Swarm:
                 if stand.chain == peer.trained:
                     self._again.add((name, stand.chain))
                 peer.trained = stand.chain
-                self._net.after(pace, lambda: self._hear(name, StepsDone(stand.chain), life))
+                self._net.after(pace, lambda: self._hear(name, self._done(name, stand.chain), life))
             case Abort():
                 self._aborts += 1
             case Wake(at):
@@ -349,6 +350,9 @@ class Swarm:
             return [math.nan] * self._size
         rng = random.Random(f"{name} {chain}")
         return [rng.uniform(-1, 1) * 10.0 ** rng.randrange(8) for _ in range(self._size)]
+
+    def _done(self, name: str, chain: str) -> StepsDone:
+        return StepsDone(chain, _length(self.delta(name, chain)))
 
     def _apply(
         self, peer: _Peer, digest: str, group: tuple[str, ...], weights: tuple[float, ...]
@@ -410,17 +414,17 @@ class Swarm:
         if self._net.lost(name, giver) or not begun or (what == "result" and result is None):
             self._reduce(name, attempt, allreduce.Missed(giver, what, part))
             return
-        digest = ""
+        digest, long = "", 0.0
         if what == "result":
             assert result is not None
-            digest = _sha256(result)
+            digest, long = _sha256(result), _length(result)
             peer.parts.setdefault(attempt, {})[part] = result
         else:
             place = machine.plan.parts[part]
             given = self.delta(giver, attempt.split("/")[0])[place.start : place.stop]
             peer.inputs.setdefault(attempt, {}).setdefault(part, {})[giver] = given
             self._promises.given(attempt, giver, other.lives)
-        self._reduce(name, attempt, allreduce.Arrived(giver, what, part, digest))
+        self._reduce(name, attempt, allreduce.Arrived(giver, what, part, digest, long))
 
     def _combined(
         self, name: str, attempt: str, part: int, order: tuple[tuple[str, float], ...]
@@ -437,7 +441,8 @@ class Swarm:
         mean = _mean([(given[p], w) for p, w in order])
         if not spoiled:
             peer.parts.setdefault(attempt, {})[part] = mean
-        self._reduce(name, attempt, allreduce.Combined(part, _sha256(mean), spoiled))
+        combined = allreduce.Combined(part, _sha256(mean), spoiled, _length(mean))
+        self._reduce(name, attempt, combined)
 
 
 def _mean(weighted: Sequence[tuple[Vector, float]]) -> Vector:
@@ -447,6 +452,12 @@ def _mean(weighted: Sequence[tuple[Vector, float]]) -> Vector:
     for vector, weight in weighted:
         sums = [s + weight * x for s, x in zip(sums, vector, strict=True)]
     return [s / total for s in sums]
+
+
+def _length(vector: Vector) -> float:
+    """L2; 0, which says nothing, of one that is not finite."""
+    found = math.hypot(*vector)
+    return found if math.isfinite(found) else 0.0
 
 
 def _sha256(vector: Vector) -> str:

@@ -9,6 +9,7 @@ The draw stands in the section. It is a checksum of the values, so every update 
 nothing has to be remembered; clients that are given the same draw as state send the same places.
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from typing import ClassVar
@@ -50,6 +51,11 @@ class RandomK:
     def name(self) -> str:
         more = "" if self.bits == 16 else f",bits={self.bits}"
         return f"randomk:{self.fraction}{more}" + (f",seed={self.seed}" if self.seed else "")
+
+    @property
+    def gain(self) -> float:
+        """How much longer than the values, L2, those are as a rule that come out."""
+        return math.sqrt(self.every) if self.unbiased else 1.0
 
     @property
     def quantised(self) -> bool:

@@ -231,14 +231,38 @@ def test_a_vote_is_told_to_whoever_proposes_next(b: Rendezvous) -> None:
         (Plan(PLAN.group, PLAN.weights, (Part("z", 0, 10),)), "a part has no reducer in the group"),
         (Plan(("b", "z"), (1.0, 1.0), (Part("b", 0, 10),)), "z is not in the roster"),
         (
+            Plan(("a", "b", "c", "q"), (1.0,) * 4, (Part("a", 0, 10),)),
+            "a would reduce more than its bound",
+        ),
+        (
             Plan(PLAN.group, (1.0, 1.0, 1e9), PLAN.parts),
             "the weight of c is not the roster's",
+        ),
+        (
+            Plan(PLAN.group, PLAN.weights, PLAN.parts, (1.0, 1.0)),
+            "the lengths are not those of the group",
+        ),
+        (
+            Plan(PLAN.group, PLAN.weights, PLAN.parts, (9.0, 9.0, 9.0)),
+            "the length of b is not what it said",
         ),
     ],
 )
 def test_a_plan_that_is_wrong_is_not_carried_out(b: Rendezvous, plan: Plan, reason: str) -> None:
     failed = Failed("s", ONE, reason, (), ())
     assert hear(b, "a", Begin("s", ONE, plan)) == [Say("a", failed)]
+
+
+def test_a_plan_has_the_lengths_that_were_said(b: Rendezvous, a: Rendezvous) -> None:
+    b.handle(StepsDone("s", 2.5), 1.0)
+    promise = Promise("s", ONE, True, None, 2.5)
+    assert hear(b, "a", Prepare("s", ONE)) == [Say("a", promise)]
+    hear(a, "b", promise)
+    begin = hear(a, "c", Promise("s", ONE, True, None, 4.0))[-1]
+    assert isinstance(begin, Say)
+    assert isinstance(begin.message, Begin)
+    assert begin.message.plan.lengths == (0.0, 2.5, 4.0)
+    assert isinstance(hear(b, "a", begin.message)[0], Reduce)
 
 
 def test_a_plan_that_is_wrong_binds_nobody(b: Rendezvous) -> None:

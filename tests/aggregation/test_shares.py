@@ -4,16 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.aggregation.shares import PIECE, cut, shares, split
+from atoll.aggregation.shares import PIECE, at_most, cut, longest, shares, split
 
 
 @pytest.mark.parametrize(
     ("bandwidths", "fractions"),
     [
         ((100, 100, 100, 100), (0.25, 0.25, 0.25, 0.25)),
-        ((1000, 100, 100, 100), (1, 0, 0, 0)),
-        ((400, 200, 100, 100), (0.75, 0.25, 0, 0)),
-        ((200, 100, 100, 0), (0.75, 0.125, 0.125, 0)),
+        ((1000, 100, 100, 100), (0.5, 1 / 6, 1 / 6, 1 / 6)),  # unbounded: (1, 0, 0, 0)
+        ((400, 200, 100, 100), (0.5, 0.5, 0, 0)),  # unbounded: (0.75, 0.25, 0, 0)
+        ((200, 100, 100, 0), (2 / 3, 1 / 6, 1 / 6, 0)),  # unbounded: (0.75, 0.125, 0.125, 0)
+        ((300, 100), (1, 0)),  # of two, one may reduce all
         ((100, 100, 0, 0), (0.5, 0.5, 0, 0)),
         ((5,), (1,)),
     ],
@@ -25,17 +26,41 @@ def test_shares_are_those_of_the_closed_form(
 
 
 @given(st.lists(st.floats(0.5, 1000), min_size=2, max_size=8))
-def test_no_other_shares_are_faster(bandwidths: list[float]) -> None:
+def test_no_other_shares_within_the_bound_are_faster(bandwidths: list[float]) -> None:
     """The time of a round is that of the slowest: max over peers of (1 + (n - 2) f) / b."""
-    n = len(bandwidths)
+    n, ours, bound = len(bandwidths), shares(bandwidths), at_most(bandwidths)
 
     def time(fractions: list[float]) -> float:
         return max((1 + (n - 2) * f) / b for f, b in zip(fractions, bandwidths, strict=True))
 
-    ours = shares(bandwidths)
+    def possible(seconds: float) -> bool:
+        """All of the vector fits into what each can reduce by then."""
+        most = [min(bound, (seconds * b - 1) / (n - 2)) if n > 2 else bound for b in bandwidths]
+        return min(seconds * b for b in bandwidths) >= 1 and sum(most) >= 1
+
     assert sum(ours) == pytest.approx(1)
-    least = max(1 / min(bandwidths), (n - 2 + n) / sum(bandwidths))  # bounds of the program
-    assert time(ours) == pytest.approx(least)
+    assert max(ours) <= bound + 1e-9
+    assert possible(time(ours) * (1 + 1e-9))
+    if n > 2:
+        assert not possible(time(ours) * (1 - 1e-6))
+
+
+@given(st.lists(st.floats(0.5, 1000), min_size=2, max_size=7), st.floats(1, 1e12))
+def test_a_claimed_bandwidth_buys_at_most_two_shares_of_those_who_can_reduce(
+    others: list[float], claim: float
+) -> None:
+    fractions = shares([claim, *others, 0.0])
+    assert max(fractions) <= (2 / (1 + len(others)) if len(others) > 1 else 1) + 1e-9
+    assert fractions[-1] == 0
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 7.0, 1e9]), min_size=1, max_size=8), st.integers(1, 999))
+def test_what_a_leader_splits_is_within_what_its_group_allows(
+    bandwidths: list[float], total: int
+) -> None:
+    """Also where parts of less than an element were given to others."""
+    if any(bandwidths):
+        assert max(split(total, shares(bandwidths))) <= longest(total, bandwidths)
 
 
 def test_a_group_that_nobody_can_connect_to_has_no_shares() -> None:

@@ -17,7 +17,7 @@ from atoll.p2p.bulk import Got
 from atoll.p2p.contribution import Contribution, packer
 from atoll.p2p.exchange import Exchange
 from atoll.p2p.reducing import AHEAD, Mean
-from atoll.protocols.codecs import as_bytes
+from atoll.protocols.codecs import Fp32, as_bytes
 from atoll.protocols.codecspec import Chain, parse
 from atoll.protocols.errors import RemoteError, UsageError
 
@@ -103,6 +103,32 @@ def deltas(seed: int = 0) -> dict[str, Tensor]:
 def by_hand(given: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     parts = [part_mean([d[p.start : p.stop] for d in given], weights)[0] for p in CUTS]
     return torch.cat(parts)
+
+
+class Louder(Fp32):
+    """What a reducer sends that wants to be heard alone."""
+
+    def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
+        return super().encode(values * 1000, out)
+
+
+@pytest.mark.parametrize("up", ["fp32", "randomk:0.01"])
+def test_a_reducer_whose_mean_is_too_long_is_not_believed(up: str) -> None:
+    async def work(lies: bool) -> Loop:
+        loop, given = Loop(up=parse(up), most=10.0), deltas()
+        if lies:
+            loop.peers["b"]._down = Louder()
+        mine = {name: Contribution(given[name], parse(up)) for name in NAMES}
+        lengths = tuple(mine[name].length for name in NAMES)
+        await loop.attempt(mine, Plan(NAMES, PLAN.weights, CUTS, lengths))
+        return loop
+
+    assert all(isinstance(end, Done) for end in asyncio.run(work(lies=False)).ends.values())
+    ends = asyncio.run(work(lies=True)).ends
+    for end in (ends["a"], ends["c"]):
+        assert isinstance(end, Fail)
+        assert end.missing == ("b",)
+        assert end.reason.startswith("b gives a mean of length")
 
 
 @pytest.mark.parametrize(
