@@ -12,6 +12,7 @@ from atoll.protocols.ids import machine_name
 
 
 @click.group(name="fl-client")
+@click.version_option(package_name="atoll", prog_name="fl-client", message="%(prog)s %(version)s")
 def cli() -> None:
     """Train a shared model on this machine's data."""
 

@@ -12,6 +12,7 @@ from atoll.protocols import console
 
 
 @click.group(name="fl-peer")
+@click.version_option(package_name="atoll", prog_name="fl-peer", message="%(prog)s %(version)s")
 def cli() -> None:
     """Train one model among peers, without a server."""
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.group(name="fl-server")
+@click.version_option(package_name="atoll", prog_name="fl-server", message="%(prog)s %(version)s")
 def cli() -> None:
     """Train one model on machines that keep their data."""
 
