@@ -10,11 +10,11 @@ its state comes back under another name.
 Time is the caller's `now`, in seconds. The network may lose, delay, double and reorder messages.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 from atoll.aggregation.allreduce import Plan
 from atoll.aggregation.circle import Actions, Known, Loading, Patience
+from atoll.aggregation.plan_check import wrong
 from atoll.aggregation.proposing import Proposer
 from atoll.aggregation.rendezvous_events import (
     Accept,
@@ -58,7 +58,6 @@ from atoll.aggregation.rendezvous_events import (
     Value,
     Wake,
 )  # fmt: skip
-from atoll.aggregation.shares import longest
 
 
 @dataclass
@@ -231,8 +230,8 @@ class Rendezvous(Proposer):
             return
         key = _key(ballot)
         known = ballot <= self.lost or ballot == self.reducing or key in {*self.made, *self.failed}
-        if not known and (wrong := self._wrong(plan)):  # it binds nobody
-            said = Failed(self.stand.chain, ballot, wrong, (), ())
+        if not known and (reason := wrong(plan, self)):  # it binds nobody
+            said = Failed(self.stand.chain, ballot, reason, (), ())
             yield from self._say(peer, said, now)
             return
         yield from self._promise(ballot, now)
@@ -248,40 +247,6 @@ class Rendezvous(Proposer):
 
     def _ended(self, ballot: Ballot) -> Failed:
         return Failed(self.stand.chain, ballot, f"{self.me} was started anew", (), ())
-
-    def _wrong(self, plan: Plan) -> str:
-        """Why this peer takes no part in such a plan: nobody's weight is taken at its word."""
-        if self.me not in plan.group or len(plan.group) != len(plan.weights):
-            return f"{self.me} is not in the group"
-        if plan.lengths and len(plan.lengths) != len(plan.group):
-            return "the lengths are not those of the group"
-        if list(plan.group) != sorted({*plan.group}) or not any(plan.weights):
-            return "the group is not in order, or has no work"
-        ends = [0, *(part.stop for part in plan.parts)]
-        if [part.start for part in plan.parts] + [self.size] != ends:
-            return "the parts are not the whole"
-        if not all(part.reducer in plan.group and part.start < part.stop for part in plan.parts):
-            return "a part has no reducer in the group"
-        for peer in plan.group:
-            if peer not in self.roster:
-                return f"{peer} is not in the roster"
-        if busy := self._reduces_too_much(plan):
-            return f"{busy} would reduce more than its bound"
-        for peer, weight in zip(plan.group, plan.weights, strict=True):
-            if weight not in (0.0, self.roster[peer].weight):
-                return f"the weight of {peer} is not the roster's"
-        mine = plan.group.index(self.me)
-        if plan.weights[mine] and plan.lengths and plan.lengths[mine] != self.length:
-            return f"the length of {self.me} is not what it said"
-        return ""
-
-    def _reduces_too_much(self, plan: Plan) -> str:
-        """Who would, by that bandwidths are claims and what is reduced is believed; or nobody."""
-        bound = longest(self.size, [self.roster[p].bandwidth for p in plan.group])
-        held: Counter[str] = Counter()
-        for part in plan.parts:
-            held[part.reducer] += part.stop - part.start
-        return next((peer for peer in plan.group if held[peer] > bound), "")
 
     def _accept(self, peer: str, accept: Accept, now: float) -> Actions:
         if accept.ballot < self.promised:

@@ -48,6 +48,7 @@ MACHINES = [
     "aggregation/fedavg.py",
     "aggregation/fedbuff.py",
     "aggregation/fedcompass.py",
+    "aggregation/plan_check.py",
     "aggregation/proposing.py",
     "aggregation/quorum.py",
     "aggregation/rendezvous.py",
