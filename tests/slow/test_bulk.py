@@ -177,12 +177,18 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for end in [self.door, *self._sockets]:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+        self._hang_up(self.door)
+        self._threads[0].join(10)  # from here on no socket is added
+        for end in self._sockets:
+            self._hang_up(end)
         for thread in self._threads:
             thread.join(10)
+
+    @staticmethod
+    def _hang_up(end: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()
 
     def _start(self, job: Callable[..., None], *args: object) -> None:
         self._threads.append(threading.Thread(target=job, args=args))
@@ -192,8 +198,9 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 near = self.door.accept()[0]
+                self._sockets.append(near)  # the next line raises once the server is gone
                 far = socket.create_connection(("127.0.0.1", self.port))
-                self._sockets += [near, far]
+                self._sockets.append(far)
                 budget = [self.cuts.pop(0) if self.cuts else 1 << 60]
                 self._start(self._pump, near, far, budget)
                 self._start(self._pump, far, near, budget)
