@@ -243,6 +243,7 @@ class Driver:
         if self._urgent or calls or self._due:
             await self._settle()
         elif self._unsaid:
+            self.journal.stage([one.payload for one in inputs if one.payload is not None])
             self._settle_in(LAZY)
         for call in calls:
             call()
@@ -295,8 +296,12 @@ class Driver:
             followed = self._follow(said)
         finally:
             await writing
-        for one in (*said, *followed):
-            self._say(one)
+        told = [one for one in (*said, *followed) if one.heard is not None]
+        for one in told:
+            self._act(one)
+        await asyncio.sleep(0)  # what was sent leaves before the books are written
+        for one in told:
+            self._note(one)
         if followed:
             self._settle_in(BEHIND)
         self._since_snapshot += len(said)
@@ -351,20 +356,22 @@ class Driver:
         elif self._due_at < math.inf:
             self._look_at(self._due_at)
 
-    def _say(self, one: _Decided) -> None:
+    def _act(self, one: _Decided) -> None:
         """An input is written: carry out what was decided about it."""
-        if one.heard is None:
-            return
+        for effect in one.effects:
+            self._perform(effect)
+        if one.input.then is not None:
+            one.input.then()
+
+    def _note(self, one: _Decided) -> None:
+        """For the history, and for the rules that may end the run."""
         event, now = one.input.event, one.input.now
         if isinstance(event, Evaluated):
             self.rules.evaluated(event.version, event.metrics, now)
         elif isinstance(event, Merged):
             self.rules.merged(event.stats)
-        one.heard()
-        for effect in one.effects:
-            self._perform(effect)
-        if one.input.then is not None:
-            one.input.then()
+        if one.heard is not None:
+            one.heard()
         if isinstance(event, Merged | Evaluated | TimerFired):
             self._check_rules(now)
 

@@ -169,6 +169,8 @@ class Merger:
         if STEPS in step.new_state:
             draft.write_outer(STEPS, 0, step.new_state[STEPS])
         for group in TRAVELLING[1:]:
+            if not self.manifest.counts[group]:
+                continue
             if group == "buffers_float" and step.taken is not None and proxy is not None:
                 draft.write(group, 0, proxy.settle())
                 continue

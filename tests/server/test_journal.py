@@ -24,6 +24,7 @@ from atoll.protocols.events import (
     UpdateReceived,
 )
 from atoll.server.journal import ACKS, KINDS, Journal, Payload, Row, dump_actions
+from tests.server.test_payloads import largest_file
 
 EVENTS: list[tuple[float, Event]] = [
     (0.0, ClientJoined("a", ClientInfo(10, 0.1 + 0.2, ("fp32", "bf16")))),
@@ -170,6 +171,31 @@ def test_a_full_disk_takes_all_of_a_batch_or_nothing(tmp_path: Path) -> None:
     assert book.append(EVENTS[1:3]) == 2  # there is room again, and the decision was not lost
     assert next(iter(book.rows())).actions == "[]"
     assert book.last_snapshot() is None
+    book.close()
+
+
+def test_a_payload_may_be_begun_before_its_batch(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.stage([payload("o0.0"), payload("o1.0", None)])
+    book.stage([payload("o0.0", b"not looked at")])
+    assert list(book.payloads()) == []
+    book.append(EVENTS[:1], payloads=[payload("o0.0"), payload("o1.0", None)])
+    assert (tmp_path / "1.payloads").stat().st_size == 4
+    book.abandon()
+    again = journal(tmp_path)
+    assert [(p.id, p.data) for p in again.payloads()] == [("o0.0", b"1234"), ("o1.0", None)]
+    again.close()
+
+
+def test_where_the_disk_takes_no_payload_its_batch_says_so(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    with largest_file(0):
+        book.stage([payload("o0.0")])
+        with pytest.raises(ServerError, match="large") as full:
+            book.append(EVENTS[:1], payloads=[payload("o0.0")])
+    assert full.value.code == "FL-S203"
+    book.append(EVENTS[:1], payloads=[payload("o0.0")])
+    assert [p.data for p in book.payloads()] == [b"1234"]
     book.close()
 
 

@@ -248,6 +248,9 @@ class Life:
             await self.until(lambda: self.order() is not None)
             await self.send(str(self.order()), 0.25)
         await self.until(lambda: self.host.run.published >= wanted)
+        noted = asyncio.Event()
+        self.driver.after(noted.set)
+        await noted.wait()
 
     async def until(self, true: Callable[[], bool]) -> None:
         while not true():  # noqa: ASYNC110 - nobody tells
