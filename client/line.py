@@ -1,6 +1,5 @@
 """Line: one control stream, as a client speaks on it."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +9,11 @@ from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.errors import ClientError
 from atoll.protocols.inbox import Inbox
+from atoll.protocols.later import Later
 from atoll.protocols.messages import ACK_FIELD
 from atoll.protocols.packed import MORE, Parts, nested
 
 LATER = 0.05  # seconds an acknowledgement may wait for a message to go with
-TICK = 0.001  # seconds by which a loop's timer may come early
 # A transfer ended with its connection, or the server took us to hold what we do not.
 BROKEN = ("FL-C101", "FL-C109", "FL-S208", "FL-W110", "FL-W112")
 
@@ -29,10 +28,10 @@ class Line:
     inline_limit: int = 0
     bulk: Any = None
     patience: transfer.Patience = field(default_factory=transfer.Patience)
-
     _acks: list[str] = field(default_factory=list)  # updates whose outcome we know
-    _since: float = 0.0  # loop's time at which the first of these came
-    _timer: asyncio.TimerHandle | None = None  # stays when they have gone: it looks for the next
+
+    def __post_init__(self) -> None:
+        self._later = Later(self._flush)
 
     def say(self, **kind: Any) -> None:
         self.out.put((wire_pb2.ClientMessage(**kind).SerializeToString(),))
@@ -40,20 +39,11 @@ class Line:
     def acknowledge(self, update: str) -> None:
         """Not urgent: it goes with the next message, or on its own after LATER seconds."""
         if not self._acks:
-            loop = asyncio.get_running_loop()
-            self._since = loop.time()
-            if self._timer is None:
-                self._timer = loop.call_later(LATER, self._look, loop)
+            self._later.within(LATER)
         self._acks.append(update)
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        if not self._acks:
-            return
-        due = self._since + LATER
-        if loop.time() < due - TICK:
-            self._timer = loop.call_at(due, self._look, loop)
-        else:
+    def _flush(self) -> None:
+        if self._acks:
             self.say(ack=self._take_acks())
 
     async def queued(self) -> AsyncIterator[bytes]:
@@ -65,6 +55,7 @@ class Line:
             yield b"".join(message)
 
     def _take_acks(self) -> wire_pb2.Ack:
+        self._later.done()
         acks, self._acks = self._acks, []
         return wire_pb2.Ack(updates=acks)
 

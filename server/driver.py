@@ -8,7 +8,6 @@ disk and network happen elsewhere (`World`) and come back as inputs: they never 
 
 import asyncio
 import logging
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from atoll.protocols.events import (
 )
 from atoll.protocols.hand import Hand
 from atoll.protocols.inbox import Inbox
+from atoll.protocols.later import Later
 from atoll.server.clock import Clock
 from atoll.server.inputs import Input, in_order
 from atoll.server.journal import Journal, Payload
@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 LAZY = 0.005  # seconds an input may wait for others when all that waits for it is a receipt
 AT_ONCE = 2 << 20  # bytes of payloads that are copied without another thread
-TICK = 0.001  # seconds by which a loop's timer may come early
 BEHIND = 0.2  # seconds what was derived may wait for an input to be written with
 
 
@@ -118,9 +117,7 @@ class Driver:
         self._queue: Inbox[Input | Callable[[], None] | None] = Inbox()
         self._timers = Timers(clock, self._fire)
         self._limit: asyncio.TimerHandle | None = None
-        self._late: asyncio.TimerHandle | None = None  # to write what waits for no input
-        self._due_at = math.inf  # when that is to be, loop time; the timer may come before, at:
-        self._looks_at = 0.0
+        self._late = Later(self._waited)  # to write what waits for no input
         self._due = False  # it has waited long enough
         self._disk = Hand("journal")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -209,9 +206,9 @@ class Driver:
             self.fail(error)
         self._disk.close()
         self._timers.close()
-        for handle in (self._limit, self._late):
-            if handle is not None:
-                handle.cancel()
+        self._late.close()
+        if self._limit is not None:
+            self._limit.cancel()
         self._serving = False
         for last in self._queue.rest():
             if callable(last):
@@ -244,7 +241,7 @@ class Driver:
             await self._settle()
         elif self._unsaid:
             self.journal.stage([one.payload for one in inputs if one.payload is not None])
-            self._settle_in(LAZY)
+            self._late.within(LAZY)
         for call in calls:
             call()
 
@@ -280,7 +277,8 @@ class Driver:
 
     async def _settle(self) -> None:
         """Write down what was decided; then say it."""
-        self._due, self._due_at = False, math.inf
+        self._due = False
+        self._late.done()
         if not self._unsaid and not self.journal.behind:
             return
         assert self._loop is not None
@@ -303,7 +301,7 @@ class Driver:
         for one in told:
             self._note(one)
         if followed:
-            self._settle_in(BEHIND)
+            self._late.within(BEHIND)
         self._since_snapshot += len(said)
         if self.snapshot is not None and self._since_snapshot >= self.snapshot_every:
             self._since_snapshot = 0
@@ -333,28 +331,9 @@ class Driver:
             self._settling = self._urgent = False  # what is urgent in it is said with the rest
         return followed
 
-    def _settle_in(self, seconds: float) -> None:
-        assert self._loop is not None
-        self._due_at = min(self._due_at, self._loop.time() + seconds)
-        if self._late is not None:
-            if self._looks_at <= self._due_at:
-                return  # too early, perhaps: then it looks again
-            self._late.cancel()
-        self._look_at(self._due_at)
-
-    def _look_at(self, at: float) -> None:
-        assert self._loop is not None
-        self._looks_at = at
-        self._late = self._loop.call_at(at, self._look)
-
-    def _look(self) -> None:
-        assert self._loop is not None
-        self._late = None
-        if self._loop.time() > self._due_at - TICK:
-            self._due = True
-            self._queue.put(None)
-        elif self._due_at < math.inf:
-            self._look_at(self._due_at)
+    def _waited(self) -> None:
+        self._due = True
+        self._queue.put(None)
 
     def _act(self, one: _Decided) -> None:
         """An input is written: carry out what was decided about it."""

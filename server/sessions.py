@@ -13,13 +13,13 @@ from atoll.protocols import wire_pb2
 from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.inbox import Inbox
+from atoll.protocols.later import Later
 from atoll.protocols.links import PLAIN_LINK, Link
 from atoll.protocols.packed import MORE, Parts, nested, size
 
 Pack = Callable[[], wire_pb2.ServerMessage]
 
 LATER = 0.05  # seconds a receipt or an outcome may wait for company
-TICK = 0.001  # seconds by which a loop's timer may come early
 QUEUE = 256  # messages; a client that does not read is cut off rather than buffered without bound
 
 
@@ -36,9 +36,10 @@ class Session:
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # it does not read: end it now
     batch: bool = False  # the client reads several messages in one
     step: int = 0  # local steps done of the order in training, as last heard
-    _later: dict[str, Pack] = field(default_factory=dict)  # by update
-    _since: float = 0.0  # loop's time at which the first of these came
-    _timer: asyncio.TimerHandle | None = None  # stays when they have gone: it looks for the next
+    _waiting: dict[str, Pack] = field(default_factory=dict)  # by update
+
+    def __post_init__(self) -> None:
+        self._later = Later(self.flush)
 
     def send(self, message: wire_pb2.ServerMessage) -> None:
         """Queue a message, behind those that waited for one; a full queue ends the session."""
@@ -53,26 +54,16 @@ class Session:
         """Queue a receipt or an outcome, for which nobody waits: with the next message that is
         urgent, or within LATER seconds. An outcome says all that its receipt would: of one update
         only the last message is packed and sent."""
-        if not self._later:
-            loop = asyncio.get_running_loop()
-            self._since = loop.time()
-            if self._timer is None:
-                self._timer = loop.call_later(LATER, self._look, loop)
-        self._later[update] = pack
-
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        due = self._since + LATER
-        if self._later and loop.time() < due - TICK:
-            self._timer = loop.call_at(due, self._look, loop)
-        else:
-            self.flush()
+        if not self._waiting:
+            self._later.within(LATER)
+        self._waiting[update] = pack
 
     def flush(self) -> None:
-        if not self._later:
+        if not self._waiting:
             return
-        later, self._later = self._later, {}
-        for pack in later.values():
+        self._later.done()
+        waiting, self._waiting = self._waiting, {}
+        for pack in waiting.values():
             self._put((pack().SerializeToString(),))
 
     async def next(self) -> bytes | None:
