@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from atoll.client.local import LocalConfig as LocalConfig
     from atoll.client.local import TorchTrainer as TorchTrainer
     from atoll.client.specs import make_trainer as make_trainer
+    from atoll.client.trainer import Task as Task
+    from atoll.client.trainer import Trained as Trained
     from atoll.client.trainer import Trainer as Trainer
 
 __getattr__ = exports(
@@ -20,7 +22,9 @@ __getattr__ = exports(
         "Data": "data",
         "LocalAlgorithm": "algorithm",
         "LocalConfig": "local",
+        "Task": "trainer",
         "TorchTrainer": "local",
+        "Trained": "trainer",
         "Trainer": "trainer",
         "make_trainer": "specs",
     },

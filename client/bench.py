@@ -7,10 +7,10 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import Tensor
 
+from atoll.client import contract
 from atoll.client.local import TorchTrainer
 from atoll.client.trainer import Task, Trained, Trainer
 from atoll.protocols.codecs import codec
@@ -19,8 +19,8 @@ from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.tensors import flatten, pack
 
 Clock = Callable[[], float]
-T = TypeVar("T")
 
+LONGEST = 1 << 30  # steps of an order, however little they do
 WARM = 3  # steps before the clock starts: the first ones allocate, and compile on a GPU
 
 
@@ -53,7 +53,7 @@ def bench(
 
     Steps are run in orders that double, so that an order's own cost does not count for much.
     """
-    before = _copied(trainer.train(Task(0)).tensors)
+    before = _copied(contract.train(trainer, Task(0)).tensors)
     ours = trainer if isinstance(trainer, TorchTrainer) else None
     optimizer = ours.optimizer_state() if ours else {}
     manifest = ours.manifest if ours else manifest
@@ -61,7 +61,7 @@ def bench(
         steps, examples, elapsed, work = _timed(trainer, seconds, clock)
         encode = _encode_mb_s(manifest, work.tensors, clock) if manifest else 0.0
     finally:
-        trainer.load(before)
+        contract.load(trainer, before)
         if ours:
             ours.load_optimizer_state(optimizer)
     device = str(ours.device) if ours else "unknown"
@@ -74,15 +74,14 @@ def check(trainer: Trainer, manifest: Manifest | None = None) -> Check:
     Raises ClientError FL-C103 where the model is not the `manifest`'s, and FL-C104 where the
     trainer fails or breaks its contract.
     """
-    before = _guarded("train for 0 steps", lambda: _copied(trainer.train(Task(0)).tensors))
+    before = _copied(contract.train(trainer, Task(0)).tensors)
     own = trainer.manifest if isinstance(trainer, TorchTrainer) else manifest
     if manifest is not None:
         _fits(manifest, own, before)
-    _guarded("load", lambda: trainer.load(before))
+    contract.load(trainer, before)
+    contract.examples(trainer)
     reported: list[int] = []
-    work: Trained = _guarded(
-        "train for 2 steps", lambda: trainer.train(Task(2, report=reported.append))
-    )
+    work = contract.train(trainer, Task(2, report=reported.append))
     if work.steps != 2 or reported != [1, 2] or work.examples < 1:
         raise ClientError(
             "FL-C104",
@@ -90,19 +89,19 @@ def check(trainer: Trainer, manifest: Manifest | None = None) -> Check:
             f"{work.examples} examples",
             "run exactly task.steps steps and call task.report(step) after each",
         )
-    metrics = dict(_guarded("evaluate", trainer.evaluate))
-    _guarded("load", lambda: trainer.load(before))
+    metrics = contract.evaluate(trainer)
+    contract.load(trainer, before)
     parameters = own.counts["trainable"] if own is not None else 0
     return Check(work.steps, work.metrics.get("loss"), parameters, len(before), metrics)
 
 
 def _timed(trainer: Trainer, seconds: float, clock: Clock) -> tuple[int, int, float, Trained]:
     """(steps, examples, seconds that they took, the last work), after a warm-up."""
-    done = trainer.train(Task(WARM)).steps
+    done = contract.train(trainer, Task(WARM)).steps
     steps, examples, elapsed, order = 0, 0, 0.0, 1
     while True:
         start = clock()
-        work = trainer.train(Task(order, done))
+        work = contract.train(trainer, Task(order, done))
         elapsed += clock() - start
         if work.steps < 1:
             raise ClientError(
@@ -116,8 +115,8 @@ def _timed(trainer: Trainer, seconds: float, clock: Clock) -> tuple[int, int, fl
 
 def _next(order: int, step: float, left: float) -> int:
     """Steps of the next order: twice as many, but not past the time that is left."""
-    fits = math.ceil(left / step) if step > 0 else 2 * order
-    return max(1, min(2 * order, fits))
+    most = min(2 * order, LONGEST)
+    return max(1, math.ceil(min(left / step, most))) if step > 0 else most
 
 
 def _encode_mb_s(manifest: Manifest, tensors: Mapping[str, Tensor], clock: Clock) -> float:
@@ -148,13 +147,3 @@ def _fits(manifest: Manifest, own: Manifest | None, tensors: Mapping[str, Tensor
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _guarded(what: str, call: Callable[[], T]) -> T:
-    """`call()`, a failure of the user's code told as FL-C104. Errors of ours pass as they are."""
-    try:
-        return call()
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ClientError(
-            "FL-C104", f"the trainer cannot {what}: {error}", "fit the model to the data's shape"
-        ) from error

@@ -17,8 +17,8 @@ from typing import Any, cast
 
 import grpc
 
+from atoll.client import contract, transfer
 from atoll.client import session as machine
-from atoll.client import transfer
 from atoll.client.keep import Keep
 from atoll.client.line import BROKEN, Line
 from atoll.client.links import asked_of, capabilities, own_codecs
@@ -317,7 +317,7 @@ class Client:
             )
         examples = self._examples
         if examples is None:
-            examples = int(getattr(trainer, "examples", 0)) or 1
+            examples = contract.examples(trainer)
         pace = self._pace(trainer) if callable(self._pace) else self._pace
         self._info = ClientInfo(examples, pace, (BATCH, *capabilities(self._asked)))
         runs = local_dp(info.local_dp) if info.local_dp else None

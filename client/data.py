@@ -135,6 +135,11 @@ def from_user(found: object, spec: str, seed: int) -> Data:
     """A `Data` from what a user's object gave: Data, (train, test) Datasets, or one Dataset."""
     if isinstance(found, Data):
         return found
+    with slots.own_code("data", spec, "read"):
+        return _from_datasets(found, spec, seed)
+
+
+def _from_datasets(found: object, spec: str, seed: int) -> Data:
     train: Dataset[Any]
     test: Dataset[Any]
     if isinstance(found, tuple) and len(found) == 2 and all(_is_dataset(part) for part in found):

@@ -133,7 +133,8 @@ class Training:
                 self._post(machine.Lost(error.message))
             self._post(machine.Dropped(order))
         else:
-            logger.warning("client=%s order=%s %s", self._name, order, error)
+            where = error if logger.isEnabledFor(logging.INFO) else None
+            logger.warning("client=%s order=%s %s", self._name, order, error, exc_info=where)
             self._post(machine.Failed(order, error.code, error.message))
 
     def _train(self, bench: Workbench, job: Job) -> messages.Result:
@@ -169,12 +170,17 @@ class Training:
         try:
             found = await judging
         except Exception as error:  # training goes on
-            if getattr(error, "code", "") not in BROKEN:
-                logger.exception("client=%s version=%d not evaluated", self._name, version)
-            elif self._line() is line:
-                self._post(machine.Lost(str(error)))
-            return
-        examples = int(found.pop("examples", 0))
+            if getattr(error, "code", "") in BROKEN:
+                if self._line() is line:
+                    self._post(machine.Lost(str(error)))
+                return
+            where = not isinstance(error, AtollError) or logger.isEnabledFor(logging.INFO)
+            logger.warning(
+                "client=%s version=%d not evaluated: %s", self._name, version, error, exc_info=where
+            )
+            found = {}  # as one without test data: the server waits for an answer
+        count = found.pop("examples", 0.0)
+        examples = int(count) if 0 < count < float("inf") else 0
         told = wire_pb2.Evaluation(version=version, metrics=found, examples=examples)
         if (now := self._line()) is not None:
             now.say(evaluation=told)

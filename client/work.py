@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atoll.aggregation.half import extras_of
 from atoll.aggregation.noise import KEY
-from atoll.client import inner, residual
+from atoll.client import contract, inner, residual
 from atoll.client.algorithm import LocalAlgorithm
 from atoll.client.holding import Beside, Fetch, Holding
 from atoll.client.keep import Keep, nothing_sent
@@ -23,7 +23,7 @@ from atoll.protocols import tensors
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecs import Codec
 from atoll.protocols.codecspec import ErrorFeedback
-from atoll.protocols.errors import AtollError, ClientError
+from atoll.protocols.errors import ClientError
 from atoll.protocols.events import Then
 from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.messages import Order, Result, Sent
@@ -92,14 +92,7 @@ class Workbench:
         for group in TRAVELLING:
             if payload.has(group):
                 named |= tensors.unflatten(self.manifest, group, payload.read(group))
-        try:
-            self.trainer.load(named)
-        except ValueError as error:
-            raise ClientError(
-                "FL-C103",
-                f"the trainer does not fit the run's model: {error}",
-                "give this client the run's model: see `fl-client test`",
-            ) from error
+        contract.load(self.trainer, named)
         return payload
 
     def do(
@@ -131,7 +124,7 @@ class Workbench:
             order.steps, self.outbox.steps, order.extra, asked, report, snapshot,
             extras, self.keep.now, self.keep.now, self.keep.life,
         )  # fmt: skip
-        trained = self._train(task)
+        trained = contract.train(self.trainer, task)
         seconds = time.perf_counter() - began
         if asked() == "drop":
             raise Dropped
@@ -141,17 +134,7 @@ class Workbench:
         if self.private is not None:  # what the model is worth here would tell of this data
             return {"examples": 0.0}
         self.load(sent, fetch)
-        return dict(self.trainer.evaluate())
-
-    def _train(self, task: Task) -> Trained:
-        try:
-            return self.trainer.train(task)
-        except AtollError:
-            raise
-        except Exception as error:  # a user's trainer may raise anything
-            raise ClientError(
-                "FL-C104", f"the trainer failed: {error!r}", "see the client's log"
-            ) from error
+        return contract.evaluate(self.trainer)
 
     def _seal(
         self,

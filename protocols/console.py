@@ -104,8 +104,14 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return _report(error, as_json)
     except (click.Abort, KeyboardInterrupt):  # click makes an Abort of the latter
         return _report(AtollError("FL-S208", "interrupted"), as_json)
-    except SystemExit as stop:  # e.g. click's own, where the reader of our output went away
-        return stop.code if isinstance(stop.code, int) else 1
+    except SystemExit as stop:
+        if _raised_by(stop) == "click.core":  # the reader of our output went away
+            return 1
+        if verbose:
+            traceback.print_exc()
+        what = f"code that this command runs calls sys.exit({stop.code!r})"
+        hint = "take it out of your module: -v shows where"
+        return _report(UsageError("FL-S103", what, hint), as_json)
     except click.ClickException as error:
         return _report_usage(error, as_json)
     except Exception as error:  # noqa: BLE001 - the last line of defence of a process
@@ -170,6 +176,12 @@ def _crash(error: Exception, verbose: bool) -> AtollError:
     except OSError as full:
         hint = f"this is a bug; no crash file could be written ({full}): run again with -v"
     return AtollError("FL-S100", f"{type(error).__name__}: {error}", hint)
+
+
+def _raised_by(error: BaseException) -> str:
+    """The module that raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"])
 
 
 def _asked(arguments: list[str]) -> tuple[bool, bool]:

@@ -15,6 +15,10 @@ never reused. `docs/errors.md` has a section for each, and a test raises each.
 
 from typing import NamedTuple
 
+# What code of a user's own may raise, `sys.exit()` too: `except RAISED` tells it as an error of its
+# own. KeyboardInterrupt is a person's word, and goes on.
+RAISED = (Exception, SystemExit)
+
 
 class Entry(NamedTuple):
     exit_code: int  # at most 125, a shell keeps 8 bits

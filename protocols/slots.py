@@ -10,6 +10,7 @@ entry points:
 A name that is offered twice is nobody's: it is refused when it is used.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -18,9 +19,9 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from atoll.protocols.errors import AtollError, UsageError
+from atoll.protocols.errors import RAISED, AtollError, UsageError
 
 Value = bool | int | float | str
 NUMBER = re.compile(
@@ -71,20 +72,39 @@ def resolve(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
 
 def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str, object]) -> object:
     """`made(**params)`. UsageError FL-S102: a wrong parameter; FL-S103: whatever else it raises."""
+    with own_code(slot, spec, "made"):
+        try:
+            return made(**params)
+        except TypeError as error:
+            if not params and _can_be_called(made):
+                raise  # nothing that was given is wrong
+            raise UsageError(
+                "FL-S102",
+                f"{slot} {spec!r}: {_unknown(made, params) or _no_number(made, params) or error}",
+                f"parameters: {_parameters(made)}",
+            ) from error
+
+
+@contextlib.contextmanager
+def own_code(slot: str, spec: str, when: str) -> Iterator[None]:
+    """Around code of a user's own: UsageError FL-S103 for whatever it raises, `sys.exit()` too."""
     try:
-        return made(**params)
-    except TypeError as error:
-        raise UsageError(
-            "FL-S102",
-            f"{slot} {spec!r}: {_unknown(made, params) or _no_number(made, params) or error}",
-            f"parameters: {_parameters(made)}",
-        ) from error
+        yield
     except AtollError:
         raise
-    except Exception as error:  # a user's code may raise anything
+    except RAISED as error:
         raise UsageError(
-            "FL-S103", f"{slot} {spec!r} fails when it is made: {_told(error)}", MEND
+            "FL-S103", f"{slot} {spec!r} fails when it is {when}: {_told(error)}", MEND
         ) from error
+
+
+def _can_be_called(made: Callable[..., object]) -> bool:
+    """Without arguments."""
+    try:
+        inspect.signature(made).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _unknown(made: Callable[..., object], params: Mapping[str, object]) -> str:
@@ -210,28 +230,34 @@ def see_own_folder() -> None:
 def _load(slot: str, path: str, package: str) -> object:
     module, _, attribute = path.partition(":")
     of = f" of {package}" if package else ""
+    mend = "mend the package, or uninstall it" if package else MEND
     see_own_folder()
     try:
         found: object = importlib.import_module(module)
-        for part in attribute.split("."):
+    except RAISED as error:
+        what = f"fails when it is imported: {_told(error)}"
+        if isinstance(error, ImportError):
+            what = f"cannot be imported: {error}"
+            if f"{module}.".startswith(f"{error.name}.") and not package:
+                mend = "check the path and PYTHONPATH"
+        raise UsageError("FL-S103", f"{slot} {path!r}{of} {what}", mend) from error
+    for part in attribute.split("."):
+        try:
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            "FL-S103",
-            f"{slot} {path!r}{of} cannot be imported: {error}",
-            "mend the package, or uninstall it" if package else "check the path and PYTHONPATH",
-        ) from error
-    except Exception as error:
-        raise UsageError(
-            "FL-S103",
-            f"{slot} {path!r}{of} fails when it is imported: {_told(error)}",
-            "mend the package, or uninstall it" if package else MEND,
-        ) from error
+        except AttributeError as error:
+            near = [] if package else difflib.get_close_matches(part, dir(found), 1)
+            raise UsageError(
+                "FL-S103",
+                f"{slot} {path!r}{of} cannot be imported: {error}",
+                f"did you mean {near[0]!r}?" if near else mend,
+            ) from error
     return found
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """`repr` of a SyntaxError is a page."""
+    if isinstance(error, SystemExit):
+        return f"it calls sys.exit({error.code!r})"
     return f"{type(error).__name__}: {error}"
 
 

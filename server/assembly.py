@@ -14,6 +14,7 @@ from atoll.aggregation.aggregator import Aggregator, aggregator
 from atoll.aggregation.outer import Outer, outer
 from atoll.aggregation.strategy import Strategy
 from atoll.client.algorithm import local_algorithm
+from atoll.client.contract import Judge
 from atoll.client.models import manifest_of
 from atoll.protocols import slots as slot
 from atoll.protocols import state
@@ -27,7 +28,7 @@ from atoll.server.buffers import Buffers
 from atoll.server.check import mixed
 from atoll.server.clock import Clock
 from atoll.server.driver import Driver
-from atoll.server.evaluate import Evaluator, Judge
+from atoll.server.evaluate import Evaluator
 from atoll.server.history import Row, line
 from atoll.server.host import Host
 from atoll.server.joint import Group, JointMerger

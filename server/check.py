@@ -16,7 +16,7 @@ from types import MappingProxyType
 from atoll.aggregation import compose
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols import codecspec, facts, slots
-from atoll.protocols.errors import UsageError
+from atoll.protocols.errors import RAISED, UsageError
 from atoll.protocols.facts import Facts
 from atoll.protocols.links import Allowed
 from atoll.server import catalogue, dp, momenta
@@ -257,7 +257,7 @@ def _importable(module: str) -> bool:
     slots.see_own_folder()
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
+    except RAISED:  # of a package around it
         return False
 
 

@@ -25,7 +25,7 @@ from atoll.aggregation.aggregator import (
 from atoll.aggregation.mean import Mean
 from atoll.aggregation.stack import Reported
 from atoll.protocols.codecs import TILE, Decoder, accumulate, all_finite
-from atoll.protocols.errors import AtollError, ServerError, UsageError
+from atoll.protocols.errors import RAISED, AtollError, ServerError, UsageError
 from atoll.server.passes import Area, Crew, NotFiniteError, Reading, scratch, zeros
 
 MEAN = Mean()
@@ -168,7 +168,7 @@ def _own_code(rule: Aggregator) -> Iterator[None]:
         yield
     except (AtollError, NotFiniteError):
         raise
-    except Exception as error:  # a user's code may raise anything
+    except RAISED as error:  # a user's code may raise anything
         raise ServerError(
             "FL-S204",
             f"aggregator {type(rule).__name__} failed: {type(error).__name__}: {error}",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from atoll.client import stacked
+from atoll.client import contract, stacked
 from atoll.client.local import TorchTrainer
 from atoll.client.trainer import Task, Tensors, Trained, Trainer
 
@@ -77,8 +77,8 @@ class OneByOne:
 
     def trained(self, job: Job, start: Start) -> Trained:
         trainer = self.trainer(job.client)
-        trainer.load(start())
-        return trainer.train(job.task())
+        contract.load(trainer, start())
+        return contract.train(trainer, job.task())
 
     def forget(self, order: str) -> None:
         pass

@@ -18,8 +18,6 @@ def clients_of(given: Mapping[str, Any], seed: int) -> list[ClientModel]:
     count, speeds, change = given["clients"], given["speeds"], given["change"]
     if count is not None and count < 1:
         raise UsageError("FL-S108", f"--clients {count}", "give at least 1")
-    if not 0 < given["pace"] < float("inf"):
-        raise UsageError("FL-S108", f"--pace {given['pace']}", "give seconds per step, above 0")
     speeds = speeds or ("speeds:1,1,2,4" if count is None else "lognormal:0.6")
     if speeds[0].isdecimal():
         speeds = f"speeds:{speeds}"
@@ -110,6 +108,6 @@ def dropout_of(text: str) -> tuple[float, float]:
         found = float(up), float(away or 60.0)
     except ValueError:
         found = 0.0, 0.0
-    if not all(value > 0 for value in found):
+    if not all(0 < value < float("inf") for value in found):
         raise UsageError("FL-S108", f"--dropout {text!r}", "give seconds above 0, e.g. 600,60")
     return found

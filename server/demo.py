@@ -55,7 +55,7 @@ class DemoSpec:
                 f"--speeds names {len(self.speeds)} clients, --clients is {self.clients}",
                 "give one speed per client, e.g. --clients 4 --speeds 1,1,2,4",
             )
-        if not self.timeout > 0:
+        if not 0 < self.timeout < float("inf"):
             raise UsageError("FL-S108", f"--timeout {self.timeout}", "give seconds above 0")
         if not all(SLOWEST <= s <= 1 / SLOWEST for s in self.speeds):
             told = ",".join(f"{s:g}" for s in self.speeds)

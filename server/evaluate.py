@@ -7,19 +7,14 @@ slow evaluation skips versions and never makes a `Train` wait.
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from torch import Tensor
 
+from atoll.client import contract
+from atoll.client.contract import Judge
+from atoll.protocols.errors import AtollError
+
 logger = logging.getLogger(__name__)
-
-
-class Judge(Protocol):
-    """Something that knows test data: a `Trainer` is one."""
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
-
-    def evaluate(self) -> Mapping[str, float]: ...
 
 
 class Evaluator:
@@ -66,10 +61,14 @@ class Evaluator:
             if version is None:
                 return
             try:
-                self._judge.load(self._read(version))
-                metrics = dict(self._judge.evaluate())
-            except Exception:  # a user's model may raise anything; training goes on
-                logger.exception("version=%d could not be evaluated", version)
+                contract.load(self._judge, self._read(version))
+                metrics = contract.evaluate(self._judge)
+            except Exception as error:  # training goes on
+                expected = isinstance(error, AtollError)  # of a user's model, which may do anything
+                where = not expected or logger.isEnabledFor(logging.INFO)
+                logger.warning(
+                    "version=%d could not be evaluated: %s", version, error, exc_info=where
+                )
                 self._failed(version)
             else:
                 self._report(version, metrics)

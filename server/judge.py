@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from atoll.client.contract import Judge
 from atoll.client.data import Data, from_user, load_data
 from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import build as build_model
 from atoll.client.options import own_trainer
-from atoll.server.evaluate import Judge
 from atoll.server.spec import RunSpec
 
 

@@ -144,16 +144,23 @@ def private(given: Mapping[str, Any]) -> tuple[str, str]:
 
 def check_numbers(given: Mapping[str, Any]) -> None:
     """What nobody can mean is refused here, before anything starts. UsageError FL-S102."""
+
+    def finite(value: float) -> bool:
+        return 0 < value < float("inf")
+
     limits: dict[str, tuple[Callable[[float], bool], str]] = {  # option: (holds, what to give)
-        "lr": (lambda v: 0 < v < float("inf"), "a number above 0"),
+        "lr": (finite, "a number above 0"),
         "batch": (lambda v: v >= 1, "at least 1"),
         "local_momentum": (lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-        "clip": (lambda v: v > 0, "a number above 0"),
-        "lease": (lambda v: 0 < v < float("inf"), "seconds above 0"),
+        "clip": (finite, "a number above 0"),
+        "max_epsilon": (finite, "a number above 0"),
+        "lease": (finite, "seconds above 0"),
         "save_every": (lambda v: v >= 1, "at least 1"),
         "keep": (lambda v: v >= 1, "at least 1"),
         "seed": (lambda v: 0 <= v < 1 << 63, "a whole number from 0"),
-        "until": (lambda v: v > 0, "virtual seconds above 0"),
+        "until": (finite, "virtual seconds above 0"),
+        "pace": (finite, "seconds per step, above 0"),
+        "workers": (lambda v: v >= 1, "at least 1"),
         "threads": (lambda v: v >= 1, "at least 1"),
         "evaluate_every": (lambda v: v >= 1, "at least 1"),
         "most_examples": (lambda v: v >= 0, "at least 1, or 0 for no bound"),

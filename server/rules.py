@@ -36,8 +36,10 @@ class Rules:
     def __post_init__(self) -> None:
         for name in ("versions", "updates", "steps", "seconds", "patience"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError("FL-S108", f"{name}={value} would end the run at once", "give > 0")
+            if value is not None and not 0 < value < math.inf:
+                ends = "at once" if value <= 0 else "never"
+                hint = "give a number above 0, or leave it out"
+                raise UsageError("FL-S108", f"{name}={value} would end the run {ends}", hint)
         if self.target is not None:
             share = self.metric == "accuracy"
             if not math.isfinite(self.target) or (share and not 0 < self.target <= 1):

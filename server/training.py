@@ -21,6 +21,7 @@ from atoll.aggregation.aggregator import Aggregator, aggregator
 from atoll.aggregation.half import Numbers, extras_of, generation, told, told_to
 from atoll.aggregation.outer import Outer, outer
 from atoll.aggregation.strategy import Strategy
+from atoll.client import contract
 from atoll.client.algorithm import LocalAlgorithm, local_algorithm
 from atoll.client.data import Data, Indices, load_data
 from atoll.client.local import LocalConfig, TorchTrainer
@@ -214,7 +215,7 @@ class Training:
         initial = {name: tensor.detach() for name, tensor in named_tensors(module)}
         return cls(
             made.__getitem__, manifest_of(module), initial, judge=trainers.judge(),
-            examples={name: int(getattr(t, "examples", 0)) or 1 for name, t in made.items()},
+            examples={name: contract.examples(t) for name, t in made.items()},
             aggregator=rule, outer=outer(step),
             buffers=cast("Buffers", buffers), up=up, down=down, codecs=codecs,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
@@ -351,8 +352,8 @@ class Training:
     def evaluate(self, version: int) -> Mapping[str, float]:
         if self._judge is None:
             return {}
-        self._judge.load(self._versions.open(version).tensors())
-        return dict(self._judge.evaluate())
+        contract.load(self._judge, self._versions.open(version).tensors())
+        return contract.evaluate(self._judge)
 
     def forget(self, update: str, fate: Fate) -> None:
         held = self._held.pop(update, None)

@@ -8,7 +8,7 @@ import pytest
 
 NAMES = {
     "atoll.server": ["Rules", "Server", "Training", "simulate"],
-    "atoll.client": ["Client", "Trainer"],
+    "atoll.client": ["Client", "Task", "Trained", "Trainer"],
     "atoll.p2p": ["Peer"],
     "atoll.aggregation": [
         "FedAvg", "FedBuff", "FedCompass",  # when

@@ -147,4 +147,4 @@ def test_a_trainer_that_runs_other_than_what_was_asked_is_told(ran: int) -> None
     with pytest.raises(ClientError) as caught:
         check(Steady(1.0, ran=ran))
     assert caught.value.code == "FL-C104"
-    assert f"ran {2 + ran}" in caught.value.message
+    assert "ran 1" in caught.value.message  # of 2, or where it was asked for none

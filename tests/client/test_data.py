@@ -364,3 +364,16 @@ def test_what_is_no_data_is_refused(found: object, code: str) -> None:
     with pytest.raises(DataError) as caught:
         from_user(found, "m:o", seed=0)
     assert caught.value.code == code
+
+
+def test_a_dataset_that_raises_is_told_as_the_users() -> None:
+    """It was told as a bug of ours, with a crash file to report."""
+
+    class Broken(Pairs):
+        def __getitem__(self, at: int) -> tuple[Tensor, int]:
+            raise KeyError("image")
+
+    with pytest.raises(UsageError) as caught:
+        from_user(Broken(9), "mine:Broken", 0)
+    assert caught.value.code == "FL-S103"
+    assert caught.value.message == "data 'mine:Broken' fails when it is read: KeyError: 'image'"

@@ -167,6 +167,18 @@ def test_a_reader_that_went_away_is_not_a_bug(capsys: pytest.CaptureFixture[str]
     assert "FL-S100" not in capsys.readouterr().err
 
 
+def test_a_users_module_that_calls_sys_exit_ends_no_command_without_a_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The exit code was the module's own, 0 too, and nothing was said."""
+    assert console.run(command(fail(SystemExit(0))), ["go", "--json", "-v"]) == 78
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert (error["code"], error["hint"][:11]) == ("FL-S103", "take it out")
+    assert "calls sys.exit(0)" in error["message"]
+    assert "Traceback" in err
+
+
 def test_other_trouble_of_clicks_is_told_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.run(command(fail(click.FileError("x.npz", "not readable"))), ["go"]) == 2
     assert "x.npz" in capsys.readouterr().err

@@ -164,6 +164,7 @@ def test_a_package_cannot_take_the_name_of_a_built_in_part(package: Package) -> 
         ("", "has no attribute 'Mine'"),
         ("1 / 0\n", "ZeroDivisionError"),
         ("class Mine(\n", "SyntaxError"),
+        ("raise SystemExit(3)\n", r"it calls sys.exit\(3\)"),
     ],
 )
 def test_a_broken_package_is_one_error_that_names_it(package: Package, code: str, why: str) -> None:
@@ -174,6 +175,8 @@ def test_a_broken_package_is_one_error_that_names_it(package: Package, code: str
     assert "of package 'theirs_atoll'" in caught.value.message
 
 
+SUMS = "def Mine():\n    return 1 + 'a'\n"
+LEAVES = "import sys\nclass Mine:\n    def __init__(self):\n        sys.exit()\n"
 FAILS = "class Mine:\n    def __init__(self):\n        {}['size']\n"
 
 
@@ -183,6 +186,12 @@ FAILS = "class Mine:\n    def __init__(self):\n        {}['size']\n"
         ("1 / 0\n", "fails when it is imported: ZeroDivisionError: division by zero"),
         ("class Mine(\n", "fails when it is imported: SyntaxError: '(' was never closed (theirs_a"),
         (FAILS, "fails when it is made: KeyError: 'size'"),
+        ("raise SystemExit('bye')\n", "fails when it is imported: it calls sys.exit('bye')"),
+        (
+            SUMS,
+            "fails when it is made: TypeError: unsupported operand",
+        ),  # FL-S102, parameters: none
+        (LEAVES, "fails when it is made: it calls sys.exit(None)"),  # the command ended, with 0
     ],
 )
 def test_a_mistake_in_a_users_own_module_is_one_error_that_says_which(
@@ -195,6 +204,33 @@ def test_a_mistake_in_a_users_own_module_is_one_error_that_says_which(
     assert caught.value.code == "FL-S103"
     assert said in caught.value.message
     assert caught.value.hint == "mend it: -v shows where"
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        ("", "mend it: -v shows where"),
+        ("class Mini: ...\n", "did you mean 'Mini'?"),
+        ("import no_such_module_here\n", "mend it: -v shows where"),  # it was the path's fault
+        ("from json import no_such_name\n", "mend it: -v shows where"),
+    ],
+)
+def test_what_is_not_in_a_users_module_is_no_matter_of_paths(
+    package: Package, code: str, hint: str
+) -> None:
+    package("theirs_atoll", code)
+    with pytest.raises(UsageError, match="cannot be imported") as caught:
+        slots.find("codec", "theirs_atoll:Mine", BUILTIN)
+    assert (caught.value.code, caught.value.hint) == ("FL-S103", hint)
+    with pytest.raises(UsageError) as caught:
+        slots.find("codec", "theirs_atol:Mine", BUILTIN)
+    assert caught.value.hint == "check the path and PYTHONPATH"
+
+
+def test_ctrl_c_while_a_users_module_is_imported_goes_on(package: Package) -> None:
+    package("theirs_atoll", "raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        slots.resolve("codec", "theirs_atoll:Mine", BUILTIN)
 
 
 @pytest.mark.parametrize("spec", ["fedavg:steps=x", "fedavg:steps=", "fedavg:cohort=all"])

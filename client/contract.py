@@ -1,0 +1,124 @@
+"""Contract: a trainer is asked here; what it raises or returns amiss is told as its own.
+
+Whoever wrote it reads one line that says which method did what (FL-C104), in a run, a simulation, a
+test and on a server alike, and never of a bug of ours.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import index
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from atoll.client.trainer import Task, Tensors, Trained, Trainer
+from atoll.protocols.errors import RAISED, AtollError, ClientError
+
+T = TypeVar("T")
+
+RETURN = "return Trained(tensors, steps, examples, metrics) of atoll.client"
+
+
+class Judge(Protocol):
+    """Something that knows test data: a `Trainer` is one."""
+
+    def load(self, tensors: Tensors) -> None: ...
+
+    def evaluate(self) -> Mapping[str, float]: ...
+
+
+def load(judge: Judge, tensors: Tensors) -> None:
+    """ClientError FL-C103 where they do not fit, as the trainer says by ValueError; FL-C104."""
+    with _told("load"):
+        try:
+            judge.load(tensors)
+        except ValueError as error:
+            raise ClientError(
+                "FL-C103",
+                f"the trainer does not fit the run's model: {error}",
+                "give this client the run's model: see `fl-client test`",
+            ) from error
+
+
+def train(trainer: Trainer, task: Task) -> Trained:
+    """ClientError FL-C104."""
+    with _told("train"):
+        made: object = trainer.train(task)
+    if not isinstance(made, Trained):
+        raise _broken(f"train() returned {_kind(made)}, not a Trained", RETURN)
+    if not isinstance(made.tensors, Mapping):
+        raise _broken(f"train() returned tensors as {_kind(made.tensors)}", "give {name: Tensor}")
+    for name, value in made.tensors.items():
+        if not isinstance(value, Tensor):
+            hint = "give torch Tensors, e.g. by torch.from_numpy"
+            raise _broken(f"train() returned {name!r} as {_kind(value)}", hint)
+    if type(made.steps) is not int or type(made.examples) is not int:
+        made = replace(
+            made,
+            steps=_whole("train() gave steps", made.steps),
+            examples=_whole("train() gave examples", made.examples),
+        )
+    if made.steps > task.steps:
+        what = f"train() was asked for {task.steps} steps and ran {made.steps}"
+        raise _broken(what, "run exactly task.steps")
+    if any(type(value) is not float for value in made.metrics.values()):
+        made = replace(made, metrics=_numbers("train", made.metrics))
+    return made
+
+
+def evaluate(judge: Judge) -> dict[str, float]:
+    """ClientError FL-C104."""
+    with _told("evaluate"):
+        found: object = judge.evaluate()
+    if not isinstance(found, Mapping):
+        hint = "return {name: number}, or {} where there is no test data"
+        raise _broken(f"evaluate() returned {_kind(found)}, not a mapping", hint)
+    return _numbers("evaluate", found)
+
+
+def examples(trainer: Trainer) -> int:
+    """Its weight in an average, at least 1; where it says none, 1. ClientError FL-C104."""
+    found = _whole("examples", getattr(trainer, "examples", 1))
+    if found < 0:
+        raise _broken(f"examples={found}", "give how many it holds")
+    return found or 1
+
+
+@contextmanager
+def _told(method: str) -> Iterator[None]:
+    try:
+        yield
+    except AtollError:
+        raise
+    except RAISED as error:
+        hint = "mend it, its model or its data: -v shows where"
+        raise _broken(f"{method}() failed: {error!r}", hint) from error
+
+
+def _whole(name: str, value: object) -> int:
+    return _as(index, name, value, "a whole number")
+
+
+def _numbers(method: str, metrics: Mapping[str, object]) -> dict[str, float]:
+    """As floats: a tensor of one value is as good as one."""
+    return {
+        str(name): _as(float, f"{method}() gave {name}", value, "a number")
+        for name, value in metrics.items()
+    }
+
+
+def _as(kind: Callable[..., T], name: str, value: object, want: str) -> T:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shown = repr(value)
+        raise _broken(f"{name}={shown[:60]}", f"give {want}") from error
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _broken(what: str, hint: str) -> ClientError:
+    return ClientError("FL-C104", f"the trainer's {what}", hint)

@@ -1,0 +1,125 @@
+"""The contract: what a trainer does amiss is told as its own, by the method that did it."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from atoll.client import contract
+from atoll.client.trainer import Task, Tensors, Trained
+from atoll.protocols.errors import ClientError, DataError
+
+W = {"w": torch.zeros(3)}
+
+
+class Mine:
+    """A trainer whose methods do what they were given."""
+
+    def __init__(self, does: Any = None, **more: Any) -> None:
+        self.does = does
+        self.__dict__ |= more
+
+    def load(self, tensors: Tensors) -> None:
+        self.does()
+
+    def train(self, task: Task) -> Trained:
+        return self.does() if callable(self.does) else self.does  # type: ignore[no-any-return]
+
+    evaluate: Any = train
+
+
+def leave() -> None:
+    sys.exit(2)
+
+
+def fail() -> None:
+    raise KeyError("oops")
+
+
+def misfit() -> None:
+    raise ValueError("w is (4,)")
+
+
+def given(tensors: Any = W, steps: Any = 2, examples: Any = 64, metrics: Any = None) -> Trained:
+    return Trained(tensors, steps, examples, metrics or {})
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (None, "train() returned None, not a Trained"),  # was an AttributeError of ours
+        ((W, 2), "train() returned a tuple, not a Trained"),
+        (given(tensors=[1]), "train() returned tensors as a list"),
+        (given(tensors={"w": torch.zeros(3).numpy()}), "train() returned 'w' as a ndarray"),
+        (given(steps=2.0), "train() gave steps=2.0"),
+        (given(examples=None), "train() gave examples=None"),
+        (given(steps=3), "train() was asked for 2 steps and ran 3"),
+        (given(metrics={"loss": "low"}), "train() gave loss='low'"),
+        (given(metrics={"loss": torch.zeros(2)}), "train() gave loss=tensor([0., 0.])"),
+        (fail, "train() failed: KeyError('oops')"),
+        (leave, "train() failed: SystemExit(2)"),  # ended the command without a word
+        (misfit, "train() failed: ValueError('w is (4,)')"),
+    ],
+)
+def test_what_train_does_amiss_is_told(returned: Any, said: str) -> None:
+    with pytest.raises(ClientError) as caught:
+        contract.train(Mine(returned), Task(2))
+    assert (caught.value.code, caught.value.message) == ("FL-C104", f"the trainer's {said}")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (None, "evaluate() returned None, not a mapping"),
+        ({"accuracy": "good"}, "evaluate() gave accuracy='good'"),  # ended the server's run
+        (fail, "evaluate() failed: KeyError('oops')"),
+    ],
+)
+def test_what_evaluate_does_amiss_is_told(returned: Any, said: str) -> None:
+    class Judge(Mine):
+        def evaluate(self) -> Mapping[str, float]:
+            return self.train(Task(0))  # type: ignore[return-value]
+
+    with pytest.raises(ClientError) as caught:
+        contract.evaluate(Judge(returned))
+    assert (caught.value.code, caught.value.message) == ("FL-C104", f"the trainer's {said}")
+
+
+def test_numbers_of_torch_and_numpy_are_numbers() -> None:
+    import numpy as np
+
+    told = given(examples=np.int64(64), metrics={"loss": torch.tensor(0.5), "n": 3})
+    made = contract.train(Mine(told), Task(2))
+    assert (made.examples, made.metrics) == (64, {"loss": 0.5, "n": 3.0})
+    assert type(made.examples) is int
+    assert contract.train(Mine(given(steps=1)), Task(2)).steps == 1  # it was asked to stop
+
+
+def test_a_model_that_does_not_fit_is_apart_from_a_load_that_fails() -> None:
+    for does, code in ((misfit, "FL-C103"), (fail, "FL-C104"), (leave, "FL-C104")):
+        with pytest.raises(ClientError) as caught:
+            contract.load(Mine(does), W)
+        assert caught.value.code == code
+
+
+def test_errors_of_ours_and_ctrl_c_pass_as_they_are() -> None:
+    def lost() -> None:
+        raise DataError("FL-D105", "no data")
+
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    for does, kind in ((lost, DataError), (stopped, KeyboardInterrupt)):
+        with pytest.raises(kind):
+            contract.train(Mine(does), Task(2))
+
+
+def test_what_it_holds_is_its_weight() -> None:
+    assert contract.examples(Mine()) == contract.examples(Mine(examples=0)) == 1
+    assert contract.examples(Mine(examples=7)) == 7
+    for wrong in (None, "many", -5):
+        with pytest.raises(ClientError, match=f"FL-C104: the trainer's examples={wrong!r}"):
+            contract.examples(Mine(examples=wrong))
