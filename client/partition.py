@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from atoll.client.data import Data, Indices
-from atoll.protocols.errors import DataError
+from atoll.client.partspec import KNOWN, impossible, parse
 
 LEAST = 10  # examples a client must get from a random draw, as in the papers' code
 TRIES = 1000
-KNOWN = "iid, contiguous, classes:K, dirichlet:A, quantity:A, column:NAME"
 
 Labels = npt.NDArray[Any]
 
@@ -33,25 +32,23 @@ def partition(
 
     Raises DataError FL-D104 where the parts cannot be made.
     """
-    name, _, argument = spec.partition(":")
+    asked = parse(spec)
     if clients < 1 or len(labels) < clients:
-        raise _impossible(f"{len(labels)} examples for {clients} clients", "use fewer clients")
+        raise impossible(f"{len(labels)} examples for {clients} clients", "use fewer clients")
     rng = np.random.default_rng(seed)
-    match name:
-        case "iid" if not argument:
+    match asked.name:
+        case "iid":
             parts = np.array_split(rng.permutation(len(labels)), clients)
-        case "contiguous" if not argument:
+        case "contiguous":
             parts = np.array_split(np.arange(len(labels)), clients)
         case "classes":
-            parts = _by_classes(labels, clients, _number(spec, argument, whole=True), rng)
+            parts = _by_classes(labels, clients, asked.number, rng)
         case "dirichlet":
-            parts = _dirichlet(labels, clients, _number(spec, argument), rng)
+            parts = _dirichlet(labels, clients, asked.number, rng)
         case "quantity":
-            parts = _dirichlet(np.zeros(len(labels)), clients, _number(spec, argument), rng)
-        case "column":
-            parts = _by_sites(argument, sites, clients)
+            parts = _dirichlet(np.zeros(len(labels)), clients, asked.number, rng)
         case _:
-            raise _impossible(f"unknown partition {spec!r}", f"known: {KNOWN}")
+            parts = _by_sites(asked.column, sites, clients)
     return [np.sort(part).astype(np.int64) for part in parts]
 
 
@@ -59,7 +56,7 @@ def shard_of(data: Data, spec: str, shard: tuple[int, int], seed: int) -> Indice
     """The examples of client `shard[0]` of `shard[1]`, counted from 0."""
     at, clients = shard
     if not 0 <= at < clients:
-        raise _impossible(f"shard {at} of {clients}", "shards are counted from 0")
+        raise impossible(f"shard {at} of {clients}", "shards are counted from 0")
     return shards_of(data, spec, clients, seed)[at]
 
 
@@ -68,13 +65,13 @@ def shards_of(data: Data, spec: str, clients: int, seed: int) -> list[Indices]:
     name, _, column = spec.partition(":")
     labelled = name in ("classes", "dirichlet")
     if labelled and data.info.kind != "classification":
-        raise _impossible(f"{spec!r} needs classes, the data is {data.info.kind}", f"use {KNOWN}")
+        raise impossible(f"{spec!r} needs classes, the data is {data.info.kind}", f"use {KNOWN}")
     if name == "iid" and data.info.kind == "text":
         spec = "contiguous"  # neighbouring windows belong together
     sites = data.columns.get(column) if name == "column" else None
     if name == "column" and sites is None:
         known = ", ".join(sorted(data.columns)) or "none"
-        raise _impossible(f"the data has no column {column!r}", f"its columns: {known}")
+        raise impossible(f"the data has no column {column!r}", f"its columns: {known}")
     return partition(spec, data.labels(labelled), clients, seed, sites)
 
 
@@ -83,7 +80,7 @@ def _by_classes(labels: Labels, clients: int, k: float, rng: np.random.Generator
     classes = rng.permutation(np.unique(labels))
     count, each = len(classes), int(k)
     if each > count or clients * each < count:
-        raise _impossible(
+        raise impossible(
             f"{clients} clients of {each} classes cannot share {count} classes",
             f"use classes:K with K from {-(-count // clients)} to {count}",
         )
@@ -92,7 +89,7 @@ def _by_classes(labels: Labels, clients: int, k: float, rng: np.random.Generator
         holders = [i for i in range(clients) if (at - i * each) % count < each]
         examples = rng.permutation(np.flatnonzero(labels == value))
         if len(examples) < len(holders):
-            raise _impossible(
+            raise impossible(
                 f"class {value} has {len(examples)} examples for {len(holders)} clients",
                 "use fewer clients or a smaller K",
             )
@@ -109,7 +106,7 @@ def _dirichlet(labels: Labels, clients: int, a: float, rng: np.random.Generator)
     """
     classes, counts = np.unique(labels, return_counts=True)
     if len(labels) < LEAST * clients:
-        raise _impossible(
+        raise impossible(
             f"{len(labels)} examples for {clients} clients of at least {LEAST}", "use fewer clients"
         )
     for _ in range(TRIES):
@@ -119,7 +116,7 @@ def _dirichlet(labels: Labels, clients: int, a: float, rng: np.random.Generator)
         if np.diff(cuts, axis=1, prepend=0).sum(axis=0).min() >= LEAST:
             break
     else:
-        raise _impossible(
+        raise impossible(
             f"dirichlet({a}) left a client under {LEAST} examples in each of {TRIES} draws",
             "use a larger A or fewer clients",
         )
@@ -134,10 +131,10 @@ def _dirichlet(labels: Labels, clients: int, a: float, rng: np.random.Generator)
 def _by_sites(column: str, sites: Sequence[str] | None, clients: int) -> list[Indices]:
     """Whole sites to clients, the largest first, each to whom has least so far."""
     if sites is None:
-        raise _impossible(f"no column {column!r} to split by", "use data with that column")
+        raise impossible(f"no column {column!r} to split by", "use data with that column")
     names, at, counts = np.unique(np.asarray(sites), return_inverse=True, return_counts=True)
     if len(names) < clients:
-        raise _impossible(
+        raise impossible(
             f"column {column!r} has {len(names)} values for {clients} clients", "use fewer clients"
         )
     held = [0] * clients
@@ -146,18 +143,3 @@ def _by_sites(column: str, sites: Sequence[str] | None, clients: int) -> list[In
         owner[site] = held.index(min(held))
         held[owner[site]] += int(counts[site])
     return [np.flatnonzero(owner[at] == i) for i in range(clients)]
-
-
-def _number(spec: str, argument: str, whole: bool = False) -> float:
-    try:
-        value = float(argument)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf") or (whole and value != int(value)):
-        kind = "a whole number" if whole else "a number"
-        raise _impossible(f"partition {spec!r}", f"give {kind} above 0 after the colon")
-    return value
-
-
-def _impossible(what: str, hint: str) -> DataError:
-    return DataError("FL-D104", what, hint)

@@ -23,7 +23,6 @@ from atoll.server import catalogue, dp, momenta
 from atoll.server.presets import PRESETS
 from atoll.server.spec import STRATEGIES, RunSpec
 
-PARTITIONS = ("iid", "contiguous", "classes", "dirichlet", "quantity", "column")
 # Aggregators whose needs depend on their parameters, and that can be made without torch.
 LEARNERS: Mapping[str, str] = {"fedlaw": "atoll.aggregation.fedlaw:FedLaw"}
 FILES = ("mnist", "cifar10", "text", "csv", "npz")  # data that lies at a path
@@ -47,12 +46,11 @@ def check(
 ) -> list[str]:
     """Warnings. UsageError or DataError for a slot's name, or a mix that cannot be.
 
-    `trains` False: the strategy alone matters. `clients`: how many there will ever be. `made` are
-    parts that are objects already, by slot; `gives`: what the run gives besides.
+    `trains` False: the strategy alone will be used, and what else is named need not go together.
+    `clients`: how many there will ever be. `made` are parts that are objects already, by slot;
+    `gives`: what the run gives besides.
     """
     strategy = strategy_of(spec) if "strategy" not in made else made["strategy"]
-    if not trains:
-        return []
     for one in each_pair(spec):
         for slot, name in [*_named(one).items(), ("model", spec.model)]:
             if slot.startswith("codec") and slot not in made:
@@ -61,7 +59,11 @@ def check(
                 _check_name(slot, name)
     if "data" not in made and spec.data:
         _check_data(spec.data)
-    _check_own(spec, made)
+    if spec.trainer and not _importable(slots.split(spec.trainer)[0]):
+        slots.find("trainer", spec.trainer, {})
+    if not trains:
+        return []
+    _check_shape(spec, made)
     learner = _learner(spec) if "aggregator" not in made else {}
     return mixed(spec, clients, {**learner, **made, "strategy": strategy}, gives)
 
@@ -199,9 +201,7 @@ def _named(spec: RunSpec) -> dict[str, str]:
     return {slot: getattr(spec, field) for slot, field in SLOTS.items()}
 
 
-def _check_own(spec: RunSpec, made: Mapping[str, object]) -> None:
-    if spec.trainer and not _importable(slots.split(spec.trainer)[0]):
-        slots.find("trainer", spec.trainer, {})
+def _check_shape(spec: RunSpec, made: Mapping[str, object]) -> None:
     shapeless = not spec.data and "data" not in made and "model" not in made
     if shapeless and slots.split(spec.model)[0] in catalogue.builtin("model"):
         raise UsageError(
@@ -216,16 +216,6 @@ def check_clients(spec: RunSpec) -> None:
         raise UsageError(
             "FL-S104", "--data none, and clients that train on it", "give --data, or a --trainer"
         )
-
-
-def check_partition(spec: str) -> None:
-    """DataError FL-D104 for a name that is none."""
-    if spec.partition(":")[0] not in PARTITIONS:
-        import numpy as np
-
-        from atoll.client.partition import partition
-
-        partition(spec, np.zeros(1), 1, 0)  # it knows better, and says what is wrong
 
 
 def strategy_of(spec: RunSpec) -> Strategy:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atoll.client import partspec
 from atoll.protocols import console, slots
 from atoll.protocols.errors import ServerError
 from atoll.server.options import check_numbers, data_of, mix_options, private, private_options
@@ -141,12 +142,12 @@ def demo(
 
 def _check(spec: "DemoSpec", run: "RunSpec", lr: float | None) -> None:
     """What cannot be is refused before a process is started."""
-    from atoll.server.check import check, check_clients, check_partition
+    from atoll.server.check import check, check_clients
     from atoll.server.rules import Rules
 
     check_numbers({"lr": lr, "seed": spec.seed})
     Rules(target=spec.target)
-    check_partition(spec.partition)
+    partspec.parse(spec.partition)
     check_clients(run)
     for warning in check(run, clients=spec.clients):
         console.say(f"warning: {warning}")

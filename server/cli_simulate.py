@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atoll.client import partspec
 from atoll.protocols import console
 from atoll.protocols.errors import UsageError
 from atoll.protocols.events import Action, Evaluated, Event, Merged
 from atoll.server.options import check_numbers, make_folder, rules_of, run_options, spec_of
 
 if TYPE_CHECKING:
+    from atoll.server.crew import Crew
     from atoll.server.simulation import Simulation
     from atoll.server.spec import RunSpec
+    from atoll.server.trainers import Trainers
     from atoll.server.training import Engine, Training
     from atoll.server.world import ClientModel
 
@@ -101,12 +104,14 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
         raise UsageError("FL-S104", "--null evaluates nothing", "drop --target-accuracy or --null")
     if not given["null"]:
         check_clients(spec)
+    engine = engine_of(given)
+    partspec.parse(given["partition"])
     clients = clients_of(given, spec.seed)
     check(spec, trains=not given["null"], clients=len(clients), gives=SIMULATED)
     if out is not None:
         make_folder(out)
     began = time.monotonic()
-    learning = None if given["null"] else training_of(spec, clients, given)
+    learning = None if given["null"] else training_of(spec, clients, given, engine)
     up, down = _sizes(spec, learning, given)
     with Progress(until) as progress, closing_crew(learning):
         found = run(
@@ -135,14 +140,20 @@ def engine_of(given: Mapping[str, Any]) -> "Engine | None":
             "give at least 1 worker, and --engine processes, ray or ray:ADDRESS",
         )  # fmt: skip
     if name == "ray":
-        from atoll.server.rayworkers import RayWorkers
 
-        return lambda trainers: RayWorkers(trainers, workers, threads, address or None)
-    if workers == 1:
-        return None
-    from atoll.server.workers import Workers
+        def on_ray(trainers: "Trainers") -> "Crew":
+            from atoll.server.rayworkers import RayWorkers
 
-    return lambda trainers: Workers.of(trainers, workers, threads)
+            return RayWorkers(trainers, workers, threads, address or None)
+
+        return on_ray
+
+    def here(trainers: "Trainers") -> "Crew":
+        from atoll.server.workers import Workers
+
+        return Workers.of(trainers, workers, threads)
+
+    return here if workers > 1 else None
 
 
 @contextmanager
@@ -155,7 +166,10 @@ def closing_crew(learning: "Training | None") -> Iterator[None]:
 
 
 def training_of(
-    spec: "RunSpec", clients: "Sequence[ClientModel]", given: Mapping[str, Any]
+    spec: "RunSpec",
+    clients: "Sequence[ClientModel]",
+    given: Mapping[str, Any],
+    engine: "Engine | None",
 ) -> "Training":
     """Every client's trainer, with its shard of the data."""
     import torch
@@ -177,7 +191,7 @@ def training_of(
             spec.trainer, [client.name for client in clients], model=spec.model, data=spec.data,
             seed=spec.seed, aggregation=spec.aggregator, step=spec.outer, up=spec.codec_up,
             down=spec.codec_down, codecs=codecs, buffers=spec.buffers, dp=spec.dp,
-            sampling=sampling, local_dp=spec.local_dp, proxy=spec.proxy, engine=engine_of(given),
+            sampling=sampling, local_dp=spec.local_dp, proxy=spec.proxy, engine=engine,
         )  # fmt: skip
     local: dict[str, Any] = dict(spec.local)
     return Training.of(
@@ -188,7 +202,7 @@ def training_of(
         sampling=sampling, local_dp=spec.local_dp,
         proxy=spec.proxy,
         attacks={client.name: client.attack for client in clients if client.attack},
-        engine=engine_of(given),
+        engine=engine,
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ def clients_of(given: Mapping[str, Any], seed: int) -> list[ClientModel]:
     count, speeds, change = given["clients"], given["speeds"], given["change"]
     if count is not None and count < 1:
         raise UsageError("FL-S108", f"--clients {count}", "give at least 1")
+    if not 0 < given["pace"] < float("inf"):
+        raise UsageError("FL-S108", f"--pace {given['pace']}", "give seconds per step, above 0")
     speeds = speeds or ("speeds:1,1,2,4" if count is None else "lognormal:0.6")
     if speeds[0].isdecimal():
         speeds = f"speeds:{speeds}"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from atoll.client.data import Data, DataInfo, load_data
 from atoll.client.partition import partition, shard_of
+from atoll.client.partspec import KNOWN, parse
 from atoll.protocols.errors import DataError
 
 LABELS = np.arange(1200) % 10
@@ -123,6 +124,11 @@ def test_whole_sites_go_to_clients_one_each_or_balanced() -> None:
 )
 def test_what_cannot_be_is_refused(spec: str, why: str) -> None:
     assert why in refused(spec).message
+
+
+def test_every_partition_that_is_known_is_read() -> None:
+    for spec in KNOWN.replace(":K", ":2").replace(":A", ":.5").split(", "):
+        assert parse(spec).name == spec.partition(":")[0]
 
 
 def test_too_few_examples_or_sites_are_refused() -> None:

@@ -8,10 +8,9 @@ import pytest
 
 from atoll.aggregation import FedAvg, FedBuff, FedCompass, Krum, Median
 from atoll.client.local import LocalConfig
-from atoll.client.partition import KNOWN as KNOWN_PARTITIONS
-from atoll.protocols.errors import AtollError, DataError, UsageError
+from atoll.protocols.errors import AtollError, UsageError
 from atoll.server import Server, Training, catalogue, simulate
-from atoll.server.check import FILES, PARTITIONS, check, check_partition, made_of, mixed
+from atoll.server.check import FILES, check, made_of, mixed
 from atoll.server.spec import RunSpec
 from tests.conftest import Logged
 
@@ -87,14 +86,6 @@ def test_a_table_on_the_server_goes_with_what_its_kin_goes_with() -> None:
         assert caught.value.hint
 
 
-def test_a_partition_is_known_by_name() -> None:
-    assert [name.partition(":")[0] for name in KNOWN_PARTITIONS.split(", ")] == list(PARTITIONS)
-    check_partition("dirichlet:0.5")
-    with pytest.raises(DataError, match=r"unknown partition 'dirichlett:0\.5'") as refused:
-        check_partition("dirichlett:0.5")
-    assert refused.value.code == "FL-D104"
-
-
 def test_a_module_of_the_users_own_is_found_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,10 +96,12 @@ def test_a_module_of_the_users_own_is_found_and_not_run(
     check(spec(model="net_of_mine:Net", data=""))
 
 
-def test_only_the_strategy_matters_where_nothing_is_trained() -> None:
-    check(spec(model="nonsense"), trains=False)
-    with pytest.raises(UsageError, match="unknown strategy"):
-        check(spec(strategy="nonsense"), trains=False)
+def test_where_nothing_is_trained_names_must_be_right_and_need_not_go_together() -> None:
+    check(spec(data="", outer="nesterov", algorithm="fedavg-m"), trains=False)
+    check(spec(aggregator="fedlaw"), trains=False)  # and no proxy data
+    for slot in ("strategy", "model", "aggregator", "outer", "algorithm", "codec_up"):
+        with pytest.raises(UsageError, match="nonsense"):
+            check(spec(**{slot: "nonsense"}), trains=False)
 
 
 def test_a_wrong_name_costs_no_import_of_torch() -> None:

@@ -60,6 +60,9 @@ def test_clients_train_with_a_trainer_of_ones_own(
         ("--seed", "99999999999999999999"),
         ("--until", "nan"),  # it never ended
         ("--until", "-1"),
+        ("--until", "inf"),  # it never ended
+        ("--clip", "inf"),
+        ("--max-epsilon", "inf"),
         ("--lease", "nan"),
         ("--lease", "-1"),
         ("--threads", "0"),
@@ -79,6 +82,31 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_run(
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out"
     assert simulated(capsys, *NULL, "--out", str(out), code=2)["code"] == "FL-S108"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code"),
+    [
+        ("--workers", "0", "FL-S108"),
+        ("--engine", "nonsense", "FL-S108"),
+        ("--partition", "nonsense", "FL-D104"),
+        ("--partition", "dirichlet:-1", "FL-D104"),
+        ("--seconds", "inf", "FL-S108"),
+        ("--dropout", "inf", "FL-S108"),
+        ("--dropout", "600,inf", "FL-S108"),
+        ("--aggregator", "nonsense", "FL-S101"),
+        ("--model", "nonsense", "FL-S101"),
+        ("--data", "nonsense", "FL-D103"),
+        ("--trainer", "no_such_module:Mine", "FL-S103"),
+    ],
+)
+def test_without_training_is_refused_what_would_be_with_it(
+    capsys: Capsys, option: str, value: str, code: str
+) -> None:
+    assert console.run(cli, ["simulate", *NULL, option, value, "--json"]) in (2, 78)
+    told = capsys.readouterr()
+    assert json.loads(told.out)["error"]["code"] == code
+    assert told.err == ""
 
 
 def test_clients_of_ours_need_data(capsys: Capsys) -> None:

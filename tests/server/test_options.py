@@ -87,6 +87,9 @@ def test_what_the_peers_train_is_not_said_anew_by_a_server_among_them(name: str)
         (("--seed", "-1"), "FL-S102"),
         (("--speeds", "1,1,1,1e-300"), "FL-S108"),
         (("--timeout", "nan"), "FL-S108"),
+        (("--timeout", "inf"), "FL-S108"),
+        (("--partition", "dirichlet:x"), "FL-D104"),
+        (("--strategy", "fedcompas"), "FL-S101"),
         (("--clients", "0"), "FL-S108"),
     ],
 )
@@ -116,8 +119,9 @@ def test_an_accuracy_that_cannot_be_reached_is_no_target(target: float) -> None:
 
 def test_another_metric_has_its_own_scale_and_time_is_a_number() -> None:
     assert Rules(target=7.0, metric="loss").target == 7.0
-    with pytest.raises(UsageError, match="seconds"):
-        Rules(seconds=float("nan"))
+    for never in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(UsageError, match=f"seconds={never} would end the run"):
+            Rules(seconds=never)
 
 
 @pytest.mark.parametrize("name", ["B", " ", "\u00e4", "a/b", "-a", "a" * 64])
