@@ -1,5 +1,7 @@
 """Checks of a slot's parameters: each raises UsageError FL-S102 with the value and the remedy."""
 
+import math
+
 from atoll.protocols.errors import UsageError
 
 
@@ -22,6 +24,13 @@ def at_most(most: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value <= most:
             raise UsageError("FL-S102", f"{name}={value}", f"choose at most {most}")
+
+
+def finite(**values: float | None) -> None:
+    """No value given is without end; None means "not set" and passes."""
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            raise UsageError("FL-S102", f"{name}={value}", "choose a number, or leave it out")
 
 
 def one_of(known: tuple[str, ...], **values: str) -> None:

@@ -11,7 +11,7 @@ the run.
 import random
 from dataclasses import dataclass, field
 
-from atoll.aggregation.checks import at_least, at_most, positive
+from atoll.aggregation.checks import at_least, at_most, finite, positive
 from atoll.aggregation.strategy import Actions, Strategy
 from atoll.protocols.events import (
     Aggregate,
@@ -57,6 +57,7 @@ class DpFedAvg(Strategy):
         at_least(1, min_clients=self.min_clients)
         positive(fraction=self.fraction, deadline=self.deadline)
         at_most(1, fraction=self.fraction)
+        finite(deadline=self.deadline)
 
     @property
     def sampling(self) -> tuple[float, int]:

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Literal
 
-from atoll.aggregation.checks import at_least, at_most, one_of, positive
+from atoll.aggregation.checks import at_least, at_most, finite, one_of, positive
 from atoll.aggregation.staleness import discount
 from atoll.aggregation.strategy import Actions, Strategy
 from atoll.protocols.errors import UsageError
@@ -79,6 +79,7 @@ class FedAvg(Strategy):
         at_least(self.min_results, cohort=self.cohort)
         positive(deadline=self.deadline, fraction=self.fraction)
         at_most(1, fraction=self.fraction)
+        finite(over_select=self.over_select, deadline=self.deadline)
         one_of(("discard", "stale"), late=self.late)
         one_of(("examples", "seen", "equal"), weighting=self.weighting)
         discount(self.staleness)

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from atoll.aggregation.checks import at_least, one_of, positive
+from atoll.aggregation.checks import at_least, finite, one_of, positive
 from atoll.aggregation.staleness import discount
 from atoll.aggregation.strategy import Actions, Strategy
 from atoll.protocols.events import (
@@ -69,6 +69,7 @@ class FedBuff(Strategy):
         at_least(1, size=self.size, steps=self.steps, concurrency=self.concurrency)
         at_least(0, max_staleness=self.max_staleness)
         positive(lr=self.lr, max_age=self.max_age)
+        finite(lr=self.lr, max_age=self.max_age)
         one_of(("examples", "equal"), weighting=self.weighting)
         discount(self.staleness)
 

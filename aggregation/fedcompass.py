@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 from atoll.aggregation import compass_groups as compass
-from atoll.aggregation.checks import at_least, at_most, one_of, positive
+from atoll.aggregation.checks import at_least, at_most, finite, one_of, positive
 from atoll.aggregation.compass_groups import Group, Member, Record
 from atoll.aggregation.staleness import polynomial
 from atoll.aggregation.strategy import Actions, Strategy
@@ -84,6 +84,7 @@ class FedCompass(Strategy):
         at_least(self.min_steps, max_steps=self.max_steps)
         positive(smoothing=self.smoothing, alpha=self.alpha, dead_after=self.dead_after)
         at_most(1, smoothing=self.smoothing)
+        finite(slack=self.slack, alpha=self.alpha, dead_after=self.dead_after)
         polynomial(self.staleness_exponent)
         one_of(("aggregation", "arrival"), staleness_at=self.staleness_at)
         one_of(("samples", "equal"), client_weight=self.client_weight)

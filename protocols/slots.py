@@ -17,6 +17,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ Value = bool | int | float | str
 NUMBER = re.compile(
     r"\w+(: '?(int|float)( \| None)?'?( =.*)?|=-?[\d.]+(e-?\d+)?)"
 )  # as Python writes one
+WHOLE = re.compile(r"\w+: '?int( \| None)?'?( =.*)?")
 MEND = "mend it: -v shows where"
 
 
@@ -73,6 +75,10 @@ def resolve(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
 def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str, object]) -> object:
     """`made(**params)`. UsageError FL-S102: a wrong parameter; FL-S103: whatever else it raises."""
     with own_code(slot, spec, "made"):
+        if wrong := _wrong_number(made, params):
+            raise UsageError(
+                "FL-S102", f"{slot} {spec!r}: {wrong}", f"parameters: {_parameters(made)}"
+            )
         try:
             return made(**params)
         except TypeError as error:
@@ -117,6 +123,23 @@ def _unknown(made: Callable[..., object], params: Mapping[str, object]) -> str:
         return ""
     wrong = [name for name in params if name not in {p.name for p in known}]
     return f"it has no parameter {wrong[0]!r}" if wrong else ""
+
+
+def _wrong_number(made: Callable[..., object], params: Mapping[str, object]) -> str:
+    """Says which parameter is no number, or no whole one where one is wanted; empty where none is.
+    Few constructors look, and a run fails later."""
+    try:
+        known = inspect.signature(made).parameters
+    except (TypeError, ValueError):
+        return ""
+    for name, value in params.items():
+        if not isinstance(value, float) or name not in known:
+            continue
+        if WHOLE.fullmatch(str(known[name])):
+            return f"{name}={value!r} is no whole number"
+        if math.isnan(value) and NUMBER.fullmatch(str(known[name])):
+            return f"{name}={value!r} is no number"
+    return ""
 
 
 def _no_number(made: Callable[..., object], params: Mapping[str, object]) -> str:

@@ -365,6 +365,8 @@ def test_invariants_hold_in_made_up_histories(make: Callable[[], FedAvg], seeds:
         {"fraction": 1.1},
         {"over_select": 0.9},
         {"over_select": math.nan},
+        {"over_select": math.inf},  # the run began, and failed on its first client
+        {"deadline": math.inf},
         {"deadline": 0.0},
         {"min_results": 0},
         {"min_clients": 0},

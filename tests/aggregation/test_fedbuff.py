@@ -266,6 +266,7 @@ def test_invariants_hold_in_made_up_histories(make: Callable[[], FedBuff], seeds
         {"max_age": 0.0},
         {"weighting": "heavy"},
         {"concurrency": 0},
+        {"lr": float("inf")},
     ],
 )
 def test_parameters_that_cannot_be_are_refused(parameters: dict[str, float]) -> None:

@@ -432,6 +432,7 @@ def test_a_run_that_goes_on_after_a_stop_takes_up_those_who_waited() -> None:
         {"time_model": "three_part"},
         {"dead_after": 0.0},
         {"min_clients": 0},
+        {"slack": math.inf},
     ],
 )
 def test_parameters_that_cannot_be_are_refused(parameters: dict[str, float]) -> None:

@@ -242,6 +242,23 @@ def test_text_where_a_number_is_wanted_is_told(spec: str) -> None:
     assert caught.value.code == "FL-S102"
 
 
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("fedavg:steps=1.5", "steps=1.5 is no whole number"),
+        ("fedavg:steps=inf", "steps=inf is no whole number"),
+        ("fedavg:cohort=2.0", "cohort=2.0 is no whole number"),
+        ("fedavg:deadline=nan", "deadline=nan is no number"),
+    ],
+)
+def test_what_is_no_whole_number_or_none_at_all_is_told(spec: str, said: str) -> None:
+    """The run began, and failed on the first client as "the strategy failed: mend it"."""
+    with pytest.raises(UsageError) as caught:
+        slots.resolve("strategy", spec, BUILTIN)
+    assert (caught.value.code, caught.value.message) == ("FL-S102", f"strategy {spec!r}: {said}")
+    assert "steps=50" in caught.value.hint
+
+
 def test_a_parameter_without_a_value_is_no_module_of_ones_own(package: Package) -> None:
     """`fedavg:steps` was looked for in a module called fedavg."""
     with pytest.raises(UsageError, match="'fedavg:steps': 'steps' is not key=value") as caught:
