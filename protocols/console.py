@@ -8,6 +8,7 @@ into text or, with `--json`, into the envelope, and into an exit code.
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import traceback
@@ -74,6 +75,11 @@ def console(stderr: bool = True) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, no_color=None if colourful() else True)
+
+
+def width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none, and nothing is wrapped."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def interactive() -> bool:

@@ -45,7 +45,7 @@ class Entry:
         subject, _, idea = self.source.about.partition(": ")
         named = {_letters(self.name), _letters(self.where.rpartition(":")[2])}
         text = idea if _letters(subject) in named else self.source.summary or self.source.about
-        return text[:1].upper() + text[1:] if re.match(r"[a-z]+ [a-z]", text) else text
+        return text[:1].upper() + text[1:] if re.match(r"[a-z]+(\.| [a-z])", text) else text
 
     @property
     def facts(self) -> Facts:
@@ -68,6 +68,10 @@ class Part:
     def parameters(self) -> tuple[reading.Parameter, ...]:
         return self.entry.source.parameters if self.entry.source else ()
 
+    @property
+    def papers(self) -> tuple[str, ...]:
+        return tuple(self.entry.source.papers) if self.entry.source else ()
+
     def told(self) -> dict[str, object]:
         """Its object in --json; what only its parameters decide stands in `by_parameters`."""
         entry, found = self.entry, self.entry.facts
@@ -76,7 +80,7 @@ class Part:
             "name": self.names[0],
             "also": list(self.names[1:]),
             "summary": self.summary,
-            "papers": list(entry.source.papers) if entry.source else [],
+            "papers": list(self.papers),
             "needs": sorted(found.needs),
             "gives": sorted(found.gives),
             "refuses": sorted(found.refuses),

@@ -1,5 +1,6 @@
 """`fl-server strategies`, `aggregators`, `outers`, `locals`, `codecs`: what there is to mix."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from atoll.protocols.errors import UsageError
 
 if TYPE_CHECKING:
     from atoll.server.catalogue import Part
+
+NARROW = 20  # columns under which wrapping makes nothing readable
 
 COMMANDS = {  # command: (slot, option, what it lists)
     "strategies": ("strategy", "--strategy", "when to train whom, and what to merge"),
@@ -36,18 +39,66 @@ def command(name: str) -> click.Command:
             if not found:
                 raise UsageError("FL-S101", f"unknown {slot} {one!r}", f"see `fl-server {name}`")
         told = {"slot": slot, "option": option, "parts": [part.told() for part in found]}
-        console.emit(told, as_json, _all_about(found[0]) if one else _screen(found, option))
+        width = console.width()
+        if one:
+            shown = all_about(found[0], width)
+        else:
+            shown = records(found) if width is None else screen(found, width)
+        console.emit(told, as_json, shown)
+        if not (as_json or one):
+            console.say(f"{option} NAME:parameter=value,...; or module:object of yours")
 
     return listing
 
 
-def _screen(parts: "Sequence[Part]", option: str) -> str:
-    width = max(len(", ".join(part.names)) for part in parts)
+def screen(parts: "Sequence[Part]", width: int) -> str:
+    """A block for each, wrapped to a terminal of so many columns."""
     lines = []
     for part in parts:
-        lines.append(f"{', '.join(part.names):<{width}}  {console.clean(part.summary)}")
-        lines += [f"{'':<{width}}    {line}" for line in _facts(part)]
-    return "\n".join([*lines, "", f"{option} NAME:parameter=value,...; or module:object of yours"])
+        lines.append(", ".join(part.names))
+        for text in (console.clean(part.summary), *_facts(part)):
+            lines += wrapped(text, width, "    ")
+    return "\n".join(lines)
+
+
+def records(parts: "Sequence[Part]") -> str:
+    """A line for each, whole: names, summary, parameters, facts and papers, with tabs between."""
+    lines = []
+    for part in parts:
+        papers = list(part.papers)
+        facts = [fact for fact in _facts(part) if fact not in papers]
+        given = facts.pop(0) if part.parameters else ""
+        fields = (", ".join(part.names), part.summary, given, "; ".join(facts), " ".join(papers))
+        lines.append("\t".join(map(console.clean, fields)))
+    return "\n".join(lines)
+
+
+def all_about(part: "Part", width: int | None) -> str:
+    """Everything of one; `width` None: no line is wrapped."""
+    rows = [(p.name, p.default or "", _says(p.choices, p.says)) for p in part.parameters]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    facts = _facts(part)[1 if part.parameters else 0 :]
+    lines = [f"{', '.join(part.names)}  {console.clean(part.summary)}"]
+    if width is not None:
+        lines = wrapped(lines[0], width, "", "  ")
+    lines += [line for fact in facts for line in wrapped(fact, width, "  ")]
+    lines += [""] if rows else []
+    for name, default, says in rows:
+        head = f"  {name:<{widths[0]}}  {default:<{widths[1]}}  "
+        lines += wrapped(says, width, head, " " * len(head))
+    return "\n".join(lines)
+
+
+def wrapped(text: str, width: int | None, first: str, then: str | None = None) -> list[str]:
+    """`text` behind `first`, its further lines behind `then` (the same, if it is not given)."""
+    behind = first if then is None else then
+    if width is None or width - len(behind) < NARROW:
+        return [f"{first}{text}".rstrip()]
+    lines = textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=behind,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return lines or [first.rstrip()]
 
 
 def _facts(part: "Part") -> list[str]:
@@ -63,15 +114,6 @@ def _facts(part: "Part") -> list[str]:
         lines.append("needs so many updates for a version as its parameters say")
     lines += [f"from {told['package']}"] if told["package"] else []
     return lines + list(told["papers"])
-
-
-def _all_about(part: "Part") -> str:
-    rows = [(p.name, p.default or "", _says(p.choices, p.says)) for p in part.parameters]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
-    table = [f"  {n:<{widths[0]}}  {d:<{widths[1]}}  {s}".rstrip() for n, d, s in rows]
-    facts = _facts(part)[1 if part.parameters else 0 :]
-    head = f"{', '.join(part.names)}  {console.clean(part.summary)}"
-    return "\n".join([head, *(f"  {line}" for line in facts), *([""] if table else []), *table])
 
 
 def _words(tokens: Sequence[str]) -> str:

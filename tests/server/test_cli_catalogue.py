@@ -1,24 +1,47 @@
 """The listings: every part with its parameters, for people and as JSON, without its import."""
 
+import contextlib
+import fcntl
 import json
+import os
 import re
 import resource
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 from atoll.protocols import console
 from atoll.server import catalogue
+from atoll.server.catalogue import parts
 from atoll.server.cli import cli
-from atoll.server.cli_catalogue import COMMANDS
+from atoll.server.cli_catalogue import COMMANDS, all_about, screen
 from tests.conftest import Package
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert console.run(cli, arguments) == 0
     return capsys.readouterr().out
+
+
+def on_a_terminal(columns: int, *arguments: str) -> list[str]:
+    """The lines that a terminal of so many columns is given."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    program = "import sys; from atoll.server.cli import main; main()"
+    command = [sys.executable, "-c", program, *arguments]
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    subprocess.run(command, stdout=theirs, stderr=subprocess.DEVNULL, check=True, env=env)
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # its other end is closed
+        while more := os.read(ours, 1 << 16):
+            text += more
+    os.close(ours)
+    return text.decode().splitlines()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -32,7 +55,42 @@ def test_a_listing_names_every_part_of_its_slot(
         assert entry.summary in shown or catalogue.builtin(slot)[entry.name] in [
             e.where for e in catalogue.entries(slot) if e.name != entry.name
         ]
-    assert f"{option} NAME:parameter=value" in shown
+    assert console.run(cli, [command]) == 0
+    assert f"{option} NAME:parameter=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_in_a_pipe_each_part_is_one_whole_line_of_five_fields(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = told(capsys, command)
+    parts = json.loads(told(capsys, command, "--json"))["data"]["parts"]
+    rows = [line.split("\t") for line in shown.splitlines()]
+    assert [row[0] for row in rows] == [", ".join((p["name"], *p["also"])) for p in parts]
+    for row, part in zip(rows, parts, strict=True):
+        given = ", ".join(f"{p['name']}={p['default']}" for p in part["parameters"])
+        assert (row[1], row[2], row[4]) == (part["summary"], given, " ".join(part["papers"]))
+        assert len(row) == 5
+
+
+def test_a_terminal_of_60_columns_gets_lines_of_60() -> None:
+    """They were 261 wide, and the terminal broke them in the middle of words."""
+    lines = on_a_terminal(60, "strategies")
+    assert max(map(len, lines)) <= 60
+    assert lines[0] == "fedavg"
+    assert lines[1].startswith("    Rounds. Pick a cohort, train it from")
+    assert "staleness_exponent=0.5," in " ".join(lines)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_nothing_but_a_long_word_is_wider_than_the_terminal(command: str, width: int) -> None:
+    found = parts(COMMANDS[command][0])
+    shown = [screen(found, width), *(all_about(part, width) for part in found)]
+    lines = "\n".join(shown).splitlines()
+    assert all(len(one) <= width or len(one.split()) == 1 for one in lines if width > 40)
+    words = "\n".join(shown).split()
+    assert all(word in words for part in found for word in part.summary.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -99,9 +157,9 @@ def test_a_listing_imports_nothing_heavy_and_is_quick() -> None:
     program = (
         "import sys\nfrom atoll.protocols import console\nfrom atoll.server.cli import cli\n"
         "console.run(cli, ['aggregators'])\n"
-        "print(sorted({'torch', 'numpy', 'grpc', 'rich'} & set(sys.modules)), file=sys.stderr)\n"
+        "print(sorted({'torch', 'numpy', 'grpc', 'rich'} & set(sys.modules)))\n"
     )
     began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert told.stderr == "[]\n"
+    assert told.stdout.endswith("\n[]\n")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 1.0  # it is 0.2
