@@ -161,6 +161,8 @@ class Client:
             case machine.Connect(at):
                 self._hang_up()
                 self._spawn(self._tick(at))
+            case machine.Wake(at):
+                self._spawn(self._tick(at))
             case machine.Greet(holding):
                 self._talk = self._spawn(self._converse(holding))
             case machine.Work(order):
@@ -294,6 +296,7 @@ class Client:
             response_deserializer=wire_pb2.InspectReply.FromString,
         )
         reply = await call(wire_pb2.InspectRequest(what="run"), timeout=30.0)
+        self._post(machine.Answered())
         info = RunInfo.of(json.loads(reply.data))
         stale = self._outbox.waiting() if self._outbox.memory.run != info.id else ()
         for order, update in stale:

@@ -33,6 +33,11 @@ class Welcomed:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """There is a server at the other end: what takes time before the welcome is ours."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """The connection broke, or could not be made."""
 
@@ -122,13 +127,14 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The time that `Connect.at` named has come."""
+    """The time that `Connect.at` or `Wake.at` named has come."""
 
     at: float
 
 
 Event = (
     Started
+    | Answered
     | Welcomed
     | Lost
     | Ordered
@@ -150,6 +156,13 @@ Event = (
 @dataclass(frozen=True, slots=True)
 class Connect:
     """Open a new control stream, not before `at`; at `at`, say Tick. The former one is over."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Say Tick at `at`, whatever becomes of the connection until then."""
 
     at: float
 
@@ -208,7 +221,9 @@ class Quit:
     hint: str = ""
 
 
-Action = Connect | Greet | Work | Interrupt | Deliver | Complain | Acknowledge | Settle | Quit
+Action = (
+    Connect | Wake | Greet | Work | Interrupt | Deliver | Complain | Acknowledge | Settle | Quit
+)
 
 Phase = Literal["offline", "connecting", "online", "over"]
 
@@ -224,6 +239,7 @@ class Session:
     first_seconds: float = float("inf")  # the same, until it was in the run for the first time
     known: bool = False  # it was in the run: its server will be back
     phase: Phase = "offline"
+    answered: bool = False  # while connecting: the server was heard
     failures: int = 0  # connections lost or not made since the last Welcome
     silent_since: float = 0.0  # run of failures began
     due: float = 0.0  # of the next connection
@@ -246,6 +262,9 @@ class Session:
                 return [Connect(now)]
             case Tick(at):
                 return self._tick(at, now)
+            case Answered():
+                self.answered, self.silent_since = True, now
+                return []
             case Welcomed():
                 self.phase, self.failures, self.known = "online", 0, True
                 return [Deliver(u) for u in self.outbox if u not in self.received]
@@ -284,16 +303,19 @@ class Session:
         return tuple(dict.fromkeys((*mine, *finished)))[:HELD]
 
     def _tick(self, at: float, now: float) -> list[Action]:
+        if self.phase == "connecting" and at == self._end() and not self.answered:
+            return self._give_up(now)  # a host that swallows packets says nothing for long
         if self.phase != "offline" or at != self.due:
             return []
         if self.failures and at >= self._end():
             return self._give_up(now)
-        self.phase = "connecting"
+        self.phase, self.answered = "connecting", False
         self.received.clear()  # a restarted server may have lost what it had not written down
-        return [Greet(self.holding())]
+        wake: list[Action] = [Wake(self._end())] if self._end() < float("inf") else []
+        return [*wake, Greet(self.holding())]
 
     def _lost(self, reason: str, retry: float, now: float) -> list[Action]:
-        if self.failures == 0:
+        if self.phase == "online":
             self.silent_since = now
         self.phase, self.missed = "offline", reason
         self.next = None  # it will be sent again
@@ -312,7 +334,7 @@ class Session:
         return self.silent_since + min(self.give_up_seconds, first)
 
     def _give_up(self, now: float) -> list[Action]:
-        silence = f"no server for {now - self.silent_since:.0f} s: {self.missed}"
+        silence = f"no server for {now - self.silent_since:.0f} s: {self.missed or 'no answer'}"
         hint = "check the address and that `fl-server start` runs"
         if not self.known:
             hint = "check the address: `fl-server start` has not begun there, or its run is over"

@@ -11,6 +11,7 @@ from atoll.client.session import (
     HELD,
     Acknowledge,
     Action,
+    Answered,
     Asked,
     Complain,
     Connect,
@@ -33,6 +34,7 @@ from atoll.client.session import (
     Started,
     Tick,
     Told,
+    Wake,
     Welcomed,
     Work,
 )
@@ -245,11 +247,30 @@ def test_patience_is_not_overshot_by_a_back_off() -> None:
     assert (left.code, left.reason) == ("FL-C101", "no server for 10 s: cut")
 
 
+def test_patience_is_not_overshot_by_an_attempt_that_hears_nothing() -> None:
+    """A host that swallows packets kept a client for 40 s that was given 3."""
+    session = Session("x", give_up_seconds=3.0)
+    assert say(session, Started(), now=0.0) == [Connect(0.0)]
+    assert say(session, Tick(0.0), now=0.0) == [Wake(3.0), Greet(())]
+    (left,) = say(session, Tick(3.0), now=3.0)
+    assert isinstance(left, Quit)
+    assert (left.code, left.reason) == ("FL-C101", "no server for 3 s: no answer")
+
+
+def test_a_server_that_answered_is_not_given_up_while_the_trainer_is_made() -> None:
+    session = Session("x", give_up_seconds=3.0)
+    say(session, Started(), Tick(0.0), now=0.0)
+    assert say(session, Answered(), now=1.0) == []
+    assert say(session, Tick(3.0), now=3.0) == say(session, Tick(4.0), now=4.0) == []
+    say(session, Lost("its machine is off"), now=60.0)  # data were loaded for a minute
+    assert session.phase == "over"
+
+
 def test_a_client_that_was_never_in_the_run_does_not_wait_for_ever() -> None:
     """It may have come after the end: who was in the run before waits for its server."""
     session = Session("x", first_seconds=60.0, base_seconds=1000.0, cap_seconds=1000.0)
-    say(session, Started(), Tick(0.0), Lost("refused"))
-    assert session.due == 61.0  # a second after its start it heard that nobody is there
+    say(session, Started(), Tick(1.0), Lost("refused"))
+    assert session.due == 61.0
     (left,) = say(session, Tick(61.0), now=61.0)
     assert isinstance(left, Quit)
     assert left.code == "FL-C101"
@@ -334,6 +355,8 @@ class World:
                 assert self.now <= at <= self.now + 40.0
                 self.connected = False
                 self.ticks.append(at)
+            case Wake(at):
+                assert at >= 1e9
             case Greet(holding):
                 assert not self.connected
                 mine = {u.split(".")[0] for u in self.finished - self.settled}
