@@ -1,14 +1,20 @@
 """fl-client: take part in a run, measure this machine, try a trainer before it takes part."""
 
+import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from atoll.protocols import console, orphan
+from atoll.client import partspec
+from atoll.protocols import console, leaving, orphan
 from atoll.protocols.errors import ClientError, UsageError
 from atoll.protocols.ids import machine_name
+
+if TYPE_CHECKING:
+    from atoll.client.client import Client
+    from atoll.client.training import Report
 
 
 @click.group(name="fl-client")
@@ -18,7 +24,9 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    sys.exit(console.run(cli))
+    code = console.run(cli)
+    leaving.at_once()  # the end waits for the step that a trainer is in
+    sys.exit(code)
 
 
 def _shard(context: click.Context, option: click.Parameter, value: str) -> tuple[int, int]:
@@ -103,6 +111,7 @@ def start(
         orphan.stop_with_stdin()
     _check_address(address)
     _check_seconds("--patience", patience)
+    partspec.parse(partition)
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
     logging.basicConfig(
         level=level if console.verbosity() else logging.WARNING,
@@ -112,28 +121,29 @@ def start(
     logging.getLogger("atoll.client.client").setLevel(level)  # joined, lost, back: always told
     name = _client_name(name or machine_name())
     console.say(f"{name}: joining {address} (Ctrl-C leaves)")
+    with leaving.while_it_begins(as_json):
+        import torch
 
-    import torch
+        from atoll.client.bench import bench as measure
+        from atoll.client.client import Client
+        from atoll.client.localdp import local_dp as own_noise
+        from atoll.client.options import Options, maker
+        from atoll.protocols import loops
 
-    from atoll.client.bench import bench as measure
-    from atoll.client.client import Client
-    from atoll.client.localdp import local_dp as own_noise
-    from atoll.client.options import Options, maker
-
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    options = Options(name, model, data, trainer, partition, shard, device, sleep_per_step)
-    client = Client(
-        address,
-        maker(options),
-        name=name,
-        folder=folder or Path(f"atoll-client-{name}"),
-        seconds_per_step=(lambda made: measure(made).seconds_per_step) if bench else None,
-        patience_seconds=float("inf") if patience is None else patience,
-        first_seconds=FIRST if patience is None else patience,
-        codec=codec,
-        private=own_noise(local_dp) if local_dp else None,
-    )
-    report = client.run()
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        options = Options(name, model, data, trainer, partition, shard, device, sleep_per_step)
+        client = Client(
+            address,
+            maker(options),
+            name=name,
+            folder=folder or Path(f"atoll-client-{name}"),
+            seconds_per_step=(lambda made: measure(made).seconds_per_step) if bench else None,
+            patience_seconds=float("inf") if patience is None else patience,
+            first_seconds=FIRST if patience is None else patience,
+            codec=codec,
+            private=own_noise(local_dp) if local_dp else None,
+        )
+        report = loops.run(_until_left(client, as_json))
     told = {"name": name, **vars(report)}
     console.emit(
         told,
@@ -141,6 +151,27 @@ def start(
         f"{report.reason}: {report.orders} orders, {report.steps} local steps, "
         f"{report.used} updates used, {report.discarded} discarded",
     )
+
+
+async def _until_left(client: "Client", as_json: bool) -> "Report":
+    """Ctrl-C and SIGTERM leave with a goodbye: the run need not wait for a lease to end. Ctrl-C
+    again does not wait for the step that the trainer is in."""
+    import asyncio
+
+    told = False
+
+    def interrupted() -> None:
+        nonlocal told
+        if told:
+            leaving.now(as_json)
+        told = True
+        console.say("leaving (Ctrl-C again ends at once)")
+        client.stop()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    loop.add_signal_handler(signal.SIGTERM, client.stop)
+    return await client.serve()
 
 
 @cli.command()
@@ -153,9 +184,11 @@ def start(
 def bench(model: str, data: str, trainer: str, device: str, seconds: float, as_json: bool) -> None:
     """Measure this machine: steps per second, and how fast a model is packed."""
     _check_seconds("--seconds", seconds)
-    from atoll.client.bench import bench as measure
+    with leaving.while_it_begins(as_json):
+        from atoll.client.bench import bench as measure
 
-    found = measure(_offline(model, data, trainer, device), seconds)
+        made = _offline(model, data, trainer, device)
+    found = measure(made, seconds)
     console.emit(
         found,
         as_json,
@@ -179,7 +212,8 @@ def bench(model: str, data: str, trainer: str, device: str, seconds: float, as_j
 @console.json_option
 def test(model: str, data: str, trainer: str, device: str, address: str, as_json: bool) -> None:
     """Try a model, data or trainer before it takes part: two steps, then an evaluation."""
-    from atoll.client.bench import check
+    with leaving.while_it_begins(as_json):
+        from atoll.client.bench import check
 
     manifest = None
     if address:

@@ -107,9 +107,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     except AtollError as error:
         if verbose:
             traceback.print_exc()
-        return _report(error, as_json)
+        return report(error, as_json)
     except (click.Abort, KeyboardInterrupt):  # click makes an Abort of the latter
-        return _report(AtollError("FL-S208", "interrupted"), as_json)
+        return report(AtollError("FL-S208", "interrupted"), as_json)
     except SystemExit as stop:
         if _raised_by(stop) == "click.core":  # the reader of our output went away
             return 1
@@ -117,11 +117,11 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         what = f"code that this command runs calls sys.exit({stop.code!r})"
         hint = "take it out of your module: -v shows where"
-        return _report(UsageError("FL-S103", what, hint), as_json)
+        return report(UsageError("FL-S103", what, hint), as_json)
     except click.ClickException as error:
         return _report_usage(error, as_json)
     except Exception as error:  # noqa: BLE001 - the last line of defence of a process
-        return _report(_crash(error, verbose), as_json)
+        return report(_crash(error, verbose), as_json)
 
 
 # ---- errors --------------------------------------------------------------------------------
@@ -149,7 +149,8 @@ def failure(error: AtollError) -> dict[str, object]:
     return {"v": 1, "ok": False, "error": told}
 
 
-def _report(error: AtollError, as_json: bool) -> int:
+def report(error: AtollError, as_json: bool) -> int:
+    """Tell of it as a command does; its exit code."""
     if as_json:
         click.echo(_envelope(failure(error)))
     else:
@@ -165,7 +166,7 @@ def _report_usage(error: click.ClickException, as_json: bool) -> int:
         return error.exit_code
     message = "no command given" if type(error).__name__ == "NoArgsIsHelpError" else ""
     told = UsageError("FL-S108", message or error.format_message(), f"see `{path} --help`")
-    _report(told, as_json)
+    report(told, as_json)
     return error.exit_code if isinstance(error, click.UsageError) else told.exit_code
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from atoll.client import partspec
-from atoll.protocols import console
+from atoll.protocols import console, leaving
 from atoll.protocols.errors import UsageError
 from atoll.protocols.events import Action, Evaluated, Event, Merged
 from atoll.server.options import check_numbers, make_folder, rules_of, run_options, spec_of
@@ -111,7 +111,8 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
     if out is not None:
         make_folder(out)
     began = time.monotonic()
-    learning = None if given["null"] else training_of(spec, clients, given, engine)
+    with leaving.while_it_begins(as_json):
+        learning = None if given["null"] else training_of(spec, clients, given, engine)
     up, down = _sizes(spec, learning, given)
     with Progress(until) as progress, closing_crew(learning):
         found = run(

@@ -131,6 +131,42 @@ def test_a_client_killed_in_mid_training_goes_on_with_its_order(federation: "Fed
     assert not federation.history("leave")
 
 
+DEAF = """
+import time
+from atoll.client import Trained
+class Deaf:
+    def load(self, tensors):
+        self.tensors = dict(tensors)
+    def train(self, task):
+        open("training", "w").close()
+        time.sleep(300 if task.steps else 0)
+        return Trained(self.tensors, task.steps, 1, {})
+    def evaluate(self):
+        return {}
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_leaves_with_a_goodbye_and_again_ends_at_once(
+    federation: "Federation", times: int
+) -> None:
+    """The second one waited for the step that the trainer was in, as the first one does; while
+    torch was imported, the first one was swallowed and left half a numpy."""
+    (federation.folder / "deaf.py").write_text(DEAF)
+    federation.server("--strategy", "fedavg:steps=20", "--model", "linear")
+    trainer = ("--trainer", "deaf:Deaf") if times == 2 else ("--sleep-per-step", "0.1")
+    client = federation.client("c0", *trainer)
+    federation.until(lambda: "is in the run" in client.said(), 60, "welcome")
+    if times == 2:
+        federation.until((federation.folder / "training").exists, 60, "training")
+    client.interrupt()
+    federation.until(lambda: federation.history("leave"), 30, "goodbye")
+    if times == 2:
+        client.interrupt()
+    assert client.wait() == (130 if times == 2 else 0)
+    assert "stopped by its owner" in str(federation.history("leave"))
+
+
 def test_a_client_killed_in_mid_upload_delivers_without_training_again(
     federation: "Federation",
 ) -> None:

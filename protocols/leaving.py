@@ -1,0 +1,45 @@
+"""Leaving: Ctrl-C ends a command at once, with a word and 130, whatever the process is in.
+
+KeyboardInterrupt does not do: while torch is imported its C code swallows one, and what was being
+imported is then half there; and the thread of a trainer that does not look holds up the end of the
+process for as long as its step takes.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+from atoll.protocols import console
+from atoll.protocols.errors import AtollError
+
+INTERRUPTED = AtollError("FL-S208", "interrupted", "what was finished is kept: start again")
+
+
+def now(as_json: bool = False) -> NoReturn:
+    """Say so, and end. Nothing is closed: what lies on disk is whole after a kill, too."""
+    with contextlib.suppress(Exception):  # it may have come amid a print
+        sys.stdout.flush()
+        console.report(INTERRUPTED, as_json)
+        sys.stdout.flush()
+    os._exit(INTERRUPTED.exit_code)
+
+
+def at_once(as_json: bool = False) -> None:
+    """From here on Ctrl-C does that; in the main thread."""
+    signal.signal(signal.SIGINT, lambda *_: now(as_json))
+
+
+@contextlib.contextmanager
+def while_it_begins(as_json: bool) -> Iterator[None]:
+    """The same around what is slow to begin, or where an event loop sets signals of its own."""
+    before = signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(ValueError):  # not the main thread: its owner knows what to do
+        at_once(as_json)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, before)

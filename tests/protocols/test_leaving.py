@@ -1,0 +1,53 @@
+"""Leaving: Ctrl-C ends a process at once, whatever its threads are in, and says so."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from atoll.protocols import leaving
+
+BUSY = """
+import os, signal, threading, time
+from atoll.protocols import leaving
+leaving.at_once({as_json})
+threading.Thread(target=time.sleep, args=(60,)).start()  # the end of the process waits for it
+print("data", end="")
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_it_does_not_wait_for_a_thread_and_is_130(as_json: bool) -> None:
+    run = [sys.executable, "-c", BUSY.format(as_json=as_json)]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=50, check=False)
+    assert ended.returncode == 130
+    assert ended.stdout.startswith("data")
+    if as_json:
+        error = json.loads(ended.stdout.removeprefix("data"))["error"]
+        assert (error["code"], ended.stderr) == ("FL-S208", "")
+    else:
+        assert ended.stderr.startswith("error FL-S208: interrupted\n")
+
+
+def test_afterwards_signals_are_as_they_were() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with leaving.while_it_begins(as_json=False):
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_thread_that_is_not_the_main_one_sets_none() -> None:
+    done = []
+
+    def begin() -> None:
+        with leaving.while_it_begins(as_json=False):
+            done.append(1)
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    assert done == [1]
