@@ -50,13 +50,13 @@ _DEVICE = click.option(
 
 @cli.command()
 @click.argument("address")
-@click.option("--name", default="", help="Unique in the run. Default: this machine's name.")
+@click.option("--name", default="", help="Unique in the run.  [default: this machine's]")
 @click.option(
     "--dir",
     "folder",
     type=click.Path(path_type=Path, file_okay=False),
     default=None,
-    help="Keeps finished work over restarts. Default: atoll-client-NAME.",
+    help="Keeps finished work over restarts.  [default: atoll-client-NAME]",
 )
 @_MODEL
 @_DATA
@@ -82,8 +82,8 @@ _DEVICE = click.option(
     type=float,
     default=None,
     metavar="SECONDS",
-    help=f"Give up after so long without a server. Default: {FIRST:.0f} until it is in the run for "
-    "the first time, then never.",
+    help=f"Give up after so long without a server.  [default: {FIRST:.0f} until it is in the run "
+    "for the first time, then never]",
 )
 @click.option(
     "--codec", default="", metavar="CODEC",

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import click
 import pytest
 
+from atoll.protocols import console
+
 HEAVY = {"torch", "grpc", "hivemind", "numpy", "matplotlib", "sklearn", "cryptography", "sqlite3"}
 PROGRAMS = {"fl-server": "server", "fl-client": "client", "fl-peer": "p2p"}
 
@@ -82,3 +84,15 @@ def test_help_of_all_its_commands_imports_nothing_heavy(script: str) -> None:
     assert told.returncode == 0, told.stderr
     assert told.stderr == "[]\n"
     assert told.stdout.count("Usage: ") == len([p for p in COMMANDS if p.split()[0] == script])
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_help_reads_well_at_80_columns(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sentences ended in "...", and commands were broken into `fl-` and `server`."""
+    script, *names = path.split()
+    assert console.run(built()[script], [*names, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for line in shown.splitlines():
+        assert len(line) <= 80
+        assert not line.endswith("-"), line
+    assert "..." not in shown.partition("Commands:\n")[2]
