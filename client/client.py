@@ -247,8 +247,7 @@ class Client:
             if refused is not None:
                 self._reject(refused, "")
             else:
-                details = bounds.text(error.details() or "", 200)
-                self._lost(f"{error.code().name}: {details}")
+                self._lost(refusals.plainly(error.code().name, error.details() or ""))
         except AtollError as error:
             self._reject(error, "")
         except Exception as error:  # a bug of ours must end the client, not hang it

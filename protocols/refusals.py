@@ -1,6 +1,7 @@
 """Refusals: our errors on the wire, as a message or in the metadata of a call, and back."""
 
 import math
+import re
 from collections.abc import Iterable
 
 from google.protobuf.message import DecodeError
@@ -8,6 +9,8 @@ from google.protobuf.message import DecodeError
 from atoll.protocols import bounds, wire_pb2
 from atoll.protocols.errors import CATALOGUE, AtollError, RefusedError, RemoteError
 
+# What gRPC says around the reason for which there is no connection.
+_AROUND = re.compile(r"^failed to connect to all addresses; last error: [A-Z_]+: (ipv[46]:\S+: )?")
 ERROR_KEY = "atoll-error-bin"  # trailing metadata of a refused call
 
 
@@ -50,3 +53,10 @@ def error_from_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> R
             except DecodeError:
                 return None
     return None
+
+
+def plainly(status: str, details: str) -> str:
+    """Why a call failed, of gRPC's status and what it says: "Connection refused"."""
+    told = bounds.text(details.strip(), 300)
+    reason = _AROUND.sub("", told)
+    return reason if reason != told else f"{status}: {told}"

@@ -114,6 +114,9 @@ def start(
     rules = rules_of(given)
 
     def ready(address: str) -> None:
+        if server.over:
+            console.say(f"{spec.name}: this run is over, and stays so; another --state begins one")
+            return
         console.say(f"{spec.name}: {spec.strategy} on {spec.model}, serving {address}")
         console.say(f"  clients join with   fl-client start {address}")
         console.say(f"  watch it with       fl-server status --address {address}")

@@ -83,13 +83,17 @@ def _client(client: ClientStatus) -> list[Cell]:
     return [
         (client.name, ""),
         (client.doing, _STATES.get(client.doing, "")),
-        (f"{1 / pace:.3g} steps/s" if pace else "", ""),
+        (_speed(1 / pace) if pace else "", ""),
         (_work(client), ""),
         (console.size(client.bytes_up), ""),
         (console.size(client.bytes_down), ""),
         ("" if client.heard_s is None else console.duration(client.heard_s), ""),
         (why, "dim"),
     ]
+
+
+def _speed(pace: float) -> str:
+    return f"{console.number(pace) if pace >= 1000 else f'{pace:.3g}'} steps/s"
 
 
 def _work(client: ClientStatus) -> str:

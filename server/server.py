@@ -158,6 +158,11 @@ class Server:
         """Serve until the run is over, or until SIGINT or SIGTERM. Raises AtollError."""
         return loops.run(self.serve(address, ready))
 
+    @property
+    def over(self) -> str:
+        """Why the run ended; empty: it has not, or is not served."""
+        return self._assembly.host.run.finished or "" if self._assembly is not None else ""
+
     def stop(self) -> None:
         """Stop for now, from any thread: what is held is saved, and a new start goes on."""
         with contextlib.suppress(RuntimeError):  # it has ended already

@@ -208,7 +208,8 @@ LIVE: dict[str, Any] = {
          "bytes_up": 4_100_000, "bytes_down": 9},
         {"name": "hospital-a", "state": "active", "order": None},
         {"name": "lab-b", "state": "suspect", "reason": "silent", "since_s": 47.0, "order": "o9"},
-        {"name": "lab-c", "state": "active", "order": "o13", "steps": 5, "step": 5, "tomorrow": 2},
+        {"name": "lab-c", "state": "active", "order": "o13", "steps": 5, "step": 5, "tomorrow": 2,
+         "seconds_per_step": 0.0008},
         {"name": "evil\x1b[2J", "state": "left", "reason": "over\nnight"},
         {"name": "lab-d", "state": "new"},
     ],
@@ -235,7 +236,7 @@ def test_one_screen_shows_the_run_its_group_and_every_client() -> None:
     assert row["hospital-a"].split()[1] == "waiting"
     assert row["lab-b"].split()[1] == "suspect"
     assert row["lab-b"].endswith("silent 47s ago")
-    assert row["lab-c"].split()[1] == "sending"
+    assert row["lab-c"].split()[1:4] == ["sending", "1,250", "steps/s"]  # was 1.25e+03
     assert row["evil"].endswith("over night")
     assert lines[-1] == (
         "6 clients: 1 expected, 1 left, 1 sending, 1 suspect, 1 training, 1 waiting"

@@ -73,6 +73,10 @@ def test_a_run_stopped_for_now_goes_on_with_the_same_limits(
     # The order after the last version may be done before its client hears of the end.
     assert all(12 <= trainer.trained <= 13 for trainer in trainers)
     federation.ledger().check()
+    again = federation.server(wait=False)  # it said that it serves, and that it has no stop rule
+    assert again.data()["reason"] == "12 versions done"
+    assert "run: this run is over, and stays so; another --state begins one" in again.said()
+    assert "serving" not in again.said()
 
 
 def test_a_finished_run_is_summed_up_again_and_tells_those_who_missed_its_end(
