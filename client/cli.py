@@ -127,11 +127,12 @@ def start(
         from atoll.client.bench import bench as measure
         from atoll.client.client import Client
         from atoll.client.localdp import local_dp as own_noise
-        from atoll.client.options import Options, maker
+        from atoll.client.options import Options, look, maker
         from atoll.protocols import loops
 
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         options = Options(name, model, data, trainer, partition, shard, device, sleep_per_step)
+        look(options)
         client = Client(
             address,
             maker(options),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atoll.client.trainer import Task, Tensors, Trained, Trainer
 from atoll.protocols.errors import RAISED, AtollError, ClientError
+from atoll.protocols.events import Then
 
 T = TypeVar("T")
 
@@ -43,8 +44,15 @@ def load(judge: Judge, tensors: Tensors) -> None:
 
 def train(trainer: Trainer, task: Task) -> Trained:
     """ClientError FL-C104."""
+    heard: list[Then] = []
+
+    def asked() -> Then | None:
+        then = task.asked()
+        heard.extend([then] if then is not None and then != "continue" else [])
+        return then
+
     with _told("train"):
-        made: object = trainer.train(task)
+        made: object = trainer.train(replace(task, asked=asked))
     if not isinstance(made, Trained):
         raise _broken(f"train() returned {_kind(made)}, not a Trained", RETURN)
     if not isinstance(made.tensors, Mapping):
@@ -59,9 +67,9 @@ def train(trainer: Trainer, task: Task) -> Trained:
             steps=_whole("train() gave steps", made.steps),
             examples=_whole("train() gave examples", made.examples),
         )
-    if made.steps > task.steps:
+    if made.steps > task.steps or (made.steps < task.steps and not heard):
         what = f"train() was asked for {task.steps} steps and ran {made.steps}"
-        raise _broken(what, "run exactly task.steps")
+        raise _broken(what, "run exactly task.steps, unless task.asked() says to stop")
     if any(type(value) is not float for value in made.metrics.values()):
         made = replace(made, metrics=_numbers("train", made.metrics))
     return made

@@ -10,6 +10,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -104,6 +105,17 @@ class Data:
         if isinstance(self.train, Split):
             return self.train.take(indices)
         return Subset(self.train, indices.tolist())
+
+
+def find_data(spec: str) -> None:
+    """Whether there is what `spec` names: as `load_data`, without reading it."""
+    name, _, rest = spec.partition(":")
+    if name not in BUILTIN and rest:
+        slots.find("data", spec, {})
+        return
+    path = _options(rest)[0]
+    if name not in BUILTIN or (path and not Path(path).exists()):
+        load_data(spec)  # it knows better, and says what is wrong
 
 
 def load_data(spec: str, seed: int = 0) -> Data:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from atoll.client.data import Data, load_data
+from atoll.client.data import Data, find_data, load_data
 from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import BUILTIN, takes
 from atoll.client.specs import make_trainer
@@ -25,6 +25,18 @@ class Options:
     shard: tuple[int, int] = (0, 1)
     device: str = "auto"
     slowdown: float = 0.0  # seconds slept after each step
+
+
+def look(options: Options) -> None:
+    """What is named and is not there is told before a server is waited for. UsageError FL-S101,
+    FL-S103; DataError FL-D101, FL-D103. A user's modules are imported, nothing is made or read."""
+    if options.trainer:
+        slots.find("trainer", options.trainer, {})
+        return
+    if options.model:
+        slots.find("model", options.model, BUILTIN)
+    if options.data:
+        find_data(options.data)
 
 
 def local_config(given: dict[str, bool | int | float | str], device: str) -> LocalConfig:

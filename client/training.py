@@ -133,8 +133,7 @@ class Training:
                 self._post(machine.Lost(error.message))
             self._post(machine.Dropped(order))
         else:
-            where = error if logger.isEnabledFor(logging.INFO) else None
-            logger.warning("client=%s order=%s %s", self._name, order, error, exc_info=where)
+            logger.info("client=%s order=%s %s", self._name, order, error, exc_info=error)
             self._post(machine.Failed(order, error.code, error.message))
 
     def _train(self, bench: Workbench, job: Job) -> messages.Result:

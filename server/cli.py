@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from atoll.protocols import console, orphan
+from atoll.protocols.errors import UsageError
 from atoll.server.cli_catalogue import COMMANDS, command
 from atoll.server.cli_demo import demo
 from atoll.server.cli_peers import joined, like_peers
@@ -98,8 +99,12 @@ def start(
     from atoll.server.spec import open_spec
 
     logging.basicConfig(
-        level=logging.INFO if console.verbosity() else logging.WARNING, stream=sys.stderr
+        level=logging.INFO if console.verbosity() else logging.WARNING,
+        stream=sys.stderr,
+        format="%(message)s",
     )
+    if not name.strip():
+        raise UsageError("FL-S108", f"--name {name!r}", "give one, or leave it out")
     if stop_with_stdin:
         orphan.stop_with_stdin()
     wanted = spec_of(

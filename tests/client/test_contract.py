@@ -10,6 +10,7 @@ import torch
 from atoll.client import contract
 from atoll.client.trainer import Task, Tensors, Trained
 from atoll.protocols.errors import ClientError, DataError
+from atoll.protocols.events import Then
 
 W = {"w": torch.zeros(3)}
 
@@ -56,6 +57,7 @@ def given(tensors: Any = W, steps: Any = 2, examples: Any = 64, metrics: Any = N
         (given(steps=2.0), "train() gave steps=2.0"),
         (given(examples=None), "train() gave examples=None"),
         (given(steps=3), "train() was asked for 2 steps and ran 3"),
+        (given(steps=1), "train() was asked for 2 steps and ran 1"),
         (given(metrics={"loss": "low"}), "train() gave loss='low'"),
         (given(metrics={"loss": torch.zeros(2)}), "train() gave loss=tensor([0., 0.])"),
         (fail, "train() failed: KeyError('oops')"),
@@ -95,7 +97,16 @@ def test_numbers_of_torch_and_numpy_are_numbers() -> None:
     made = contract.train(Mine(told), Task(2))
     assert (made.examples, made.metrics) == (64, {"loss": 0.5, "n": 3.0})
     assert type(made.examples) is int
-    assert contract.train(Mine(given(steps=1)), Task(2)).steps == 1  # it was asked to stop
+
+
+@pytest.mark.parametrize(("then", "steps"), [("send", 1), ("drop", 0), ("continue", 2)])
+def test_fewer_steps_are_right_where_it_was_asked_to_stop(then: Then, steps: int) -> None:
+    class Asking(Mine):
+        def train(self, task: Task) -> Trained:
+            assert task.asked() == then
+            return given(steps=steps)
+
+    assert contract.train(Asking(), Task(2, asked=lambda: then)).steps == steps
 
 
 def test_a_model_that_does_not_fit_is_apart_from_a_load_that_fails() -> None:

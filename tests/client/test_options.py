@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from atoll.client.options import own_trainer
+from atoll.client.options import Options, look, own_trainer
 from atoll.client.trainer import Task, Tensors, Trained
-from atoll.protocols.errors import UsageError
+from atoll.protocols.errors import AtollError, UsageError
 
 
 class Mine:
@@ -67,3 +68,39 @@ def test_what_is_no_trainer_is_refused(spec: str, what: str) -> None:
     with pytest.raises(UsageError, match=what) as refused:
         own_trainer(spec)
     assert refused.value.code == "FL-S102"
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({"trainer": "no_such_module_here:X"}, "FL-S103"),
+        ({"trainer": "mine:Mone"}, "FL-S103"),
+        ({"model": "mpl"}, "FL-S101"),
+        ({"model": "mine:Mone"}, "FL-S103"),
+        ({"data": "digitz"}, "FL-D103"),
+        ({"data": "csv:no/such/file.csv,target=y"}, "FL-D101"),
+        ({"data": "mine:load"}, "FL-S103"),
+    ],
+)
+def test_what_is_not_there_is_told_before_a_server_is_waited_for(
+    given: dict[str, str], code: str
+) -> None:
+    """A mistyped name was told ten minutes later, when the server had come."""
+    with pytest.raises(AtollError) as caught:
+        look(Options("a", **given))  # type: ignore[arg-type]
+    assert caught.value.code == code
+
+
+def test_what_is_there_is_neither_made_nor_read(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("no table")
+    data = (
+        "digits",
+        "synthetic:examples=20",
+        f"csv:{tmp_path / 't.csv'},target=y",
+        "mine:Mine",
+        "",
+    )
+    for one in data:
+        look(Options("a", model="mlp", data=one))
+    look(Options("a", model="mine:Mine"))
+    look(Options("a", trainer="mine:Mine", model="nonsense"))  # of which it asks nothing

@@ -237,7 +237,7 @@ def test_a_trainer_that_loses_a_tensor_is_found_out() -> None:
     class Losing(Adding):
         def train(self, task: Task) -> Trained:
             trained = super().train(task)
-            return Trained({"w": trained.tensors["w"]}, 1, 32, {})
+            return Trained({"w": trained.tensors["w"]}, trained.steps, 32, {})
 
     with pytest.raises(ClientError, match="is missing") as failed:
         do(bench(Losing()), order())
