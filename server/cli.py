@@ -38,9 +38,6 @@ for name in COMMANDS:
     cli.add_command(command(name))
 
 
-STOPS = ("target_accuracy", "versions", "updates", "steps", "seconds", "patience")
-
-
 @cli.command()
 @run_options
 @click.option(
@@ -125,7 +122,7 @@ def start(
         console.say(f"{spec.name}: {spec.strategy} on {spec.model}, serving {address}")
         console.say(f"  clients join with   fl-client start {address}")
         console.say(f"  watch it with       fl-server status --address {address}")
-        if not any(given[name] is not None for name in STOPS) and "rounds=" not in spec.strategy:
+        if not (server.limits.ends() or "rounds=" in spec.strategy):
             console.say(
                 "  it has no stop rule: it runs until Ctrl-C (see --versions, --seconds, ...)"
             )

@@ -46,6 +46,10 @@ class Rules:
                 what = f"a target of {self.target} for {self.metric}"
                 raise UsageError("FL-S108", what, "give a number above 0 and at most 1")
 
+    def ends(self) -> bool:
+        """Whether there is a limit at all."""
+        return any(getattr(self, name) is not None for name in LIMITS if name != "metric")
+
     def evaluated(self, version: int, metrics: Mapping[str, float], now: float) -> None:
         """Hear of an evaluation; they may come out of order of their versions."""
         value = metrics.get(self.metric)

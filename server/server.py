@@ -159,6 +159,11 @@ class Server:
         return loops.run(self.serve(address, ready))
 
     @property
+    def limits(self) -> Rules:
+        """Those that hold: of a run that is continued its own, where none are given anew."""
+        return self._assembly.driver.rules if self._assembly is not None else self.rules
+
+    @property
     def over(self) -> str:
         """Why the run ended; empty: it has not, or is not served."""
         return self._assembly.host.run.finished or "" if self._assembly is not None else ""

@@ -144,3 +144,8 @@ def test_a_best_that_meets_a_lower_target_counts_at_once() -> None:
 def test_rules_survive_being_written_down() -> None:
     rules = told(Rules(target=0.5, seconds=7.5), 0.6, 0.4)
     assert state.loads(Rules, state.dumps(rules)) == rules
+
+
+def test_rules_without_a_limit_end_nothing() -> None:
+    assert not Rules(metric="loss").ends()
+    assert all(Rules(**{name: 1}).ends() for name in LIMITS if name != "metric")  # type: ignore[arg-type]

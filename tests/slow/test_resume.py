@@ -67,6 +67,7 @@ def test_a_run_stopped_for_now_goes_on_with_the_same_limits(
     federation.until(lambda: all(line in logged.text for line in said))
     server = federation.server()
     assert server.data()["versions"] == 12
+    assert "no stop rule" not in server.said()  # it has that of its first start
     reports = [guest.ended() for guest in guests]
     assert [report.reconnections for report in reports] == [1, 1]
     assert [report.used for report in reports] == [12, 12]
