@@ -5,6 +5,7 @@ that `--help` is quick. A command raises AtollError and knows nothing of screens
 into text or, with `--json`, into the envelope, and into an exit code.
 """
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from atoll.protocols.errors import AtollError, UsageError
+from atoll.protocols.errors import AtollError, ServerError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -122,6 +123,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return report(UsageError("FL-S103", what, hint), as_json)
     except click.ClickException as error:
         return _report_usage(error, as_json)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return report(_full(error) if full else _crash(error, verbose), as_json)
     except Exception as error:  # noqa: BLE001 - the last line of defence of a process
         return report(_crash(error, verbose), as_json)
 
@@ -185,9 +189,12 @@ def failure(error: AtollError) -> dict[str, object]:
 
 def report(error: AtollError, as_json: bool) -> int:
     """Tell of it as a command does; its exit code."""
-    if as_json:
-        click.echo(_envelope(failure(error)))
-    else:
+    try:
+        if as_json:
+            click.echo(_envelope(failure(error)))
+        else:
+            say(screen(error))
+    except OSError:  # stdout lies on a full disk
         say(screen(error))
     return error.exit_code
 
@@ -202,6 +209,11 @@ def _report_usage(error: click.ClickException, as_json: bool) -> int:
     told = UsageError("FL-S108", message or error.format_message(), f"see `{path} --help`")
     report(told, as_json)
     return error.exit_code if isinstance(error, click.UsageError) else told.exit_code
+
+
+def _full(error: OSError) -> AtollError:
+    what = error.filename or "what this command says or makes"
+    return ServerError("FL-S203", f"{what} cannot be written: {error.strerror}", "free space there")
 
 
 def _crash(error: Exception, verbose: bool) -> AtollError:

@@ -229,8 +229,12 @@ def export(state: Path, number: int, target: Path) -> str:
         raise _damaged(number, f"SHA-256 is {data.sha256.hex()[:12]}, written was {expected[:12]}")
     with disk(target):
         part = target.with_name(target.name + ".part")
-        write_file(part, [head, data.view], durable=False)
-        os.replace(part, target)
+        try:
+            write_file(part, [head, data.view], durable=False)
+            os.replace(part, target)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
     return expected
 
 

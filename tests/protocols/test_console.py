@@ -1,6 +1,9 @@
 """The console: what lands on stdout and stderr, which exit code, and nothing a remote may draw."""
 
+import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +136,32 @@ def test_a_bug_leaves_a_crash_file_and_no_traceback(
     (crash,) = tmp_path.iterdir()
     assert str(crash) in err
     assert "Traceback" in crash.read_text()
+
+
+def test_a_full_disk_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    """A simulation that could not write its plots asked to be reported."""
+    full = OSError(errno.ENOSPC, "No space left on device", "out/timeline.png")
+    assert console.run(command(fail(full)), ["go"]) == 74
+    assert capsys.readouterr().err.startswith(
+        "error FL-S203: out/timeline.png cannot be written: No space left on device\n"
+    )
+
+
+@pytest.mark.parametrize("given", [["go"], ["go", "--json"]])
+def test_a_full_disk_under_stdout_is_told_on_stderr(given: list[str]) -> None:
+    """With --json it was a traceback, of the error and of the attempt to tell it."""
+    program = (
+        "import sys; from tests.protocols.test_console import command; "
+        "from atoll.protocols import console; "
+        f"sys.exit(console.run(command(lambda: None), {given}))"
+    )
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert ended.stderr.startswith("error FL-S203: ")
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode in (74, 120)  # 120: Python's own, where the last flush fails
 
 
 def test_a_bug_that_cannot_write_its_crash_file_says_so(
