@@ -194,6 +194,10 @@ def codec(spec: str | Chain) -> Codec:
     if chain.feedback is not None and hasattr(found, "contractive"):
         found = found.contractive()
     made_codec = typing.cast("Codec", found)
+    if chain.own:
+        from atoll.protocols.codec_own import Own
+
+        made_codec = Own(made_codec, chain.text)
     if chain.zstd is None:
         return made_codec
     from atoll.protocols.codec_zstd import pressed  # it is built on this file
