@@ -32,10 +32,13 @@ class Strategy:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about `event` at `now` (run clock, seconds, never decreasing)."""
-        actions = self._heard(event, now)
-        if actions is None:
-            raise _no_actions(self, event)
-        return list(actions)
+        try:
+            actions = self._heard(event, now)
+            if actions is None:
+                raise _no_actions(self, event)
+            return list(actions)
+        except SystemExit as error:  # in a driver's loop it would end more than the run
+            raise RuntimeError(f"it calls sys.exit({error.code!r})") from error
 
     def _heard(self, event: Event, now: float) -> Actions:
         match event:

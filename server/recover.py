@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols import state
-from atoll.protocols.errors import RAISED, ServerError
+from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Action, Evaluated, Event, Merged
 from atoll.protocols.membership import Membership
 from atoll.server.journal import Journal, Row, dump_actions, same
@@ -94,7 +94,7 @@ def _load(found: Recovered, data: dict[str, state.Json]) -> None:
 def _again(found: Recovered, row: Row, told: Heard | None) -> None:
     try:
         event, actions, effects = found.run.handle(row.event, row.now)
-    except RAISED as error:  # a strategy may raise anything
+    except Exception as error:  # a strategy may raise anything
         heard = f"input {row.seq} ({type(row.event).__name__} at {row.now:.3f} s)"
         if row.actions is not None:
             raise _unlike(f"{heard} was answered before, and now fails: {error!r}") from error

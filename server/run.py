@@ -123,7 +123,7 @@ class StrategyError(Exception):
 
 def failed(
     heard: str,
-    error: BaseException,
+    error: Exception,
     remedy: str = "mend the strategy and start again on the same state directory",
 ) -> ServerError:
     """The run cannot go on: its strategy raised `error`."""

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from atoll.aggregation.strategy import Strategy
-from atoll.protocols.errors import RAISED, AtollError
+from atoll.protocols.errors import AtollError
 from atoll.protocols.events import (
     Action,
     Evaluated,
@@ -174,7 +174,7 @@ class Simulator:
             return self.run.handle(event, self.now)
         except AtollError:
             raise
-        except RAISED as error:  # a strategy may raise anything
+        except Exception as error:  # a strategy may raise anything
             heard = f"{type(event).__name__} at {self.now:g} s"
             remedy = "mend it: -v shows where; `check_strategy` tries it on 200 histories"
             raise failed(heard, error, remedy) from error

@@ -444,3 +444,15 @@ def test_strategies_need_no_torch() -> None:
         "sys.exit(bool({'torch', 'numpy', 'asyncio', 'grpc'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_strategy_that_calls_sys_exit_fails_as_one_that_raises() -> None:
+    """It went through the server's loop and ended the process, with a traceback of ours."""
+
+    class Leaving(Strategy):
+        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+            yield Train(client, 1)
+            raise SystemExit(4)
+
+    with pytest.raises(RuntimeError, match=r"it calls sys.exit\(4\)"):
+        Leaving().handle(ClientJoined("a", ClientInfo(1)), 0.0)
