@@ -6,6 +6,7 @@ into text or, with `--json`, into the envelope, and into an exit code.
 """
 
 import errno
+import functools
 import json
 import os
 import re
@@ -103,16 +104,17 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     _dress(command)
-    as_json, verbose = _asked(given)
+    as_json, lines, verbose = _asked(given)
+    told = functools.partial(report, as_json=as_json, final=lines)
     try:
         code = command.main(given, prog_name=_program(command), standalone_mode=False)
         return code if type(code) is int else 0
     except AtollError as error:
         if verbose:
             traceback.print_exc()
-        return report(error, as_json)
+        return told(error)
     except (click.Abort, KeyboardInterrupt):  # click makes an Abort of the latter
-        return report(AtollError("FL-S208", "interrupted"), as_json)
+        return told(AtollError("FL-S208", "interrupted"))
     except SystemExit as stop:
         if _raised_by(stop) == "click.core":  # the reader of our output went away
             return 1
@@ -120,14 +122,14 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         what = f"code that this command runs calls sys.exit({stop.code!r})"
         hint = "take it out of your module: -v shows where"
-        return report(UsageError("FL-S103", what, hint), as_json)
+        return told(UsageError("FL-S103", what, hint))
     except click.ClickException as error:
-        return _report_usage(error, as_json)
+        return _report_usage(error, as_json, lines)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return report(_full(error) if full else _crash(error, verbose), as_json)
+        return told(_full(error) if full else _crash(error, verbose))
     except Exception as error:  # noqa: BLE001 - the last line of defence of a process
-        return report(_crash(error, verbose), as_json)
+        return told(_crash(error, verbose))
 
 
 # ---- help ----------------------------------------------------------------------------------
@@ -187,11 +189,11 @@ def failure(error: AtollError) -> dict[str, object]:
     return {"v": 1, "ok": False, "error": told}
 
 
-def report(error: AtollError, as_json: bool) -> int:
-    """Tell of it as a command does; its exit code."""
+def report(error: AtollError, as_json: bool, final: bool = False) -> int:
+    """Tell of it as a command does; its exit code. `final`: as the last line of a stream."""
     try:
-        if as_json:
-            click.echo(_envelope(failure(error)))
+        if as_json or final:
+            click.echo(_envelope(failure(error) | ({"final": True} if final else {})))
         else:
             say(screen(error))
     except OSError:  # stdout lies on a full disk
@@ -199,15 +201,15 @@ def report(error: AtollError, as_json: bool) -> int:
     return error.exit_code
 
 
-def _report_usage(error: click.ClickException, as_json: bool) -> int:
+def _report_usage(error: click.ClickException, as_json: bool, final: bool) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "the command"
-    if type(error).__name__ == "NoArgsIsHelpError" and not as_json:
+    if type(error).__name__ == "NoArgsIsHelpError" and not (as_json or final):
         say(error.format_message())
         return error.exit_code
     message = "no command given" if type(error).__name__ == "NoArgsIsHelpError" else ""
     told = UsageError("FL-S108", message or error.format_message(), f"see `{path} --help`")
-    report(told, as_json)
+    report(told, as_json, final)
     return error.exit_code if isinstance(error, click.UsageError) else told.exit_code
 
 
@@ -237,11 +239,11 @@ def _raised_by(error: BaseException) -> str:
     return str(frame.f_globals["__name__"])
 
 
-def _asked(arguments: list[str]) -> tuple[bool, bool]:
-    """(--json, -v) as typed, since a usage error comes before click has parsed them."""
+def _asked(arguments: list[str]) -> tuple[bool, bool, bool]:
+    """(--json, --jsonl, -v) as typed, since a usage error comes before click has parsed them."""
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     verbose = any(re.fullmatch(r"-v+|--verbose", a) for a in options)
-    return "--json" in options, verbose
+    return "--json" in options, "--jsonl" in options, verbose
 
 
 def _program(command: click.Command) -> str:

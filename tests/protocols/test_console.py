@@ -108,6 +108,17 @@ def test_a_usage_error_is_fl_s108_and_exit_2_also_in_json(
     assert err.startswith("error FL-S108: ")
 
 
+def test_a_stream_ends_with_a_line_that_says_so_also_when_it_could_not_begin(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A wrong option was told on stderr, to a program that reads lines of JSON on stdout."""
+    for wrong, code in ((["go", "--jsonl", "--nope"], 2), (["gone", "--jsonl"], 2)):
+        assert console.run(command(lambda: None), wrong) == code
+        out, err = capsys.readouterr()
+        told = json.loads(out)
+        assert (told["error"]["code"], told["final"], err) == ("FL-S108", True, "")
+
+
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.run(command(lambda: None), []) == 2
     assert "Commands:" in capsys.readouterr().err
