@@ -45,16 +45,14 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @console.json_option
 def status(
     address: str | None, state: Path | None, watch: bool, jsonl: bool, as_json: bool
-) -> int | None:
+) -> None:
     """Show where a run stands: one screen, each client with its state, reason and age."""
     from atoll.server.screen import status_screen
 
     stream = Stream(as_json, jsonl)
-    with stream:
-        place = place_of(address, state)
-        found = _watch_status(place, stream) if watch or jsonl else place.status()
-        stream.end(found, status_screen(found))
-    return stream.exit_code
+    place = place_of(address, state)
+    found = _watch_status(place, stream) if watch or jsonl else place.status()
+    stream.end(found, status_screen(found))
 
 
 @click.group()
@@ -101,7 +99,7 @@ def show(state: Path, as_json: bool) -> None:
 @console.json_option
 def watch_run(
     state: Path | None, address: str | None, jsonl: bool, as_json: bool
-) -> int | None:  # fmt: skip
+) -> None:  # fmt: skip
     """Watch a run until it is over: a live table, or one line per event where there is no terminal.
 
     STATE is its state directory; without it, and without --address, atoll-state is looked for.
@@ -111,12 +109,10 @@ def watch_run(
     from atoll.server.screen import worth
 
     stream = Stream(as_json, jsonl)
-    with stream:
-        place = place_of(address, state)
-        found = Watch(place, Live(quiet=as_json or jsonl), stream.row).run()
-        ended = found.reason or "it goes on"
-        stream.end(found, f"{found.state}: {ended}\nv{found.version}, {worth(found)}")
-    return stream.exit_code
+    place = place_of(address, state)
+    found = Watch(place, Live(quiet=as_json or jsonl), stream.row).run()
+    ended = found.reason or "it goes on"
+    stream.end(found, f"{found.state}: {ended}\nv{found.version}, {worth(found)}")
 
 
 @run.command()
@@ -170,14 +166,11 @@ def place_of(address: str | None, state: Path | None) -> "Place":
 
 @dataclass
 class Stream:
-    """What a command that goes on says on stdout: with --jsonl each row, and always its end.
-
-    As a context it turns an error into the last line of --jsonl, so that this is always `final`.
-    """
+    """What a command that goes on says on stdout: with --jsonl each row, and always its end; where
+    that is an error, `console.run` says it."""
 
     as_json: bool
     jsonl: bool
-    exit_code: int | None = None
 
     def row(self, row: Mapping[str, Any]) -> None:
         if self.jsonl:
@@ -188,16 +181,6 @@ class Stream:
             self.row({"v": 1, "ok": True, "final": True, "data": data})
         else:
             console.emit(data, self.as_json, _shown(human))
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, where: object) -> bool:
-        if not (self.jsonl and isinstance(error, AtollError)):
-            return False
-        self.row({**console.failure(error), "final": True})
-        self.exit_code = error.exit_code
-        return True
 
 
 def _shown(text: "Text | str") -> "Text | str":
