@@ -9,6 +9,7 @@ import click
 
 from atoll.client import partspec
 from atoll.protocols import console, leaving, orphan
+from atoll.protocols.address import split as split_address
 from atoll.protocols.errors import ClientError, UsageError
 from atoll.protocols.ids import machine_name
 
@@ -109,7 +110,7 @@ def start(
 
     if stop_with_stdin:
         orphan.stop_with_stdin()
-    _check_address(address)
+    split_address(address)
     _check_seconds("--patience", patience)
     partspec.parse(partition)
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
@@ -218,7 +219,7 @@ def test(model: str, data: str, trainer: str, device: str, address: str, as_json
 
     manifest = None
     if address:
-        _check_address(address)
+        split_address(address)
         from atoll.client.inspect import run_info
 
         info = run_info(address)
@@ -252,12 +253,6 @@ def _offline(model: str, data: str, trainer: str, device: str):  # type: ignore[
         return own_trainer(trainer, "local")
     options = Options("local", device=device)
     return torch_trainer(options, model or "mlp", data or "digits", LocalConfig(device=device))
-
-
-def _check_address(address: str) -> None:
-    host, colon, port = address.rpartition(":")
-    if not host or not colon or not port.isdecimal() or not 0 < int(port) <= 65535:
-        raise UsageError("FL-S108", f"address {address!r}", "give HOST:PORT, e.g. 127.0.0.1:7447")
 
 
 def _check_seconds(option: str, seconds: float | None) -> None:

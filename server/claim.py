@@ -29,6 +29,17 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
+def folder_made(folder: Path) -> Path:
+    """There, and ours alone to read. ServerError FL-S206."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ServerError(
+            "FL-S206", f"{folder} cannot be made: {error.strerror}", "give another --state"
+        ) from error
+    return folder
+
+
 @contextlib.contextmanager
 def beginning(folder: Path) -> Iterator[None]:
     """Around the start of a run: one that could not begin leaves the folder as it was.

@@ -18,6 +18,7 @@ from atoll.protocols.children import MAX_RESTARTS, Child
 from atoll.protocols.errors import AtollError, ServerError, UsageError
 from atoll.server.history import History, Row, line
 from atoll.server.live import ClientView, Live, LiveView, view
+from atoll.server.look import FromFile
 from atoll.server.options import make_folder
 
 # Exit codes of a client that would fail the same way again: bad configuration, a mismatch, refused.
@@ -82,7 +83,7 @@ class Demo:
         self.speeds = dict(zip(self.names, self.spec.speeds, strict=True))
         self.server = Child("server", "atoll.server", self._server_arguments(), self.logs)
         self.children: dict[str, Child] = {}
-        self._read = 0  # bytes of the history file
+        self._file = FromFile(self.state / "history.jsonl")
         self._asked = 0.0
         self._began = time.monotonic()
         self._restarts: list[Row] = []
@@ -212,17 +213,8 @@ class Demo:
                 self.traffic[name] = (client["bytes_up"], client["bytes_down"])
 
     def _read_history(self) -> None:
-        path = self.state / "history.jsonl"
-        try:
-            with path.open("rb") as file:
-                file.seek(self._read)
-                text = file.read()
-        except OSError:
-            return
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for told in whole.splitlines():
-            self._note(json.loads(told))
+        for row in self._file.rows():
+            self._note(row)
 
     def _note(self, row: Row) -> None:
         if row["kind"] == "restart":

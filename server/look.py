@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from atoll.protocols.errors import ClientError, ServerError, UsageError
+from atoll.protocols.address import split as split_address
+from atoll.protocols.errors import ClientError, ServerError
 from atoll.server import offline
 from atoll.server.history import History, Row
 from atoll.server.live import Live, LiveView, State, view
@@ -40,10 +41,7 @@ class Place:
 
     def __post_init__(self) -> None:
         if self.address is not None:
-            host, _, port = self.address.rpartition(":")
-            if not host or not port.isdecimal() or int(port) > 65535:
-                hint = "give HOST:PORT, e.g. 127.0.0.1:7447"
-                raise UsageError("FL-S108", f"address {self.address!r}", hint)
+            split_address(self.address, least=0)
 
     def status(self, seconds: float = ANSWER) -> Status:
         """ServerError FL-S207: nobody answers; FL-S107: no run in that state directory."""

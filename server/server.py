@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from atoll.protocols import loops, messages
+from atoll.protocols.address import split as split_address
 from atoll.protocols.channel import SERVER_OPTIONS, tune_malloc
 from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import RemoteError, ServerError, UsageError
 from atoll.protocols.ids import ulid
 from atoll.server.bulk import Bulk
 from atoll.server.check import check
+from atoll.server.claim import folder_made
 from atoll.server.presets import preset_of
 from atoll.server.rules import Rules
 from atoll.server.service import Service
@@ -185,7 +187,7 @@ class Server:
             tune_malloc()
             host: asyncio.Future[Host] = loop.create_future()
             server = grpc.aio.server(options=SERVER_OPTIONS)
-            uploads = Uploads(_made(self.folder / "updates"))
+            uploads = Uploads(folder_made(self.folder / "updates"))
             server.add_generic_rpc_handlers(
                 (self._bulk(uploads, host), Service(host, self._inspect))
             )
@@ -295,9 +297,7 @@ def own_name(value: object) -> str:
 
 def check_address(address: str, insecure_lan: bool) -> None:
     """Refuse to serve others than this machine unless it was spelled out. FL-S105, FL-S108."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise UsageError("FL-S108", f"address {address!r}", "give HOST:PORT, e.g. 127.0.0.1:7447")
+    host, _ = split_address(address, least=0)
     bare = host.strip("[]")
     try:
         local = ipaddress.ip_address(bare).is_loopback
@@ -319,7 +319,7 @@ class _locked:  # noqa: N801  # reads as a verb
 
     def __enter__(self) -> None:
         try:
-            _made(self.folder)
+            folder_made(self.folder)
             self._fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ServerError(
@@ -341,16 +341,6 @@ class _locked:  # noqa: N801  # reads as a verb
     def __exit__(self, *_: object) -> None:
         (self.folder / "server.json").unlink(missing_ok=True)
         os.close(self._fd)
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise ServerError(
-            "FL-S206", f"{folder} cannot be made: {error.strerror}", "give another --state"
-        ) from error
-    return folder
 
 
 def _bind(server: Any, address: str) -> str:

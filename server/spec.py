@@ -11,7 +11,7 @@ from pathlib import Path
 
 from atoll.protocols import state
 from atoll.protocols.errors import ServerError
-from atoll.server.claim import refuse_foreign
+from atoll.server.claim import folder_made, refuse_foreign
 
 STRATEGIES: Mapping[str, str] = {
     "fedavg": "atoll.aggregation.fedavg:FedAvg",
@@ -114,12 +114,7 @@ def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> Run
     path = folder / "run.json"
     if not path.exists():
         refuse_foreign(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise ServerError(
-                "FL-S206", f"{folder} cannot be made: {error.strerror}", "give another --state"
-            ) from error
+        folder_made(folder)
         wanted.write(path)
         return wanted
     found = RunSpec.read(path)
