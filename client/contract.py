@@ -18,7 +18,7 @@ from atoll.protocols.events import Then
 
 T = TypeVar("T")
 
-RETURN = "return Trained(tensors, steps, examples, metrics) of atoll.client"
+RETURN = "return a Trained of atoll.client: (tensors, steps, examples, metrics)"
 
 
 class Judge(Protocol):

@@ -18,6 +18,7 @@ from atoll.server.options import rules_of, run_options, spec_of, spelled_out
 
 if TYPE_CHECKING:
     from atoll.p2p.behalf import Behalf
+    from atoll.server.server import Server
 
 
 @click.group(name="fl-server")
@@ -115,18 +116,6 @@ def start(
         check(wanted)
     rules = rules_of(given)
 
-    def ready(address: str) -> None:
-        if server.over:
-            console.say(f"{spec.name}: this run is over, and stays so; another --state begins one")
-            return
-        console.say(f"{spec.name}: {spec.strategy} on {spec.model}, serving {address}")
-        console.say(f"  clients join with   fl-client start {address}")
-        console.say(f"  watch it with       fl-server status --address {address}")
-        if not (server.limits.ends() or "rounds=" in spec.strategy):
-            console.say(
-                "  it has no stop rule: it runs until Ctrl-C (see --versions, --seconds, ...)"
-            )
-
     try:
         with beginning(state):
             spec = open_spec(state, wanted, spelled_out())
@@ -134,7 +123,7 @@ def start(
             server = Server.of(
                 spec, state, rules, slots=slots, init=init, insecure_lan=insecure_lan
             )
-            summary = server.run(listen, ready)
+            summary = server.run(listen, lambda address: _say_served(server, address))
     finally:
         if behalf is not None:
             behalf.stop()
@@ -146,3 +135,15 @@ def start(
         + " --peer INVITE" * bool(invite)  # without it, it would go on alone
     )
     console.emit(summary, as_json, f"{ended}\n{told}{more}")
+
+
+def _say_served(server: "Server", address: str) -> None:
+    spec = server.spec
+    if server.over:
+        console.say(f"{spec.name}: this run is over, and stays so; another --state begins one")
+        return
+    console.say(f"{spec.name}: {spec.strategy} on {spec.model}, serving {address}")
+    console.say(f"  clients join with   fl-client start {address}")
+    console.say(f"  watch it with       fl-server status --address {address}")
+    if not (server.limits.ends() or "rounds=" in spec.strategy):
+        console.say("  it has no stop rule: it runs until Ctrl-C (see --versions, --seconds, ...)")
