@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from atoll.protocols import console, orphan
+from atoll.protocols import console, leaving, orphan
 from atoll.protocols.errors import UsageError
 from atoll.server.cli_catalogue import COMMANDS, command
 from atoll.server.cli_demo import demo
@@ -30,6 +30,8 @@ def cli() -> None:
 def main() -> NoReturn:
     sys.exit(console.run(cli))
 
+
+STOPPING = "stopping (Ctrl-C again ends at once; what is acknowledged is kept in any case)"
 
 cli.add_command(demo)
 cli.add_command(status)
@@ -123,7 +125,11 @@ def start(
             server = Server.of(
                 spec, state, rules, slots=slots, init=init, insecure_lan=insecure_lan
             )
-            summary = server.run(listen, lambda address: _say_served(server, address))
+            summary = server.run(
+                listen,
+                lambda address: _say_served(server, address),
+                lambda again: leaving.now(as_json) if again else console.say(STOPPING),
+            )
     finally:
         if behalf is not None:
             behalf.stop()

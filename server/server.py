@@ -9,7 +9,6 @@ The port accepts before torch is imported; callers wait for the run, not for a c
 import asyncio
 import contextlib
 import fcntl
-import ipaddress
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from atoll.protocols import loops, messages
-from atoll.protocols.address import split as split_address
+from atoll.protocols.address import check_served
 from atoll.protocols.channel import SERVER_OPTIONS, tune_malloc
 from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import RemoteError, ServerError, UsageError
@@ -151,13 +150,21 @@ class Server:
         self._insecure_lan = insecure_lan
         self._on_row = on_row
         self._assembly: Assembly | None = None
+        self._interrupted: Callable[[bool], None] | None = None
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(
-        self, address: str = "127.0.0.1:7447", ready: Callable[[str], None] | None = None
+        self,
+        address: str = "127.0.0.1:7447",
+        ready: Callable[[str], None] | None = None,
+        interrupted: Callable[[bool], None] | None = None,
     ) -> Summary:
-        """Serve until the run is over, or until SIGINT or SIGTERM. Raises AtollError."""
+        """Serve until the run is over, or until SIGINT or SIGTERM. Raises AtollError.
+
+        `interrupted` is called at each SIGINT; with True where it was told to stop before.
+        """
+        self._interrupted = interrupted
         return loops.run(self.serve(address, ready))
 
     @property
@@ -180,7 +187,7 @@ class Server:
         self, address: str = "127.0.0.1:7447", ready: Callable[[str], None] | None = None
     ) -> Summary:
         """As `run`, in a running loop. `ready` is called with the address when clients may come."""
-        check_address(address, self._insecure_lan)
+        check_served(address, self._insecure_lan)
         loop = self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         with _locked(self.folder, address):
@@ -249,14 +256,20 @@ class Server:
     def _signals(self, on: bool) -> None:
         assert self._loop is not None
         assert self._stop is not None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number, heard in ((signal.SIGINT, self._interrupt), (signal.SIGTERM, self._stop.set)):
             try:
                 if on:
-                    self._loop.add_signal_handler(number, self._stop.set)
+                    self._loop.add_signal_handler(number, heard)
                 else:
                     self._loop.remove_signal_handler(number)
             except (ValueError, RuntimeError, NotImplementedError):
                 return  # not in the main thread: whoever runs us there stops us by `stop`
+
+    def _interrupt(self) -> None:
+        assert self._stop is not None
+        if self._interrupted is not None:
+            self._interrupted(self._stop.is_set())
+        self._stop.set()
 
     def _bulk(self, uploads: Uploads, host: "asyncio.Future[Host]") -> Bulk:
         def now() -> "Host":
@@ -293,22 +306,6 @@ def own_name(value: object) -> str:
     """What `run.json` says of an object of the user's: its type, empty for None."""
     kind = value if isinstance(value, type) else type(value)
     return "" if value is None else f"{kind.__module__}:{kind.__qualname__}"
-
-
-def check_address(address: str, insecure_lan: bool) -> None:
-    """Refuse to serve others than this machine unless it was spelled out. FL-S105, FL-S108."""
-    host, _ = split_address(address, least=0)
-    bare = host.strip("[]")
-    try:
-        local = ipaddress.ip_address(bare).is_loopback
-    except ValueError:
-        local = bare == "localhost"
-    if not local and not insecure_lan:
-        raise UsageError(
-            "FL-S105",
-            f"{address} can be reached from other machines, and nothing is encrypted yet",
-            "serve 127.0.0.1, or add --insecure-lan on a network where you trust everyone",
-        )
 
 
 class _locked:  # noqa: N801  # reads as a verb

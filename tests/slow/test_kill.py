@@ -167,6 +167,31 @@ def test_ctrl_c_leaves_with_a_goodbye_and_again_ends_at_once(
     assert "stopped by its owner" in str(federation.history("leave"))
 
 
+SLOW = """
+import time
+class Slow:
+    def load(self, tensors): ...
+    def train(self, task): ...
+    def evaluate(self):
+        time.sleep(300)
+"""
+
+
+def test_ctrl_c_again_ends_a_server_that_waits_for_an_evaluation(
+    federation: "Federation",
+) -> None:
+    """It waited a minute for it, whatever was pressed."""
+    (federation.folder / "slow.py").write_text(SLOW)
+    server = federation.server("--model", "linear", "--trainer", "slow:Slow")
+    federation.until(lambda: "serving" in server.said(), 60, "serving")
+    server.interrupt()
+    federation.until(lambda: "stopping (Ctrl-C again" in server.said(), 30, "word")
+    server.interrupt()
+    assert server.wait(20) == 130
+    assert server.told()["error"]["code"] == "FL-S208"
+    federation.server()  # goes on
+
+
 def test_a_client_killed_in_mid_upload_delivers_without_training_again(
     federation: "Federation",
 ) -> None:
