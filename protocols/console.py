@@ -14,13 +14,14 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from atoll.protocols import helptext
 from atoll.protocols.errors import AtollError, ServerError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130
 
 # ANSI sequences whole, then what is left of C0, C1 and the marks that turn text around
-_WHOLE = "\u2011"  # a hyphen at which no line is broken
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]+")
 
@@ -103,7 +103,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     that returns an int has chosen its exit code itself.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    _dress(command)
+    helptext.dress(command)
     as_json, lines, verbose = _asked(given)
     told = functools.partial(report, as_json=as_json, final=lines)
     try:
@@ -130,38 +130,6 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return told(_full(error) if full else _crash(error, verbose))
     except Exception as error:  # noqa: BLE001 - the last line of defence of a process
         return told(_crash(error, verbose))
-
-
-# ---- help ----------------------------------------------------------------------------------
-
-
-class Formatter(click.HelpFormatter):
-    """Breaks no line at a hyphen: a command broken into `fl-` and `server` cannot be copied."""
-
-    def write_text(self, text: str) -> None:
-        super().write_text(text.replace("-", _WHOLE))
-
-    def write_dl(
-        self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
-    ) -> None:
-        whole = [(name, text.replace("-", _WHOLE)) for name, text in rows]
-        super().write_dl(whole, col_max, col_spacing)
-
-    def getvalue(self) -> str:
-        return super().getvalue().replace(_WHOLE, "-")
-
-
-class _Context(click.Context):
-    formatter_class = Formatter
-
-
-def _dress(command: click.Command) -> None:
-    """Its help, and that of the commands in it: with whole sentences, which click cuts short."""
-    command.context_class = _Context
-    for one in command.commands.values() if isinstance(command, click.Group) else ():
-        first = (one.help or "").strip().split("\n\n")[0]
-        one.short_help = " ".join(first.split()).split(". ")[0].removesuffix(".") + "."
-        _dress(one)
 
 
 # ---- errors --------------------------------------------------------------------------------

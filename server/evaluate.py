@@ -34,6 +34,7 @@ class Evaluator:
         self._failed = failed
         self._waiting: int | None = None
         self._closed = False
+        self._said = ""  # of the last failure
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="evaluate", daemon=True)
         self._thread.start()
@@ -63,12 +64,17 @@ class Evaluator:
             try:
                 contract.load(self._judge, self._read(version))
                 metrics = contract.evaluate(self._judge)
-            except Exception as error:  # training goes on
-                expected = isinstance(error, AtollError)  # of a user's model, which may do anything
-                where = not expected or logger.isEnabledFor(logging.INFO)
-                logger.warning(
-                    "version=%d could not be evaluated: %s", version, error, exc_info=where
-                )
+            except Exception as error:  # noqa: BLE001  # it is told, and training goes on
+                self._say(version, error)
                 self._failed(version)
             else:
                 self._report(version, metrics)
+
+    def _say(self, version: int, error: Exception) -> None:
+        """What fails in the same way at every version is said once."""
+        if str(error) == self._said:
+            return
+        self._said = str(error)
+        expected = isinstance(error, AtollError)  # of a user's model, which may do anything
+        where = not expected or logger.isEnabledFor(logging.INFO)
+        logger.warning("version=%d could not be evaluated: %s", version, error, exc_info=where)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from atoll.server.evaluate import Evaluator
+from tests.conftest import Logged
 
 
 class Slow:
@@ -77,6 +78,34 @@ def test_a_judge_that_fails_is_told_and_the_next_version_is_judged() -> None:
     judge.go.put(None)
     assert heard.news.get(timeout=10) == (8, {"accuracy": 0.08})
     evaluator.close()
+
+
+class Failing:
+    """A judge that fails in the way that the version says: leaves with 10s, or gives no number."""
+
+    way = 0.0
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.way = float(tensors["v"]) // 10
+
+    def evaluate(self) -> Mapping[str, float]:
+        if self.way == 1:
+            raise SystemExit(1)
+        return {"accuracy": "good"}  # type: ignore[dict-item]
+
+
+def test_what_a_judge_does_amiss_is_its_own_and_said_once(logged: Logged) -> None:
+    """`sys.exit()` ended the thread, and so all evaluations; text for a number ended the run."""
+    heard = Heard()
+    evaluator = Evaluator(Failing(), read, heard.report, heard.failed)
+    for version in (10, 11, 20, 12):
+        evaluator.offer(version)
+        assert heard.news.get(timeout=10) == (version, None)
+    evaluator.close()
+    said = [line.split(" could not be evaluated: ") for line in logged.text.splitlines()]
+    assert [version for version, _ in said] == ["version=10", "version=20", "version=12"]
+    assert "FL-C104: the trainer's evaluate() failed: SystemExit(1)" in said[0][1]
+    assert "FL-C104: the trainer's evaluate() gave accuracy='good'" in said[1][1]
 
 
 def test_closing_ends_after_the_version_in_work_and_leaves_one_that_waits() -> None:
