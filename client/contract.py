@@ -55,8 +55,9 @@ def train(trainer: Trainer, task: Task) -> Trained:
         made: object = trainer.train(replace(task, asked=asked))
     if not isinstance(made, Trained):
         raise _broken(f"train() returned {_kind(made)}, not a Trained", RETURN)
-    if not isinstance(made.tensors, Mapping):
-        raise _broken(f"train() returned tensors as {_kind(made.tensors)}", "give {name: Tensor}")
+    for part in ("tensors", "metrics"):
+        if not isinstance(given := getattr(made, part), Mapping):
+            raise _broken(f"train() returned {part} as {_kind(given)}", "give {name: value}")
     for name, value in made.tensors.items():
         if not isinstance(value, Tensor):
             hint = "give torch Tensors, e.g. by torch.from_numpy"

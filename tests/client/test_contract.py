@@ -53,6 +53,7 @@ def given(tensors: Any = W, steps: Any = 2, examples: Any = 64, metrics: Any = N
         (None, "train() returned None, not a Trained"),  # was an AttributeError of ours
         ((W, 2), "train() returned a tuple, not a Trained"),
         (given(tensors=[1]), "train() returned tensors as a list"),
+        (Trained(W, 2, 64, None), "train() returned metrics as None"),  # type: ignore[arg-type]
         (given(tensors={"w": torch.zeros(3).numpy()}), "train() returned 'w' as a ndarray"),
         (given(steps=2.0), "train() gave steps=2.0"),
         (given(examples=None), "train() gave examples=None"),
