@@ -247,11 +247,12 @@ def join(invite: str | None, as_json: bool) -> None:
 
 def _offline(model: str, data: str, trainer: str, device: str):  # type: ignore[no-untyped-def]
     from atoll.client.local import LocalConfig
-    from atoll.client.options import Options, own_trainer, torch_trainer
+    from atoll.client.options import Options, look, own_trainer, torch_trainer
 
+    options = Options("local", model, data, trainer, device=device)
+    look(options)
     if trainer:
         return own_trainer(trainer, "local")
-    options = Options("local", device=device)
     return torch_trainer(options, model or "mlp", data or "digits", LocalConfig(device=device))
 
 

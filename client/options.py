@@ -28,15 +28,32 @@ class Options:
 
 
 def look(options: Options) -> None:
-    """What is named and is not there is told before a server is waited for. UsageError FL-S101,
-    FL-S103; DataError FL-D101, FL-D103. A user's modules are imported, nothing is made or read."""
+    """What is named and not there, or of no use, is told before a server is waited for.
+
+    A user's modules are imported, nothing is made or read. UsageError FL-S101, FL-S102, FL-S103;
+    DataError FL-D101, FL-D103.
+    """
     if options.trainer:
         slots.find("trainer", options.trainer, {})
+        _alone(options)
         return
     if options.model:
         slots.find("model", options.model, BUILTIN)
     if options.data:
         find_data(options.data)
+
+
+def _alone(options: Options) -> None:
+    """A trainer of one's own brings what it needs: what would not be looked at is refused."""
+    usual = Options(options.name)
+    for part in ("model", "data", "partition", "device"):
+        given = getattr(options, part)
+        if given != getattr(usual, part):
+            raise UsageError(
+                "FL-S102",
+                f"--{part} {given} beside --trainer {options.trainer}",
+                f"a trainer brings its own model and data: leave --{part} out",
+            )
 
 
 def local_config(given: dict[str, bool | int | float | str], device: str) -> LocalConfig:

@@ -131,11 +131,16 @@ class Demo:
     def _client(self, address: str, index: int, name: str) -> Child:
         spec = self.spec
         pause = spec.step_seconds / spec.speeds[index]
+        trains: tuple[str, ...] = (
+            "--data", spec.data, "--model", spec.model, "--partition", spec.partition,
+            "--device", "cpu",
+        )  # fmt: skip
+        if spec.trainer:
+            trains = ("--trainer", spec.trainer)
         arguments = (
             "start", address, "--stop-with-stdin", "--name", name,
-            "--dir", str(spec.out / "clients" / name), "--data", spec.data, "--model", spec.model,
-            "--partition", spec.partition, "--shard", f"{index}/{spec.clients}",
-            "--sleep-per-step", f"{pause:.6g}", "--device", "cpu", "--trainer", spec.trainer,
+            "--dir", str(spec.out / "clients" / name), "--shard", f"{index}/{spec.clients}",
+            "--sleep-per-step", f"{pause:.6g}", *trains,
         )  # fmt: skip
         return Child(name, "atoll.client", arguments, self.logs)
 

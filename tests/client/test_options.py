@@ -103,4 +103,16 @@ def test_what_is_there_is_neither_made_nor_read(tmp_path: Path) -> None:
     for one in data:
         look(Options("a", model="mlp", data=one))
     look(Options("a", model="mine:Mine"))
-    look(Options("a", trainer="mine:Mine", model="nonsense"))  # of which it asks nothing
+    look(Options("a", trainer="mine:Mine", shard=(1, 4)))  # which a trainer is told
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"model": "mlp"}, {"data": "digits"}, {"partition": "dirichlet:0.5"}, {"device": "cpu"}],
+)
+def test_what_a_trainer_would_not_be_told_is_refused(given: dict[str, str]) -> None:
+    """It was ignored without a word."""
+    with pytest.raises(UsageError, match="beside --trainer mine:Mine") as caught:
+        look(Options("a", trainer="mine:Mine", **given))  # type: ignore[arg-type]
+    assert caught.value.code == "FL-S102"
+    assert f"leave --{next(iter(given))} out" in caught.value.hint
