@@ -24,6 +24,7 @@ from atoll.aggregation.rendezvous_events import (
     Stand,
     Value,
 )
+from atoll.aggregation.shares import PIECE
 
 Actions = Iterator[PeerAction]
 LEAP = 1 << 20  # by which a ballot may be above the promised one: counts must never run out
@@ -97,6 +98,7 @@ class Circle:
     last: Commit | None = None
     bits: str = ""  # digest of this peer's model; empty: not known yet
     most: float = math.inf  # weight of a whole share: by the run's rule nobody has more
+    piece: int = PIECE  # elements of a part, at least, where a share is cut
     # of the epoch under way
     ready: bool = False
     length: float = 0.0  # L2, of this peer's work

@@ -19,7 +19,7 @@ from atoll.aggregation.rendezvous_events import (
     TrainOn,
     Value,
 )
-from atoll.aggregation.shares import cut, shares, split
+from atoll.aggregation.shares import assumed, cut, shares, split
 
 
 class Proposer(Circle):
@@ -107,12 +107,12 @@ class Proposer(Circle):
             self.roster[peer].ready = promises[peer].ready
         weights = tuple(self._weight(p) for p in group)
         alone = len(group) == 1  # and needs no connection
-        bandwidths = [1.0 if alone else self.roster[p].bandwidth for p in group]
+        bandwidths = assumed([1.0 if alone else self.roster[p].bandwidth for p in group])
         if not any(weights) or not any(bandwidths):
             return None
         parts, start = [], 0
         for peer, count in zip(group, split(self.size, shares(bandwidths)), strict=True):
-            for piece in cut(count) if count else ():
+            for piece in cut(count, self.piece) if count else ():
                 parts.append(Part(peer, start, start + piece))
                 start += piece
         lengths = tuple(promises[p].length for p in group)

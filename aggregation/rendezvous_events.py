@@ -161,7 +161,7 @@ class Admitted:
 
     peer: str
     weight: float
-    bandwidth: float  # any unit; 0: it cannot accept connections, and reduces nothing
+    bandwidth: float  # any unit; inf: not measured; 0: nobody can connect to it, it reduces nothing
 
 
 @dataclass(frozen=True, slots=True)

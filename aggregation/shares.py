@@ -9,10 +9,25 @@ member checks that the leader kept it.
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 
 PIECES = 4  # of a peer's share, at most
 PIECE = 1 << 20  # elements of one, at least
+SPREAD = 1000.0  # times faster or slower than the median, at most
+
+
+def assumed(claims: Sequence[float]) -> list[float]:
+    """Bandwidths to reckon with, in medians of those that are known; 0 stays 0.
+
+    inf: nothing was measured, so it is taken for the median. None is more than `SPREAD` from it:
+    whatever is claimed, there are shares.
+    """
+    known = [c for c in claims if 0 < c < math.inf]
+    middle = statistics.median_low(known) if known else 1.0
+    ratios = [1.0 if math.isinf(c) else c / middle for c in claims]
+    bounded = [min(max(ratio, 1 / SPREAD), SPREAD) for ratio in ratios]
+    return [ratio if c > 0 else 0.0 for ratio, c in zip(bounded, claims, strict=True)]
 
 
 def at_most(bandwidths: Sequence[float]) -> float:
@@ -70,9 +85,9 @@ def split(total: int, fractions: Sequence[float], least: int = 1) -> list[int]:
     return parts
 
 
-def cut(count: int) -> list[int]:
+def cut(count: int, least: int = PIECE) -> list[int]:
     """A peer's `count` elements in pieces of about the same size: while one travels another is
     reduced, and a third is on its way to all."""
-    number = min(PIECES, max(1, count // PIECE))
+    number = min(PIECES, max(1, count // least))
     ends = [count * i // number for i in range(number + 1)]
     return [stop - start for start, stop in itertools.pairwise(ends)]

@@ -8,7 +8,7 @@ sender must know (that it arrived) is a call of its own. Frames are those of `fr
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from atoll.p2p.node import CALL_SECONDS, Node, Stream
@@ -30,6 +30,26 @@ class Got(NamedTuple):
 
 
 Find = Callable[[str, str], Awaitable[Blob]]
+# (bytes, began, ended), seconds of the loop's clock: of what follows a transfer's first chunk
+Moved = Callable[[float, float, float], None]
+
+
+def unheard(size: float, began: float, ended: float) -> None:
+    """Nobody wants to know."""
+
+
+def timed(frames: Iterable[bytes], moved: Moved) -> Iterator[bytes]:
+    """Those frames; `moved` hears how the transport took what follows the first. In a loop."""
+    clock = asyncio.get_running_loop().time
+    size, times = 0, [0.0]
+    try:
+        for frame in frames:
+            yield frame
+            times.append(clock())  # the transport has taken it
+            size += len(frame) if len(times) > 2 else 0
+    finally:  # also where the receiver closes, as it does when it has all
+        if size:
+            moved(size, times[1], times[-1])
 
 
 class Serving(Protocol):
@@ -44,9 +64,8 @@ class Shelf:
     It may wait for one that is being made, but less long than `CALL_SECONDS`.
     """
 
-    def __init__(self, node: Serving, find: Find) -> None:
-        self._node = node
-        self._find = find
+    def __init__(self, node: Serving, find: Find, gave: Moved = unheard) -> None:
+        self._node, self._find, self._gave = node, find, gave
 
     async def open(self) -> None:
         await self._node.serve_stream(NAME, self._give)
@@ -56,9 +75,10 @@ class Shelf:
         found = await self._find(peer, blob)
         if offset % CHUNK or offset > len(found.view):
             raise RemoteError("FL-W111", f"offset {offset} of {blob}", "resume at a whole chunk")
-        for frame in frames.chunks(
+        coming = frames.chunks(
             found.view, blob, offset, crcs=found.crcs or None, digest=found.info.sha256 or None
-        ):
+        )
+        for frame in timed(coming, self._gave):
             yield frame
 
 

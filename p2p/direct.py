@@ -23,7 +23,7 @@ from typing import Any
 
 import grpc
 
-from atoll.p2p.bulk import Find, Got
+from atoll.p2p.bulk import Find, Got, Moved, timed, unheard
 from atoll.p2p.node import Node
 from atoll.protocols import frames
 from atoll.protocols.blobs import CHUNK
@@ -52,8 +52,8 @@ class _Line:
 class Direct:
     """`open` it beside a node; `serve` is `Gate.serve` or `Node.serve`, which says who calls."""
 
-    def __init__(self, node: Node, find: Find) -> None:
-        self._node, self._find = node, find
+    def __init__(self, node: Node, find: Find, gave: Moved = unheard) -> None:
+        self._node, self._find, self._gave = node, find, gave
         self._server: Any = None
         self._port = 0
         self._certificate = b""
@@ -147,7 +147,8 @@ class Direct:
             await context.abort(grpc.StatusCode.NOT_FOUND, told)
             return
         crcs = found.crcs or [0] * (len(found.view) // CHUNK + 1)  # TLS guards them on their way
-        for frame in frames.chunks(found.view, "", crcs=crcs, digest=found.info.sha256):
+        coming = frames.chunks(found.view, "", crcs=crcs, digest=found.info.sha256)
+        for frame in timed(coming, self._gave):
             yield frame
 
 

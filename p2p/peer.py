@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from atoll.aggregation.meter import Meter
 from atoll.aggregation.rendezvous_events import Admitted, Lost, Removed
 from atoll.p2p import bulk, direct, ports, post
 from atoll.p2p.direct import Direct
@@ -38,7 +40,6 @@ from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import PeerError
 
 MOST = 10.0  # medians of length that a peer's part of a mean may have
-UNMEASURED = 12.5e6  # bytes a second, of who accepts connections and has measured nothing
 LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 BENCH = 1.0  # seconds in which a peer measures its speed, once
 SIGNED, HABITS = "manifest.signed", "habits.json"
@@ -103,6 +104,8 @@ class Peer:
         self.bytes_out = 0
         self._memory = Memory(folder)
         self._habits = _Habits()
+        self._meter, self._metered = Meter(), 0  # the round as of its last turn
+        self._telling: set[asyncio.Task[None]] = set()
         self._node: Node
         self._gate: Gate
         self._direct: Direct
@@ -154,9 +157,9 @@ class Peer:
             lambda peer: self._driver.say(Lost(peer)),
         )
         stack.push_async_callback(letters.close)
-        self._direct = Direct(self._node, self._find)
+        self._direct = Direct(self._node, self._find, self._meter.gave)
         stack.push_async_callback(self._direct.close)
-        self._roads = Roads(self._node, self._direct)
+        self._roads = Roads(self._node, self._direct, self._meter.took)
         terms = Terms(
             invite.manifest, manifest.init, manifest.peer, manifest.rounds,
             parse_ways(manifest.codec), manifest.patience, MOST,
@@ -171,7 +174,7 @@ class Peer:
         if not await self._driver.recall():
             return False
         self._admitted(self._gate.me)
-        await bulk.Shelf(self._gate, self._find).open()
+        await bulk.Shelf(self._gate, self._find, self._meter.gave).open()
         await self._gate.serve(post.NAME, letters.answer)
         if self._node.listen:
             await self._direct.open()
@@ -261,7 +264,7 @@ class Peer:
         finally:
             for task in tasks.values():
                 task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await asyncio.gather(*tasks.values(), *self._telling, return_exceptions=True)
         tally = driver.tally
         return PeerResult(
             self._node.id, tally.round, tally.rounds_joined, tally.digest, tally.loss_first,
@@ -281,7 +284,7 @@ class Peer:
 
     def _admitted(self, entry: Entry) -> None:
         logger.info("peer=%s admits %s, %s", self._node.id, entry.peer, entry.name)
-        bandwidth = (entry.bandwidth or UNMEASURED) if entry.accepts else 0.0
+        bandwidth = (entry.bandwidth or math.inf) if entry.accepts else 0.0
         self._driver.say(Admitted(entry.peer, weight(entry, self._manifest), bandwidth))
 
     def _removed(self, peer: str) -> None:
@@ -315,7 +318,23 @@ class Peer:
         }  # fmt: skip
         _write(self.folder / "status.json", json.dumps(status).encode())
         self._keep_habits()
+        self._measure(tally.round)
         self._watch(status)
+
+    def _measure(self, made: int) -> None:
+        """When a round is over: the rate of this peer's line, for the splits of the next ones."""
+        if made == self._metered:
+            return
+        self._metered = made
+        if bandwidth := self._meter.turn():
+            telling = asyncio.create_task(self._tell_bandwidth(bandwidth))
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
+
+    async def _tell_bandwidth(self, bandwidth: float) -> None:
+        logger.info("peer=%s its line moves %.1f MB a second", self._node.id, bandwidth / 1e6)
+        await self._gate.tell(bandwidth=bandwidth)
+        self._admitted(self._gate.me)
 
     def _recall_habits(self) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):

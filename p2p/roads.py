@@ -4,13 +4,15 @@ Both are measured on the first large blobs of each peer, and the faster one is u
 Where the direct one cannot be had (a firewall, another network) streams are all there is.
 """
 
+import asyncio
 import math
 from collections import defaultdict
 
 from atoll.p2p import bulk
-from atoll.p2p.bulk import Got
+from atoll.p2p.bulk import Got, Moved, unheard
 from atoll.p2p.direct import Direct
 from atoll.p2p.node import Node
+from atoll.protocols.blobs import CHUNK
 from atoll.protocols.errors import RemoteError
 
 LARGE = 4 << 20  # bytes from which on a transfer tells something about the road
@@ -20,8 +22,8 @@ SMOOTH = 0.3  # weight of the newest rate
 class Roads:
     """`fetch` is what an `Exchange` wants. `direct`: None where there is none."""
 
-    def __init__(self, node: Node, direct: Direct | None) -> None:
-        self._node, self._direct = node, direct
+    def __init__(self, node: Node, direct: Direct | None, took: Moved = unheard) -> None:
+        self._node, self._direct, self._took = node, direct, took
         self.rates: dict[str, dict[str, float]] = defaultdict(dict)  # peer -> road -> bytes/s
         self.taken = 0  # bytes that came
 
@@ -39,6 +41,8 @@ class Roads:
         if road == "stream":
             found = await bulk.fetch(self._node, peer, name, dest, shorter=shorter)
         self.taken += found.length
+        ended = asyncio.get_running_loop().time()
+        self._took(found.length - CHUNK, ended - found.seconds, ended)
         if found.length >= LARGE:
             rate = found.length / max(1e-6, found.seconds)
             known = self.rates[peer].get(road, rate)

@@ -19,6 +19,7 @@ from functools import partial
 from atoll.aggregation import allreduce
 from atoll.aggregation.allreduce import AllReduce, ReduceEvent
 from atoll.aggregation.circle import Patience
+from atoll.aggregation.meter import Meter
 from atoll.aggregation.quorum import quorum
 from atoll.aggregation.rendezvous import Rendezvous
 from atoll.aggregation.rendezvous_events import (
@@ -50,7 +51,9 @@ from atoll.aggregation.rendezvous_events import (
     TrainOn,
     Wake,
 )
+from atoll.aggregation.shares import PIECE
 from atoll.p2p.lies import lies
+from atoll.p2p.links import Links
 from atoll.p2p.promises import Promises, Vector
 from atoll.p2p.world import Network, PeerModel, Weather
 from atoll.protocols import state
@@ -104,6 +107,7 @@ class _Peer:
     inputs: dict[str, dict[int, dict[str, Vector]]] = field(default_factory=dict)
     parts: dict[str, dict[int, Vector]] = field(default_factory=dict)  # reduced here, or fetched
     means: dict[str, Vector] = field(default_factory=dict)  # digest -> mean
+    meter: Meter = field(default_factory=lambda: Meter(tiny=1, enough=1))
 
 
 class Swarm:
@@ -117,10 +121,12 @@ class Swarm:
         *,
         patience: Patience | None = None,
         size: int = 7,
+        piece: int = PIECE,
         listen: Listen | None = None,
     ) -> None:
         self._listen, self._size = listen, size
         self._net = Network(weather or Weather(), f"swarm {seed}", self._lives)
+        self._links = Links(self._net, {p.name: p.link for p in peers})
         self._epochs = {START.chain: 0}
         self._again: set[tuple[str, str]] = set()  # (peer, chain): work that was done twice
         self._promises, self._aborts = Promises(), 0
@@ -137,6 +143,7 @@ class Swarm:
                 START if first else Stand(),
                 self._patience,
                 most=self._most,
+                piece=piece,
             )
             for other in peers:
                 machine.handle(Admitted(other.name, other.weight, other.bandwidth), 0.0)
@@ -371,6 +378,10 @@ class Swarm:
             self._promises.flipped = True
         self._promises.holds(stand.chain, _sha256(peer.anchor))
         self._net.after(0.001, partial(self._digest, peer))
+        if bandwidth := peer.meter.turn():
+            for other in self._peers.values():
+                told = Admitted(peer.model.name, peer.model.weight, bandwidth)
+                self._net.after(self._net.delay(), partial(self._hear, other.model.name, told))
         peer.means = {digest: mean}
         peer.reduces.clear()
         for kept in (peer.inputs, peer.parts):
@@ -413,6 +424,25 @@ class Swarm:
         begun = what == "result" or attempt in other.given
         if self._net.lost(name, giver) or not begun or (what == "result" and result is None):
             self._reduce(name, attempt, allreduce.Missed(giver, what, part))
+            return
+        if math.isinf(min(peer.model.link, other.model.link)):
+            self._arrived(name, attempt, giver, what, part)
+            return
+        size = machine.plan.parts[part].stop - machine.plan.parts[part].start
+
+        def arrive(began: float, ended: float) -> None:
+            peer.meter.took(size, began, ended)
+            other.meter.gave(size, began, ended)
+            self._arrived(name, attempt, giver, what, part)
+
+        self._links.move(giver, name, what, size, arrive)
+
+    def _arrived(
+        self, name: str, attempt: str, giver: str, what: allreduce.What, part: int
+    ) -> None:
+        peer, other = self._peers[name], self._peers[giver]
+        machine, result = peer.reduces.get(attempt), other.parts.get(attempt, {}).get(part)
+        if machine is None or (what == "result" and result is None):
             return
         digest, long = "", 0.0
         if what == "result":

@@ -14,7 +14,8 @@ class PeerModel:
     name: str
     pace: float = 1.0  # seconds of local work in a round, give or take a fifth
     weight: float = 1.0  # by the roster
-    bandwidth: float = 100.0  # 0: it cannot accept connections
+    bandwidth: float = 100.0  # as it claims at first; 0: it cannot accept connections
+    link: float = math.inf  # elements a second, of its line in either direction
     joins: float = 0.0  # later than 0: it has no model yet
     dies: float = math.inf
     dies_after: int = 0  # events it has handled; 0: it does not die of that
