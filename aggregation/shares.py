@@ -14,20 +14,27 @@ from collections.abc import Sequence
 
 PIECES = 4  # of a peer's share, at most
 PIECE = 1 << 20  # elements of one, at least
+ALIKE = 2.0  # times faster or slower than the median, and still as good as it
 SPREAD = 1000.0  # times faster or slower than the median, at most
 
 
 def assumed(claims: Sequence[float]) -> list[float]:
     """Bandwidths to reckon with, in medians of those that are known; 0 stays 0.
 
-    inf: nothing was measured, so it is taken for the median. None is more than `SPREAD` from it:
-    whatever is claimed, there are shares.
+    inf: nothing was measured, so it is taken for the median, as is what is within `ALIKE` of it:
+    so much a busy machine makes of equal lines. None is more than `SPREAD` from it: whatever is
+    claimed, there are shares.
     """
     known = [c for c in claims if 0 < c < math.inf]
     middle = statistics.median_low(known) if known else 1.0
-    ratios = [1.0 if math.isinf(c) else c / middle for c in claims]
-    bounded = [min(max(ratio, 1 / SPREAD), SPREAD) for ratio in ratios]
-    return [ratio if c > 0 else 0.0 for ratio, c in zip(bounded, claims, strict=True)]
+
+    def one(claim: float) -> float:
+        ratio = claim / middle
+        if math.isinf(claim) or 1 / ALIKE <= ratio <= ALIKE:
+            return 1.0
+        return min(max(ratio, 1 / SPREAD), SPREAD)
+
+    return [one(c) if c > 0 else 0.0 for c in claims]
 
 
 def at_most(bandwidths: Sequence[float]) -> float:

@@ -313,7 +313,8 @@ class Peer:
             **asdict(tally), "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
             "addresses": self._gate.addresses(),
             "members": [
-                {"peer": e.peer, "name": e.name, **stands.get(e.peer, {})} for e in members
+                {"peer": e.peer, "name": e.name, "bandwidth": e.bandwidth, **stands.get(e.peer, {})}
+                for e in members
             ],
         }  # fmt: skip
         _write(self.folder / "status.json", json.dumps(status).encode())

@@ -7,11 +7,14 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from atoll.aggregation.meter import Meter
 from atoll.p2p import bulk
 from atoll.p2p.direct import NAME, Direct, _connect, _take
 from atoll.p2p.node import Node
@@ -97,6 +100,51 @@ def test_bulk_comes_by_the_faster_road_and_by_streams_where_there_is_no_other(
             await door.close()
 
     asyncio.run(asyncio.wait_for(work(), 120))
+
+
+class Slow(Direct):
+    """Its line moves so many bytes a second."""
+
+    speed = 8e6
+
+    async def _give(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        async for frame in super()._give(request, context):
+            yield frame
+            await asyncio.sleep(len(frame) / self.speed)
+
+
+def test_a_slow_line_is_measured_at_both_its_ends(tmp_path: Path) -> None:
+    data = os.urandom(8 << 20)
+
+    async def work() -> None:
+        async with pair(tmp_path) as (giver, taker):
+            await both(giver, taker)
+
+    async def both(giver: Node, taker: Node) -> None:
+        async def find(peer: str, name: str) -> Blob:
+            return Blob(BlobInfo(name, len(data), b"", ()), memoryview(data), ())
+
+        gives, takes = Meter(), Meter()
+        door, mine = Slow(giver, find, gives.gave), Direct(taker, find)
+        try:
+            await door.open()
+            await giver.serve(NAME, door.offer)
+            await bulk.Shelf(giver, find).open()
+            roads = Roads(taker, mine, takes.took)
+            roads.rates[giver.id]["stream"] = 0.0  # it need not be looked at
+            for _ in range(2):
+                dest = memoryview(bytearray(len(data)))
+                await roads.fetch(giver.id, "in/x/0", dest, False)
+                await asyncio.sleep(0.1)  # the giver's end of it
+                for meter in (gives, takes):
+                    meter.turn()
+            assert gives.up.rate == pytest.approx(Slow.speed, rel=0.4)
+            assert takes.down.rate == pytest.approx(Slow.speed, rel=0.4)
+        finally:
+            await mine.close()
+            await door.close()
+
+    asyncio.run(work())
 
 
 @pytest.mark.long
