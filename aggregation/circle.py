@@ -22,8 +22,10 @@ from atoll.aggregation.rendezvous_events import (
     Promise,
     Say,
     Stand,
+    Step,
     Value,
 )
+from atoll.aggregation.seals import Named, Seals, fair, sound
 from atoll.aggregation.shares import PIECE
 
 Actions = Iterator[PeerAction]
@@ -56,6 +58,7 @@ class Known:
     ready: bool = False
     last: Commit | None = None
     bits: str = ""  # digest of its model, as it says
+    claim: Announce | None = None  # of a model that it has not shown to be the run's
 
 
 @dataclass
@@ -79,9 +82,15 @@ class Lead:
     promises: dict[str, Promise] = field(default_factory=dict)
     plan: Plan | None = None
     reports: dict[str, str] = field(default_factory=dict)  # peer -> digest it holds
+    seals: dict[str, str] = field(default_factory=dict)  # in the same way
     failures: dict[str, Failed] = field(default_factory=dict)
     value: Value | None = None
     votes: set[str] = field(default_factory=set)
+
+    def would_be(self, digest: str) -> Value:
+        """What its plan comes to, where its mean has that digest; nobody has sealed it yet."""
+        assert self.plan is not None, "nobody reduces yet"
+        return Value(self.ballot, self.plan.group, self.plan.weights, digest)
 
 
 @dataclass
@@ -94,8 +103,10 @@ class Circle:
     members: tuple[str, ...] = ()  # who made the last commit: they decide the next
     stand: Stand = field(default_factory=Stand)
     patience: Patience = field(default_factory=Patience)
+    root: Stand = field(default_factory=Stand)  # the run's first model, which the founders have
     roster: dict[str, Known] = field(default_factory=dict)
     last: Commit | None = None
+    history: tuple[Step, ...] = ()  # to `stand`, as `seals.worth_keeping`
     bits: str = ""  # digest of this peer's model; empty: not known yet
     most: float = math.inf  # weight of a whole share: by the run's rule nobody has more
     piece: int = PIECE  # elements of a part, at least, where a share is cut
@@ -107,7 +118,10 @@ class Circle:
     lost: Ballot = (0, "")  # attempts up to here ended when this peer was started anew
     accepted: tuple[Ballot, Value] | None = None
     reducing: Ballot | None = None
-    made: dict[str, str] = field(default_factory=dict)  # "count proposer" -> digest, of attempts
+    plan: Plan | None = None  # of `reducing`
+    made: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # "count proposer" -> digest, seal
     failed: dict[str, Failed] = field(default_factory=dict)  # in the same way
     held: set[str] = field(default_factory=set)  # digests of means that lie here
     asked: Accept | None = None  # to vote when its mean has come
@@ -127,6 +141,10 @@ class Circle:
     loads_from: float = 0.0  # when it has had the time to hear of all donors
     left: bool = False
     parted: bool = False  # with a goodbye: never again under this name
+    proved: dict[str, tuple[Step, ...]] = field(default_factory=dict)  # chain -> its history
+
+    def __post_init__(self) -> None:
+        self.seals: Seals = Named(self.me)  # the driver's affair, and no state
 
     @abstractmethod
     def _message(self, peer: str, message: Message, now: float) -> Actions:
@@ -155,9 +173,10 @@ class Circle:
         """A count that no other could be above would end all proposals."""
         return ballot[0] <= self.promised[0] + LEAP
 
-    def _fair(self, value: Value) -> bool:
-        """No peer that keeps to the rules has voted for any other."""
-        return any(value.weights) and all(0 <= weight <= self.most for weight in value.weights)
+    def _sound(self, value: Value) -> bool:
+        """Whether enough of this model's members have made it: nobody has voted for any other."""
+        fits = fair(value, self.most)
+        return fits and sound(value, self.stand.next(value), self.members, self.seals)
 
     def _near(self, now: float) -> list[str]:
         """Others that were heard of lately, sorted."""

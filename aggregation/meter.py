@@ -90,9 +90,6 @@ def rate(transfers: Sequence[Transfer], part: float = PART) -> float:
                 rates[time] += each
     spans = itertools.pairwise(times)
     fastest = sorted(((rates[a], rates[a] * (b - a)) for a, b in spans), reverse=True)
-    left = part * sum(one.size for one in transfers)
-    for found, size in fastest:
-        left -= size
-        if left <= 1e-9:
-            return found
-    raise AssertionError("no transfers")
+    sums = itertools.accumulate(size for _, size in fastest)
+    enough = part * sum(one.size for one in transfers) * (1 - 1e-9)
+    return next(found for (found, _), done in zip(fastest, sums, strict=True) if done >= enough)

@@ -5,6 +5,7 @@ the group reduce, asks for votes. Nothing is decided by what it believes, all by
 """
 
 from collections import Counter
+from dataclasses import replace
 
 from atoll.aggregation.allreduce import Part, Plan
 from atoll.aggregation.circle import Actions, Circle, Lead
@@ -14,10 +15,10 @@ from atoll.aggregation.rendezvous_events import (
     Accept,
     Begin,
     Commit,
+    Left,
     Prepare,
     Promise,
     TrainOn,
-    Value,
 )
 from atoll.aggregation.shares import assumed, cut, shares, split
 
@@ -86,7 +87,7 @@ class Proposer(Circle):
             return
         known = [p.accepted for p in lead.promises.values()]
         known += [self.farewells[p].accepted for p in self.gone(here=True)]
-        voted = [a for a in known if a is not None and self._fair(a[1])]
+        voted = [a for a in known if a is not None and self._sound(a[1])]
         if voted:
             # It may be decided already, by some who are gone: no other value may be proposed.
             lead.value = max(voted, key=lambda accepted: accepted[0])[1]
@@ -128,8 +129,9 @@ class Proposer(Circle):
             return
         for digest in digests:
             holders = sorted(p for p, d in lead.reports.items() if d == digest)
-            if holders == list(plan.group) or quorum(holders, self.members, self.gone()):
-                lead.value = Value(lead.ballot, plan.group, plan.weights, digest)
+            if quorum(holders, self.members, self.gone()):
+                seals = tuple((p, lead.seals[p]) for p in holders)
+                lead.value = replace(lead.would_be(digest), seals=seals, gone=self._left())
                 yield from self._ask_votes(lead, now)
                 return
         for failed in lead.failures.values():
@@ -145,6 +147,11 @@ class Proposer(Circle):
             self.apart.clear()
             return
         yield from self._propose(now)
+
+    def _left(self) -> tuple[Left, ...]:
+        """Members that a quorum does not count, with their own word for it."""
+        said = [(p, self.farewells[p]) for p in self.gone() if p in self.members]
+        return tuple(Left(peer, goodbye.stand, goodbye.seal) for peer, goodbye in said)
 
     def _set_apart(self, lead: Lead, now: float) -> None:
         """Two that are near to me and not to each other: one of them must wait for the next."""

@@ -13,7 +13,8 @@ Time is the caller's `now`, in seconds. The network may lose, delay, double and 
 from dataclasses import dataclass
 
 from atoll.aggregation.allreduce import Plan
-from atoll.aggregation.circle import Actions, Known, Loading, Patience
+from atoll.aggregation.believing import Believer
+from atoll.aggregation.circle import Actions, Known, Patience
 from atoll.aggregation.plan_check import wrong
 from atoll.aggregation.proposing import Proposer
 from atoll.aggregation.rendezvous_events import (
@@ -28,7 +29,6 @@ from atoll.aggregation.rendezvous_events import (
     Bound,
     Commit,
     Digested,
-    Download,
     Downloaded,
     Drop,
     Failed,
@@ -36,12 +36,12 @@ from atoll.aggregation.rendezvous_events import (
     Goodbye,
     Heard,
     Leaving,
-    Load,
     Lost,
     MeanFailed,
     MeanMade,
     Message,
     NotDownloaded,
+    Path,
     PeerAction,
     PeerEvent,
     Prepare,
@@ -53,15 +53,18 @@ from atoll.aggregation.rendezvous_events import (
     Say,
     Stand,
     Started,
+    Step,
     StepsDone,
     TrainOn,
     Value,
     Wake,
+    Whence,
 )  # fmt: skip
+from atoll.aggregation.seals import fair, left, made, worth_keeping
 
 
 @dataclass
-class Rendezvous(Proposer):
+class Rendezvous(Proposer, Believer):
     """One peer, both halves: `handle` what it hears."""
 
     @classmethod
@@ -69,6 +72,7 @@ class Rendezvous(Proposer):
         """The peer whose memory `bound` is, after its death. The mean that it voted for, if any,
         must lie here."""
         machine = cls(me, size, bound.members, bound.stand, patience, last=bound.last)
+        machine.history = bound.history
         machine.promised, machine.accepted = bound.promised, bound.accepted
         machine.lost = bound.promised
         machine.farewells = dict(bound.farewells)
@@ -79,7 +83,13 @@ class Rendezvous(Proposer):
     def bound(self) -> Bound:
         """To be on disk before what `handle` returned is carried out."""
         return Bound(
-            self.stand, self.members, self.last, self.promised, self.accepted, dict(self.farewells)
+            self.stand,
+            self.members,
+            self.last,
+            self.promised,
+            self.accepted,
+            dict(self.farewells),
+            self.history,
         )
 
     def handle(self, event: PeerEvent, now: float) -> list[PeerAction]:
@@ -143,27 +153,37 @@ class Rendezvous(Proposer):
                 yield from self._announce()
                 yield from self._say_again(now)
             case Leaving():  # pragma: no branch
-                # Who is alone may come back as itself: nobody decides without it meanwhile.
-                if {*self.members} - {*self.gone()} != {self.me}:
-                    yield from self._all(Goodbye(self.stand, self.accepted))
-                    self.parted = True
-                if self.reducing is not None:
-                    yield Drop(self.stand.chain, self.reducing)
-                self.left = True
+                yield from self._leave()
+
+    def _leave(self) -> Actions:
+        # Who is alone may come back as itself: nobody decides without it meanwhile.
+        if {*self.members} - {*self.gone()} != {self.me}:
+            seal = self.seals.seal(left(self.stand))
+            yield from self._all(Goodbye(self.stand, self.accepted, seal))
+            self.parted = True
+        if self.reducing is not None:
+            yield Drop(self.stand.chain, self.reducing)
+        self.left = True
 
     def _message(self, peer: str, message: Message, now: float) -> Actions:
         """From another peer, or from this one to itself where it proposes."""
         match message:
             case Announce(stand, _, last):
-                if stand.follows(last) and (last is None or self._fair(last.value)):
-                    self._learn(self.roster[peer], message)
-                    yield from self._compare(peer, stand, last, now)
+                if stand.follows(last) and (last is None or fair(last.value, self.most)):
+                    yield from self._announced(peer, message, now)
             case Commit(base, value):
-                if base == self.stand.chain and self._fair(value):
+                here = base == self.stand.chain and self.stand.epoch >= 0
+                if here and self._sound(value):
                     yield from self._owe(value, peer)
-            case Goodbye():
-                self.farewells[peer] = message
-                self.roster[peer].heard = -1e9
+            case Goodbye(stand, _, seal):
+                if self.seals.holds(peer, left(stand), seal):
+                    self.farewells[peer] = message
+                    self.roster[peer].heard = -1e9
+            case Whence(heavy):
+                steps = [step for step in self.history if step.stand.heavy > heavy]
+                yield Say(peer, Path(tuple(steps)))
+            case Path(steps):
+                yield from self._led(peer, steps, now)
             case _ if message.chain != self.stand.chain:
                 if not isinstance(message, Promise | Refuse | Reduced | Failed | Accepted):
                     yield Say(peer, self._here())  # too late, or too early: this is where I stand
@@ -171,7 +191,7 @@ class Rendezvous(Proposer):
                 yield from self._prepare(peer, ballot, now)
             case Begin(_, ballot, plan) if self._may_propose(peer, ballot):
                 yield from self._begin(peer, ballot, plan, now)
-            case Accept(_, ballot, value) if self._may_propose(peer, ballot) and self._fair(value):
+            case Accept(_, ballot, value) if self._may_propose(peer, ballot) and self._sound(value):
                 yield from self._accept(peer, message, now)
             case Refuse(_, ballot) if self._counts(ballot):
                 self.promised = max(self.promised, ballot)
@@ -182,14 +202,6 @@ class Rendezvous(Proposer):
             case _:
                 pass  # a proposal of who may make none
 
-    def _learn(self, known: Known, said: Announce) -> None:
-        if said.stand.rank < known.stand.rank:
-            return  # messages overtake each other
-        same = said.stand == known.stand
-        known.ready = said.ready or (known.ready and same)
-        known.bits = said.bits or (known.bits if same else "")
-        known.stand, known.last = said.stand, said.last
-
     def _answered(self, peer: str, message: Promise | Reduced | Failed | Accepted) -> None:
         """To a proposal of this peer's."""
         lead = self.lead
@@ -198,8 +210,12 @@ class Rendezvous(Proposer):
         match message:
             case Promise():
                 lead.promises[peer] = message
-            case Reduced(_, _, digest):
-                lead.reports[peer] = digest
+            case Reduced(_, _, digest, seal):
+                if lead.plan is not None and self.seals.holds(
+                    peer, made(self.stand.next(lead.would_be(digest))), seal
+                ):
+                    lead.reports[peer] = digest
+                    lead.seals[peer] = seal
             case Failed():
                 lead.failures[peer] = message
             case Accepted():  # pragma: no branch
@@ -235,14 +251,14 @@ class Rendezvous(Proposer):
             yield from self._say(peer, said, now)
             return
         yield from self._promise(ballot, now)
-        if (digest := self.made.get(key)) is not None:
-            yield from self._say(peer, Reduced(self.stand.chain, ballot, digest), now)
+        if (mine := self.made.get(key)) is not None:
+            yield from self._say(peer, Reduced(self.stand.chain, ballot, *mine), now)
         elif ballot <= self.lost:
             yield from self._say(peer, self._ended(ballot), now)
         elif (failed := self.failed.get(key)) is not None:
             yield from self._say(peer, failed, now)
         elif self.reducing != ballot:
-            self.reducing = ballot
+            self.reducing, self.plan = ballot, plan
             yield Reduce(self.stand.chain, ballot, plan, now + self.patience.reduce)
 
     def _ended(self, ballot: Ballot) -> Failed:
@@ -266,14 +282,18 @@ class Rendezvous(Proposer):
         elif ballot != self.reducing:
             return
         else:
-            self.made[_key(ballot)] = digest
+            assert self.plan is not None, "it reduces by one"
+            value = Value(ballot, self.plan.group, self.plan.weights, digest)
+            seal = self.seals.seal(made(self.stand.next(value)))
+            self.made[_key(ballot)] = digest, seal
             self.reducing = None
         self.held.add(digest)
         if self.owed is not None and self.owed.digest == digest:
             yield from self._apply(self.owed)
             return
         if ballot is not None:
-            yield from self._say(ballot[1], Reduced(self.stand.chain, ballot, digest), now)
+            mine = self.made[_key(ballot)]
+            yield from self._say(ballot[1], Reduced(self.stand.chain, ballot, *mine), now)
         if self.asked is not None and self.asked.value.digest == digest:
             asked, self.asked = self.asked, None
             yield from self._accept(asked.ballot[1], asked, now)
@@ -308,75 +328,32 @@ class Rendezvous(Proposer):
         last = Commit(self.stand.chain, value)
         weights = dict(zip(value.group, value.weights, strict=True))
         yield Apply(value, used=weights.get(self.me, 0.0) > 0)
-        yield from self._stand_at(self.stand.next(value), value.group, last)
+        stand = self.stand.next(value)
+        yield from self._stand_at(stand, value.group, last, (*self.history, Step(stand, last)))
 
-    def _stand_at(self, stand: Stand, members: tuple[str, ...], last: Commit | None) -> Actions:
+    def _stand_at(
+        self,
+        stand: Stand,
+        members: tuple[str, ...],
+        last: Commit | None,
+        history: tuple[Step, ...],
+    ) -> Actions:
         """A new epoch: whatever belonged to the former one is over."""
         if self.reducing is not None:
             yield Drop(self.stand.chain, self.reducing)
         self.stand, self.members, self.last = stand, members, last
+        self.history = worth_keeping(history)
         self.ready, self.accepted, self.reducing, self.ripe = False, None, None, None
         self.bits, self.length = "", 0.0
         self.promised, self.promised_at, self.pause = (0, ""), -1e9, -1e9
         self.asked, self.owed, self.lead, self.getting, self.tries = None, None, None, "", 0
         self.lost = (0, "")
-        for of_the_epoch in (self.made, self.failed, self.held, self.spoiled, self.apart):
+        for of_the_epoch in (
+            self.made, self.failed, self.held, self.spoiled, self.apart, self.proved,
+        ):  # fmt: skip
             of_the_epoch.clear()
         yield from self._announce()
         yield TrainOn(stand)
-
-    # ---- the models of others --------------------------------------------------------------------
-
-    def _compare(self, peer: str, stand: Stand, last: Commit | None, now: float) -> Actions:
-        """Where another stands: is its model better, or the same one with other bits?"""
-        if self.doubted.get(peer, now) > now:
-            return
-        if stand.rank > self.stand.rank and last is not None and last.base == self.stand.chain:
-            yield from self._owe(last.value, peer)  # one mean away
-        elif self.loading is None and now >= self.loads_from and stand.rank >= self.stand.rank:
-            near = [p for p in self._near(now) if self.doubted.get(p, now) <= now]
-            best = max(self.roster[p].stand.rank for p in near)  # `peer` is one of them
-            there = [p for p in near if self.roster[p].stand.rank == best]
-            if best > self.stand.rank:
-                yield from self._load(there, there, now)
-            elif self.bits:
-                yield from self._load(there, [*there, self.me], now)
-
-    def _load(self, donors: list[str], voters: list[str], now: float) -> Actions:
-        """The model that most weight says; of those who say it, and only where this peer has not
-        the same: one commit with two models is healed where it is light."""
-        sides = self._sides(voters)
-        if not sides:
-            return  # it is said as soon as it is known
-        bits = max(sides, key=lambda one: (sides[one], one))
-        donors = [p for p in donors if self.roster[p].bits == bits]
-        known = self.roster[donors[0]] if donors else None
-        if known is None or (known.stand.chain == self.stand.chain and bits == self.bits):
-            return
-        first = sum(self.me.encode()) % len(donors)  # not all from one
-        turned = (*donors[first:], *donors[:first])
-        self.loading = Loading(known.stand, known.last, bits, turned, now)
-        yield Download(known.stand, turned, bits)
-
-    def _loaded(self, loading: Loading) -> Actions:
-        self.loading = None
-        stand = loading.stand
-        if stand.rank > self.stand.rank:
-            yield Load(stand)
-            members = self.members if loading.last is None else loading.last.value.group
-            yield from self._stand_at(stand, members, loading.last)
-            self.bits = loading.bits
-        elif stand.chain == self.stand.chain and self.bits not in ("", loading.bits):
-            # Not where a mean has brought it to the same model by now: it has those bits, or says
-            # others soon.
-            yield Load(stand)
-            self.bits = loading.bits
-            if not self.ready:
-                yield TrainOn(stand)
-
-    def _doubt(self, donors: tuple[str, ...], now: float) -> None:
-        self.doubted.update(dict.fromkeys(donors, now + self.patience.silence))
-        self.loading = None
 
 
 def _key(ballot: Ballot) -> str:

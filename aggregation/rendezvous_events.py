@@ -20,6 +20,8 @@ class Value:
     group: tuple[str, ...]  # the members of the next epoch
     weights: tuple[float, ...]
     digest: str  # of the mean, over its parts
+    seals: tuple[tuple[str, str], ...] = ()  # (peer, seal) of those who made it themselves
+    gone: tuple["Left", ...] = ()  # members who are not counted any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,15 @@ def _chain(epoch: int, heavy: float, last: "Commit") -> str:
     value = last.value
     text = f"{epoch} {heavy!r} {last.base} {value.digest} {value.group} {value.weights}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """`peer` has said goodbye at the model `stand`, and sealed that."""
+
+    peer: str
+    stand: Stand
+    seal: str
 
 
 # ---- messages between peers ----------------------------------------------------------------
@@ -104,9 +115,12 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
+    """I have made this mean; `seal`: that I did (`seals.made`)."""
+
     chain: str
     ballot: Ballot
     digest: str
+    seal: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +154,34 @@ class Goodbye:
 
     stand: Stand
     accepted: tuple[Ballot, Value] | None
+    seal: str  # `seals.left`
+
+
+@dataclass(frozen=True, slots=True)
+class Whence:
+    """How did your model come from mine?"""
+
+    heavy: float  # of mine: steps up to there are not needed
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A model and the commit that made it."""
+
+    stand: Stand
+    last: Commit
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """So: the first step of each group, and the last of all, as far as I remember."""
+
+    steps: tuple[Step, ...]
 
 
 Message = (
     Announce | Prepare | Promise | Refuse | Begin | Reduced | Failed | Accept | Accepted | Commit
-    | Goodbye
+    | Goodbye | Whence | Path
 )  # fmt: skip
 
 # ---- heard ---------------------------------------------------------------------------------
@@ -349,3 +386,4 @@ class Bound:
     promised: Ballot
     accepted: tuple[Ballot, Value] | None
     farewells: dict[str, Goodbye]
+    history: tuple["Step", ...] = ()  # `seals.worth_keeping`: for who is behind

@@ -40,6 +40,7 @@ from atoll.aggregation.rendezvous_events import (
     Value,
     Wake,
 )
+from atoll.aggregation.seals import Seals
 from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.p2p.contribution import Contribution, packer
 from atoll.p2p.donor import Shelved, download
@@ -103,12 +104,13 @@ class Driver:
         steps: Callable[[], int],
         post: Post,
         fetch: Fetch,
+        seals: Seals,
         watch: Callable[[Tally], None] = lambda tally: None,
     ) -> None:
         """`steps()`: local steps of this peer in a round. `fetch`: as `bulk.fetch`, of a blob."""
         self.me, self.terms, self.tally = me, terms, Tally()
         self._work, self._memory, self._steps = work, memory, steps
-        self._post, self._fetch, self._watch = post, fetch, watch
+        self._post, self._fetch, self._watch, self._seals = post, fetch, watch, seals
         loop = asyncio.get_running_loop()
         self.clock = loop.time
         self._events: asyncio.Queue[PeerEvent] = asyncio.Queue()
@@ -151,7 +153,8 @@ class Driver:
                 return False
             self._work.engine.load(model)
             self._machine = Rendezvous.again(self.me, size, kept.bound, patience)
-        self._machine.most = self.terms.share
+        self._machine.root = self.terms.start
+        self._machine.most, self._machine.seals = self.terms.share, self._seals
         self._bound, self._chain = self._machine.bound(), self._machine.stand.chain
         self.tally.round = max(0, self._machine.stand.epoch)
         return True

@@ -24,6 +24,7 @@ from atoll.p2p.invite import ADDRESSES, Invite
 from atoll.p2p.manifest import verify
 from atoll.p2p.node import CALL_SECONDS, Answer, Node, Stream
 from atoll.p2p.roster import Entry, Roster
+from atoll.p2p.sealing import Sealing
 from atoll.protocols.errors import PeerError, RemoteError
 
 HELLO, MANIFEST, REACH = "atoll.hello", "atoll.manifest", "atoll.reach"
@@ -63,12 +64,22 @@ class Gate:
         PeerError FL-P306 where it is not the invite's."""
         self.manifest = verify(signed, invite.manifest, invite.founder)
         self.roster = Roster(invite, node.id)
+        self._identity = Identity(node.folder / "identity.key")
+        self.sealing = Sealing(self._identity)  # knows whoever was admitted
         self.on_admitted, self.on_removed = on_admitted, on_removed
         self.me = Entry(
-            node.id, name[:64], bool(node.listen), bandwidth, speed, schema, (), bulk, 0.0
+            node.id,
+            name[:64],
+            bool(node.listen),
+            bandwidth,
+            speed,
+            schema,
+            (),
+            bulk,
+            self.sealing.public,
+            0.0,
         )
         self._node, self._invite, self._signed, self._beat = node, invite, signed, beat
-        self._identity = Identity(node.folder / "identity.key")
         self._letter = b""
         self._tasks: set[asyncio.Task[None]] = set()
         self._greeting: set[str] = set()
@@ -191,6 +202,7 @@ class Gate:
             return
         if known is None or replace(known, at=entry.at) != entry:
             self._changed.set()
+            self.sealing.know(entry.peer, entry.key)
             self.on_admitted(entry)
         if known is None and caller is None:
             self._hello_soon(entry)

@@ -31,6 +31,15 @@ class Identity:
         )
         self.id = id_of(self.public)
 
+    def derived(self, purpose: bytes) -> bytes:
+        """32 bytes that only this key's owner knows, always the same."""
+        private = self._key.private_bytes(
+            serialization.Encoding.DER,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        return hashlib.sha256(purpose + private).digest()
+
     def sign(self, data: bytes) -> bytes:
         return self._key.sign(data, padding.PKCS1v15(), hashes.SHA256())
 

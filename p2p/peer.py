@@ -168,7 +168,7 @@ class Peer:
         self._driver = Driver(
             self._node.id, terms, self._work, self._memory,
             steps=lambda: local_steps(self._gate.me, manifest),
-            post=letters, fetch=self._roads.fetch, watch=self._tell,
+            post=letters, fetch=self._roads.fetch, watch=self._tell, seals=self._gate.sealing,
         )  # fmt: skip
         logger.info("peer=%s node and training are up", self._node.id)
         if not await self._driver.recall():

@@ -24,11 +24,13 @@ from atoll.aggregation.rendezvous_events import (
     Failed,
     Goodbye,
     Message,
+    Path,
     Prepare,
     Promise,
     Reduced,
     Refuse,
     Value,
+    Whence,
 )
 from atoll.protocols import state
 from atoll.protocols.errors import RemoteError
@@ -36,6 +38,7 @@ from atoll.protocols.errors import RemoteError
 NAME = "atoll.post"
 LETTER = 256 << 10  # bytes of one: a group of a thousand
 BATCH = 512 << 10  # bytes of letters in one call
+MEMBERS = 256  # that can have sealed a mean
 TEXT = 512  # characters of a name, a digest, a reason
 COUNT = 1 << 53  # no number of ours is larger
 KEPT = 64  # letters that wait for one peer; then the oldest are lost
@@ -46,7 +49,7 @@ KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Announce, Prepare, Promise, Refuse, Begin, Reduced, Failed, Accept, Accepted, Commit,
-        Goodbye,
+        Goodbye, Whence, Path,
     )
 }  # fmt: skip
 
@@ -114,7 +117,8 @@ def _bounded(value: object) -> None:
 
 def _fits(value: Value) -> bool:
     alike = len(value.group) == len(value.weights) == len({*value.group})
-    return alike and min(value.weights, default=-1) >= 0
+    few = max(len(value.seals), len(value.gone)) <= MEMBERS
+    return alike and few and min(value.weights, default=-1) >= 0
 
 
 def _malformed(why: str) -> RemoteError:

@@ -27,6 +27,7 @@ FRESH = 600.0  # seconds for which an entry is believed
 AHEAD = 60.0  # seconds by which another's clock may be before ours
 DOMAIN = b"atoll-roster-v1\0"
 ADDRESSES = 8
+KEY = re.compile("[0-9a-f]{64}")
 ADDRESS = re.compile(
     r"/ip(?P<version>[46])/(?P<host>[0-9a-f.:]+)/(tcp|udp)/(?P<port>[0-9]{1,5})"
     r"(/[a-z0-9-]+)*/p2p/(?P<peer>[0-9A-Za-z]+)"
@@ -45,6 +46,7 @@ class Entry:
     schema: str  # hash of its model's names, shapes and dtypes
     addresses: tuple[str, ...]  # multiaddrs
     bulk: str  # how to reach its bulk beside libp2p, as its transport writes it; "": it has none
+    key: str  # of its seals: Ed25519, public, hex
     at: float  # Unix time of writing; the newest counts
 
     def __post_init__(self) -> None:
@@ -53,6 +55,8 @@ class Entry:
             raise ValueError("texts of an entry are printable, a name has at most 64 characters")
         if len(self.addresses) > ADDRESSES:
             raise ValueError(f"{len(self.addresses)} addresses, at most {ADDRESSES}")
+        if not KEY.fullmatch(self.key):
+            raise ValueError("the key of an entry has 64 hexadecimal digits")
         for address in self.addresses:  # daemons are started with them, and refuse all for one
             if not leads(address, self.peer):
                 raise ValueError(f"{address[:80]!r} is no address of {self.peer}")

@@ -52,7 +52,7 @@ from atoll.aggregation.rendezvous_events import (
     Wake,
 )
 from atoll.aggregation.shares import PIECE
-from atoll.p2p.lies import lies
+from atoll.p2p.lies import DECISIONS, lies
 from atoll.p2p.links import Links
 from atoll.p2p.promises import Promises, Vector
 from atoll.p2p.world import Network, PeerModel, Weather
@@ -129,6 +129,7 @@ class Swarm:
         self._links = Links(self._net, {p.name: p.link for p in peers})
         self._epochs = {START.chain: 0}
         self._again: set[tuple[str, str]] = set()  # (peer, chain): work that was done twice
+        self._false = [-0.5] * size  # a mean and a model, of a liar
         self._promises, self._aborts = Promises(), 0
         self._patience = patience or Patience()
         self._most = max(p.weight for p in peers)
@@ -142,6 +143,7 @@ class Swarm:
                 founders,
                 START if first else Stand(),
                 self._patience,
+                root=START,
                 most=self._most,
                 piece=piece,
             )
@@ -236,7 +238,7 @@ class Swarm:
         for kept in (peer.reduces, peer.inputs, peer.parts, peer.given):
             kept.clear()
         peer.machine = Rendezvous.again(name, self._size, bound, self._patience)
-        peer.machine.most = self._most
+        peer.machine.most, peer.machine.root = self._most, START
         for other in self._peers.values():
             admitted = Admitted(other.model.name, other.model.weight, other.model.bandwidth)
             peer.machine.handle(admitted, self._net.now)
@@ -275,12 +277,23 @@ class Swarm:
             self._die(name)
 
     def _lie(self, peer: _Peer) -> None:
+        false = _sha256(self._false)
+        peer.means[false] = self._false
         for other in sorted(self._peers):
-            found = lies(peer.machine, other, peer.heard)
+            found = lies(peer.machine, other, peer.heard, false)
             kinds = sorted(kind for kind, said in found.items() if said)
+            if self._decides_alone(peer.model.name):
+                kinds = [kind for kind in kinds if kind not in DECISIONS]
             if other != peer.model.name:
                 said = self._net.rng.choice(found[self._net.rng.choice(kinds)])
                 self._do(peer, Say(other, said))
+
+    def _decides_alone(self, name: str) -> bool:
+        """Of two members the first is a quorum: what it says is what was decided. And where nobody
+        else is left who has a model, newcomers know of no other."""
+        machines = [p.machine for p in self._peers.values()]
+        left = [m.me for m in machines if self._lives(m.me) and m.stand.epoch >= 0]
+        return left == [name] or any(quorum([name], m.members, m.gone()) for m in machines)
 
     def _dies_now(self, peer: _Peer, actions: list[PeerAction]) -> bool:
         applies = any(isinstance(action, Apply) for action in actions)
@@ -337,6 +350,9 @@ class Swarm:
             giver = self._peers[donor]
             if self._net.lost(name, donor):
                 doubted.append(donor)
+            elif giver.model.lies and bits == _sha256(self._false):
+                peer.loaded, event = (chain, self._false), Downloaded(chain)
+                break
             elif giver.machine.stand.chain == chain:
                 anchor = [x + 1 for x in giver.anchor] if giver.model.poisons else giver.anchor
                 if _sha256(anchor) == bits:
@@ -351,12 +367,13 @@ class Swarm:
     # ---- its vectors ---------------------------------------------------------------------------
 
     def delta(self, name: str, chain: str) -> Vector:
-        """What a peer's work on a model comes to. Its sums differ with their order."""
+        """What a peer's work on a model comes to, of length 1. Its sums differ with their order."""
         model = self._peers[name].model
         if model.spoils == self._epochs.get(chain) and (name, chain) not in self._again:
             return [math.nan] * self._size
         rng = random.Random(f"{name} {chain}")
-        return [rng.uniform(-1, 1) * 10.0 ** rng.randrange(8) for _ in range(self._size)]
+        raw = [rng.uniform(-1, 1) * 10.0 ** rng.randrange(8) for _ in range(self._size)]
+        return [x / math.hypot(*raw) for x in raw]
 
     def _done(self, name: str, chain: str) -> StepsDone:
         return StepsDone(chain, _length(self.delta(name, chain)))

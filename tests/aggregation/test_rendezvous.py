@@ -1,5 +1,8 @@
 """Rendezvous, one peer's side: who proposes when, what is refused, and what is never done twice."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import pytest
 
 from atoll.aggregation.allreduce import Part, Plan
@@ -48,12 +51,30 @@ from atoll.aggregation.rendezvous_events import (
     Value,
     Wake,
 )
+from atoll.aggregation.seals import Named, left, made
 from atoll.protocols import state
 
 S = Stand(0, "s", 0.0)
 PLAN = Plan(("a", "b", "c"), (1.0, 1.0, 1.0), (Part("a", 0, 4), Part("b", 4, 7), Part("c", 7, 10)))
 ONE = (1, "a")
-VALUE = Value(ONE, PLAN.group, PLAN.weights, "d")
+
+
+def sealed(value: Value, base: Stand = S, by: Iterable[str] = "abc") -> Value:
+    """As `by` say that they have made it."""
+    text = made(base.next(value))
+    return replace(value, seals=tuple((p, Named(p).seal(text)) for p in by if p in value.group))
+
+
+def reduced(peer: str, digest: str, ballot: Ballot = ONE, plan: Plan = PLAN) -> Reduced:
+    value = Value(ballot, plan.group, plan.weights, digest)
+    return Reduced("s", ballot, digest, Named(peer).seal(made(S.next(value))))
+
+
+def goodbye(peer: str, stand: Stand = S, accepted: tuple[Ballot, Value] | None = None) -> Goodbye:
+    return Goodbye(stand, accepted, Named(peer).seal(left(stand)))
+
+
+VALUE = sealed(Value(ONE, PLAN.group, PLAN.weights, "d"))
 
 
 def up(me: str, members: str = "abc", others: str = "abcq") -> Rendezvous:
@@ -130,9 +151,9 @@ def test_the_first_proposes_when_all_are_ready_and_commits_what_a_quorum_holds(
     plan = Plan(PLAN.group, PLAN.weights, (Part("a", 0, 4), Part("b", 4, 7), Part("c", 7, 10)))
     assert begin == [Reduce("s", ONE, plan, 11.0), *to(Begin("s", ONE, plan), "bc")]
     assert quiet(a.handle(MeanMade("s", "d", ONE), 2.0)) == []
-    hear(a, "b", Reduced("s", ONE, "d"))
+    hear(a, "b", reduced("b", "d"))
     accept = Accept("s", ONE, VALUE, ("a", "b", "c"))
-    assert hear(a, "c", Reduced("s", ONE, "d")) == to(accept, "bc")
+    assert hear(a, "c", reduced("c", "d")) == to(accept, "bc")
     done = hear(a, "b", Accepted("s", ONE))
     after = S.next(VALUE)
     assert done == [*to(Commit("s", VALUE), "bcq"), Apply(VALUE, used=True), TrainOn(after)]
@@ -194,7 +215,7 @@ def test_a_proposal_about_another_model_is_answered_with_where_this_one_stands(
 ) -> None:
     here = Announce(S, False, None)
     assert b.handle(Heard("a", Prepare("old", ONE)), 1.0) == [Say("a", here)]
-    assert b.handle(Heard("a", Reduced("old", ONE, "d")), 1.0) == []
+    assert b.handle(Heard("a", Reduced("old", ONE, "d", "")), 1.0) == []
 
 
 def test_a_lower_ballot_is_refused_in_every_phase(b: Rendezvous) -> None:
@@ -295,7 +316,7 @@ def test_who_may_not_propose_is_not_heard(b: Rendezvous, peer: str, ballot: Ball
 
 def test_a_weight_above_a_whole_share_is_no_decision(b: Rendezvous) -> None:
     b.most = 1.0
-    heavy = Value(ONE, PLAN.group, (1.0, 1.0, 1e9), "d")
+    heavy = sealed(Value(ONE, PLAN.group, (1.0, 1.0, 1e9), "d"))
     assert hear(b, "c", Commit("s", heavy)) == []
     assert hear(b, "a", Accept("s", ONE, heavy, ("a",))) == []
     assert hear(b, "c", Announce(S.next(heavy), False, Commit("s", heavy))) == []
@@ -306,7 +327,7 @@ def test_a_weight_above_a_whole_share_is_no_decision(b: Rendezvous) -> None:
 
 def test_a_vote_that_nobody_can_have_given_is_not_proposed_again(a: Rendezvous) -> None:
     a.most = 1.0
-    heavy = Value(ONE, PLAN.group, (1.0, 1.0, 1e9), "d")
+    heavy = sealed(Value(ONE, PLAN.group, (1.0, 1.0, 1e9), "d"))
     hear(a, "b", Promise("s", ONE, True, ((1, "b"), heavy)))
     begin = hear(a, "c", Promise("s", ONE, True, None))
     assert isinstance(begin[0], Reduce)
@@ -328,9 +349,9 @@ def test_a_first_model_has_no_weight_behind_it(b: Rendezvous) -> None:
 def test_a_plan_is_carried_out_once_and_its_mean_reported_again(b: Rendezvous) -> None:
     assert hear(b, "a", Begin("s", ONE, PLAN)) == [Reduce("s", ONE, PLAN, 11.0)]
     assert hear(b, "a", Begin("s", ONE, PLAN)) == []
-    reduced = [Say("a", Reduced("s", ONE, "d"))]
-    assert b.handle(MeanMade("s", "d", ONE), 2.0) == reduced
-    assert hear(b, "a", Begin("s", ONE, PLAN)) == reduced
+    told = [Say("a", reduced("b", "d"))]
+    assert b.handle(MeanMade("s", "d", ONE), 2.0) == told
+    assert hear(b, "a", Begin("s", ONE, PLAN)) == told
 
 
 def test_news_of_an_attempt_that_was_dropped_changes_nothing(b: Rendezvous) -> None:
@@ -422,9 +443,9 @@ def test_a_proposer_that_the_others_miss_leaves_itself_out(a: Rendezvous) -> Non
     assert plan is not None
     assert plan.group == ("b", "c")
     assert begun == to(Begin("s", (3, "a"), plan), "bc")
-    hear(a, "b", Reduced("s", (3, "a"), "d"))
-    voting = hear(a, "c", Reduced("s", (3, "a"), "d"))
-    value = Value((3, "a"), ("b", "c"), (1.0, 1.0), "d")
+    hear(a, "b", reduced("b", "d", (3, "a"), plan))
+    voting = hear(a, "c", reduced("c", "d", (3, "a"), plan))
+    value = sealed(Value((3, "a"), ("b", "c"), (1.0, 1.0), "d"))
     assert voting == [
         Get("s", "d", ("b", "c")),
         *to(Accept("s", (3, "a"), value, ("b", "c")), "bc"),
@@ -453,8 +474,8 @@ def test_digests_that_differ_are_no_mean(a: Rendezvous) -> None:
     a.patience.attempts = 1
     reducing(a)
     a.handle(MeanMade("s", "x", ONE), 1.0)
-    hear(a, "b", Reduced("s", ONE, "y"))
-    assert hear(a, "c", Reduced("s", ONE, "z")) == [Abort("the digests differ")]
+    hear(a, "b", reduced("b", "y"))
+    assert hear(a, "c", reduced("c", "z")) == [Abort("the digests differ")]
 
 
 def test_an_attempt_of_which_nothing_is_heard_ends(a: Rendezvous) -> None:
@@ -472,7 +493,7 @@ def test_a_vote_that_does_not_come_ends_the_proposal_and_the_next_keeps_its_valu
     reducing(a)
     a.handle(MeanMade("s", "d", ONE), 1.0)
     for peer in "bc":
-        hear(a, peer, Reduced("s", ONE, "d"))
+        hear(a, peer, reduced(peer, "d"))
     assert a.accepted == (ONE, VALUE)
     accept = Accept("s", ONE, VALUE, ("a", "b", "c"))
     assert quiet(a.handle(BeatDue(), 1.5)) == [Wake(2.0), *to(accept, "bc")]
@@ -505,29 +526,29 @@ def test_a_group_that_nobody_can_connect_to_does_not_begin(a: Rendezvous) -> Non
 def test_one_that_leaves_says_what_it_voted_for_and_no_more(b: Rendezvous) -> None:
     hear(b, "a", Begin("s", ONE, PLAN))
     said = b.handle(Leaving(), 1.0)
-    assert said == [*to(Goodbye(S, None), "acq"), Drop("s", ONE)]
+    assert said == [*to(goodbye("b"), "acq"), Drop("s", ONE)]
     assert b.handle(Heard("a", Prepare("s", (2, "a"))), 1.0) == []
 
 
 def test_the_last_goes_on_when_the_others_have_left() -> None:
     b = up("b", "ab", "ab")
     assert ready(b, "b") == []
-    said = hear(b, "a", Goodbye(S, None))
+    said = hear(b, "a", goodbye("a"))
     assert said == [Reduce("s", (1, "b"), Plan(("b",), (1.0,), (Part("b", 0, 10),)), 11.0)]
 
 
 def test_what_one_voted_for_before_it_left_is_brought_to_its_end() -> None:
     b = up("b", "ab", "ab")
-    value = Value(ONE, ("a", "b"), (1.0, 1.0), "d")
+    value = sealed(Value(ONE, ("a", "b"), (1.0, 1.0), "d"))
     ready(b, "b")
-    assert hear(b, "a", Goodbye(S, (ONE, value))) == [Get("s", "d", ("a",))]
+    assert hear(b, "a", goodbye("a", S, (ONE, value))) == [Get("s", "d", ("a",))]
 
 
 def test_one_that_left_after_a_commit_still_counts_for_who_missed_it() -> None:
     """Its vote on that commit is unknown: without it, b would decide again, and differently."""
     b = up("b", "ab", "ab")
     ready(b, "b")
-    assert hear(b, "a", Goodbye(S.next(VALUE), None)) == []
+    assert hear(b, "a", goodbye("a", S.next(VALUE))) == []
     assert b.gone() == []
 
 
@@ -546,8 +567,9 @@ def test_a_vote_waits_for_the_mean(b: Rendezvous) -> None:
     assert b.handle(MeanMade("s", "d"), 1.1) == [Say("a", Accepted("s", ONE))]
 
 
-FAR = Stand(5, "", 15.0).next(VALUE)
-LAST = Commit("", VALUE)
+BEFORE = Stand(5, "base", 15.0)
+LAST = Commit("base", sealed(VALUE, BEFORE))
+FAR = BEFORE.next(LAST.value)
 
 
 def far(bits: str = "f") -> Announce:
@@ -556,7 +578,7 @@ def far(bits: str = "f") -> Announce:
 
 def test_a_joiner_downloads_the_best_model_and_asks_another_where_that_fails() -> None:
     q = up("q")
-    q.stand = S  # else it would be one mean away
+    q.members = tuple("abc")
     assert hear(q, "a", far("")) == []  # nobody says yet what it must hash to
     assert hear(q, "a", far()) == [Download(FAR, ("a",), "f")]
     assert hear(q, "b", far()) == []  # it is on its way
@@ -573,7 +595,7 @@ def test_a_joiner_downloads_the_best_model_and_asks_another_where_that_fails() -
 
 def test_a_founder_gives_the_first_model_to_one_that_has_none() -> None:
     q = up("q")
-    q.members = ("a",)
+    q.members, q.root = ("a",), S
     assert hear(q, "a", Announce(S, False, None, "f")) == [Download(S, ("a",), "f")]
     assert quiet(q.handle(Downloaded("s"), 1.1)) == [Load(S), TrainOn(S)]
     assert q.members == ("a",)
@@ -703,7 +725,7 @@ def test_an_attempt_that_failed_here_is_not_begun_twice(b: Rendezvous) -> None:
 
 def test_the_last_of_all_leaves_without_a_goodbye_and_may_come_back_as_itself() -> None:
     b = up("b", "ab", "abq")
-    hear(b, "a", Goodbye(S, None))
+    hear(b, "a", goodbye("a"))
     assert b.handle(Leaving(), 2.0) == []
     assert (b.left, b.parted) == (True, False)
 

@@ -55,7 +55,7 @@ def person(number: int) -> Identity:
 def entry_of(who: Identity, at: float | None = None, **changes: Any) -> roster.Entry:
     addresses = tuple(a.replace("QmTheFirst", who.id) for a in INVITE.addresses)
     made = roster.Entry(
-        who.id, "otter", True, 1e6, 5.0, "ab12", addresses, "",
+        who.id, "otter", True, 1e6, 5.0, "ab12", addresses, "", "5e" * 32,
         time.time() if at is None else at,
     )  # fmt: skip
     return replace(made, **changes)

@@ -14,6 +14,7 @@ from torch import Tensor
 from atoll.aggregation.circle import Patience
 from atoll.aggregation.outer import Nesterov
 from atoll.aggregation.rendezvous_events import Admitted, Lost
+from atoll.aggregation.seals import Named
 from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.p2p.bulk import Got
 from atoll.p2p.driver import Driver
@@ -152,7 +153,7 @@ class Swarm:
         )
         trainee = self.trainees[name] = Trainee(name, pause, low)
         driver = Driver(
-            name, terms, trainee, memory, steps=lambda: 5, post=post, fetch=fetch
+            name, terms, trainee, memory, steps=lambda: 5, post=post, fetch=fetch, seals=Named(name)
         )  # fmt: skip
         assert await driver.recall()
         for peer in self.names:

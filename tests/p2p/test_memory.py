@@ -20,7 +20,7 @@ from tests.p2p.test_post import VALUE
 STAND = Stand(3, "c" * 32, 4.5)
 BOUND = Bound(
     STAND, ("a", "b"), Commit("e" * 32, VALUE), (2, "b"), ((2, "b"), VALUE),
-    {"z": Goodbye(Stand(1, "f", 1.0), None)},
+    {"z": Goodbye(Stand(1, "f", 1.0), None, "5ea1")},
 )  # fmt: skip
 RUN, ME = "r" * 64, "Qm1"
 

@@ -17,22 +17,27 @@ from atoll.aggregation.rendezvous_events import (
     Commit,
     Failed,
     Goodbye,
+    Left,
     Message,
+    Path,
     Prepare,
     Promise,
     Reduced,
     Refuse,
     Stand,
+    Step,
     Value,
+    Whence,
 )
 from atoll.p2p import post
 from atoll.p2p.post import KEPT, KINDS, NAME, Letter, Part, Post, read, write
 from atoll.protocols.errors import RemoteError
 
 ONE = (1, "a")
-VALUE = Value(ONE, ("a", "b"), (1.0, 0.5), "d" * 64)
 PLAN = Plan(("a", "b"), (1.0, 0.5), (Share("a", 0, 6), Share("b", 6, 10)))
 STAND = Stand(3, "c" * 32, 4.5)
+LEFT = Left("c", STAND, "5ea1")
+VALUE = Value(ONE, ("a", "b"), (1.0, 0.5), "d" * 64, (("a", "5ea1"), ("b", "")), (LEFT,))
 LETTERS: list[Letter] = [
     Announce(STAND, True, Commit("e" * 32, VALUE), "f" * 64),
     Announce(Stand(), False, None),
@@ -41,12 +46,15 @@ LETTERS: list[Letter] = [
     Promise("c", ONE, False, None),
     Refuse("c", ONE),
     Begin("c", ONE, PLAN),
-    Reduced("c", ONE, "d"),
+    Reduced("c", ONE, "d", "5ea1"),
     Failed("c", ONE, "still without b", ("b",), ()),
     Accept("c", ONE, VALUE, ("a", "b")),
     Accepted("c", ONE),
     Commit("c", VALUE),
-    Goodbye(STAND, (ONE, VALUE)),
+    Goodbye(STAND, (ONE, VALUE), "5ea1"),
+    Whence(4.5),
+    Path((Step(STAND, Commit("c", VALUE)),)),
+    Path(()),
     Part.of("c/1/a", PartReady("a", 1, "d")),
 ]
 

@@ -145,6 +145,7 @@ def test_garbage_is_refused_and_never_raises(people: list[Identity]) -> None:
         {"bulk": "b" * 513},
         {"addresses": ("/ip4/10.0.0.7/tcp/1/p2p/QmB",) * 9},
         {"speed": -1.0},
+        {"key": "5E" * 32},
         {"bandwidth": float("inf")},
         {"at": float("nan")},
     ],
