@@ -40,9 +40,16 @@ class Plan:
 
     def longest(self, most: float) -> float:
         """How long a mean can be where no part may count for more than `most` medians of length:
-        of what a reducer returns this much can be checked. inf where no lengths were said."""
+        of what a reducer returns this much can be checked. inf where no lengths were said.
+
+        The limit is one of each part, and the medians of the parts, taken together, can be longer
+        than that of the wholes: for each part one of those no longer than the median is as long as
+        the part's, and they are n / 2 + 1 at most, so the root of that is what comes on top.
+        """
         said = [n for n, w in zip(self.lengths, self.weights, strict=bool(self.lengths)) if w > 0]
-        return most * statistics.median(said) if any(said) else math.inf
+        if not any(said):
+            return math.inf
+        return most * statistics.median(said) * math.sqrt(len(said) / 2 + 1)
 
     def contributors(self) -> list[tuple[str, float]]:
         pairs = zip(self.group, self.weights, strict=True)

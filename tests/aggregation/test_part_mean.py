@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from atoll.aggregation.allreduce import Part, Plan
 from atoll.aggregation.part_mean import part_mean
 
 PARTS = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, 5.0]), torch.tensor([300.0, 400.0])]
@@ -42,3 +45,42 @@ def test_the_order_is_kept_and_the_inputs_are() -> None:
     other, _ = part_mean(parts, [1.0] * 5, most=3.0)
     assert torch.equal(one, other)
     assert all(torch.equal(a, b) for a, b in zip(parts, before, strict=True))
+
+
+def longest_and_found(
+    rows: list[list[float]], weights: list[float], most: float
+) -> tuple[float, float]:
+    """How long the mean may be by its plan, each element being a part, and how long it is."""
+    vectors = torch.tensor(rows)
+    count = vectors.shape[1]
+    parts = [part_mean([v[i : i + 1] for v in vectors], weights, most)[0] for i in range(count)]
+    names = tuple(map(str, range(len(rows))))
+    cut = tuple(Part("0", i, i + 1) for i in range(count))
+    lengths = tuple(float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in vectors)
+    return Plan(names, tuple(weights), cut, lengths).longest(most), float(torch.cat(parts).norm())
+
+
+def test_an_honest_mean_of_parts_is_not_refused_for_its_length() -> None:
+    """In each part one of the short ones is as long as the median, in each another: a mean of root
+    three times the limit was refused, again and again, and its reducer named."""
+    rows = [[1e3] * 3, [1e3] * 3, [1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]
+    longest, found = longest_and_found(rows, [1e6, 1.0, 1.0, 1.0, 1.0], most=2.0)
+    assert found == pytest.approx(2 * math.sqrt(3), rel=1e-4)
+    assert found <= longest
+
+
+LENGTH = st.sampled_from([0.0, 1.0, 1.5, 40.0, 1e4])
+
+
+@given(
+    st.integers(1, 7).flatmap(
+        lambda n: st.lists(st.lists(LENGTH, min_size=4, max_size=4), min_size=n, max_size=n)
+    ),
+    st.integers(0, 6),
+)
+def test_no_mean_of_parts_is_longer_than_its_plan_allows(
+    rows: list[list[float]], heavy: int
+) -> None:
+    weights = [1e4 if i == heavy else 1.0 for i in range(len(rows))]
+    longest, found = longest_and_found(rows, weights, most=3.0)
+    assert found <= longest * (1 + 1e-6)
