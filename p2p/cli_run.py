@@ -142,18 +142,27 @@ def join(
     device: str, speed_factor: float, stop_with_stdin: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Take part in the run of INVITE until it ends; `-` reads the invite from standard input."""
+    from atoll.p2p.daemon import LOOKING
     from atoll.p2p.invite import read, typed
 
     text = typed(sys.stdin) if invite == "-" else invite
     papers = read(text)
     listen = _listen(port, host, no_listen)
     place = folders.for_run(folder, papers.run)
+    fresh = folders.empty(place)
     _begin(stop_with_stdin)
     about = folders.About(
         "".join(text.split()), name or machine_name(), listen, device, speed_factor
     )
     folders.write(place, about)
-    _take_part(place, as_json)
+    places = ", ".join(address.partition("/p2p/")[0] for address in papers.addresses)
+    console.say(f"looking for a member of the run at {places}, for {LOOKING:g} s at most …")
+    try:
+        _take_part(place, as_json)
+    except BaseException:
+        if fresh and not (place / folders.SIGNED).exists():  # it never was in the run
+            folders.withdraw(place)
+        raise
 
 
 @click.command()

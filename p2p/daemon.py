@@ -17,6 +17,7 @@ from pathlib import Path
 from atoll.protocols.errors import PeerError
 
 START_SECONDS = 15.0
+LOOKING = 40.0  # seconds for whoever joins until a member has answered
 STOP_SECONDS = 2.0
 LONGEST_SOCKET = 100  # bytes: a Unix socket's path ends at 107, hivemind adds a name to it
 # Has the kernel kill it when its parent's thread ends, and becomes p2pd; where the kernel cannot,

@@ -126,11 +126,16 @@ class Swarm:
         except KeyboardInterrupt:
             self.interrupted = True
         finally:
-            end = time.monotonic() + ENDING
-            for child in self.children.values():
-                child.ask_to_end()
-            for child in self.children.values():
-                child.stop(max(0.0, end - time.monotonic()))
+            try:
+                end = time.monotonic() + ENDING
+                for child in self.children.values():
+                    child.ask_to_end()
+                for child in self.children.values():
+                    child.stop(max(0.0, end - time.monotonic()))
+            except KeyboardInterrupt:  # they are not waited for
+                self.interrupted = True
+                for child in self.children.values():
+                    child.stop(0.0)
 
     def _start(self, name: str, *arguments: str) -> None:
         fixed = (

@@ -7,6 +7,7 @@ model.safetensors the model, when it ended
 lock              held while a peer runs
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from atoll.protocols.errors import PeerError
 
 DEFAULT = Path("atoll-peer")
 ABOUT, STATUS, LOCK, MODEL = "peer.json", "status.json", "lock", "model.safetensors"
-KEY, SIGNED = "founder.key", "manifest.signed"
+KEY, SIGNED, IDENTITY, HABITS = "founder.key", "manifest.signed", "identity.key", "habits.json"
 TOLERATED = {LOCK, "lost+found"}  # in a directory in which a peer begins
 SAME_MACHINE = 64  # directories that are looked at for a free one
 
@@ -82,6 +83,21 @@ def put_private(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def withdraw(folder: Path) -> None:
+    """Forget what a peer wrote that never came to take part; the directory too, if it is empty."""
+    with contextlib.suppress(OSError):  # what went wrong before is worth more
+        for path in [*folder.glob("*.tmp"), *folder.glob("*.sock")]:
+            path.unlink(missing_ok=True)
+        for name in (IDENTITY, KEY, SIGNED, HABITS, ABOUT, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def empty(folder: Path) -> bool:
+    """Whether nothing is there yet."""
+    return not _content(folder)
 
 
 def running(folder: Path) -> bool:

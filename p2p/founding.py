@@ -7,7 +7,6 @@ speed: it is the unit in which all others' shares are counted.
 """
 
 import asyncio
-import contextlib
 import json
 import secrets
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from atoll.p2p import manifest
 from atoll.p2p.contribution import packer
 from atoll.p2p.invite import ADDRESSES, Invite, write
 from atoll.p2p.node import Node
-from atoll.p2p.peer import HABITS
 from atoll.p2p.work import Work, facts
 from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import UsageError
@@ -80,12 +78,12 @@ async def found(
         folders.put_private(folder / folders.KEY, key.private_bytes_raw())
         (folder / folders.SIGNED).write_bytes(manifest.sign(data, key))
         habits = {"listen": list(listen), "places": [], "speed": paper.speed}
-        (folder / HABITS).write_text(json.dumps(habits))
+        (folder / folders.HABITS).write_text(json.dumps(habits))
         folders.write(
             folder, folders.About(write(invite), name, tuple(listen), device, speed_factor)
         )
     except BaseException as error:
-        _withdraw(folder)
+        folders.withdraw(folder)
         if isinstance(error, OSError):
             raise folders.disk(folder, error) from error
         raise
@@ -114,13 +112,3 @@ def _draft(wish: Wish, device: str, speed_factor: float) -> manifest.Manifest:
         return replace(draft, speed=work.bench(BENCH))
     finally:
         work.close()
-
-
-def _withdraw(folder: Path) -> None:
-    """Forget a run that could not be founded."""
-    with contextlib.suppress(OSError):  # what went wrong first is worth more
-        for path in [*folder.glob("*.tmp"), *folder.glob("*.sock")]:
-            path.unlink(missing_ok=True)
-        for name in ("identity.key", folders.KEY, folders.SIGNED, HABITS, folders.ABOUT):
-            (folder / name).unlink(missing_ok=True)
-        folder.rmdir()

@@ -22,7 +22,10 @@ class Identity:
 
     def __init__(self, file: Path) -> None:
         """OSError, or ValueError where the file holds no RSA key."""
-        key = serialization.load_der_private_key(_unpacked(file.read_bytes()), None)
+        try:
+            key = serialization.load_der_private_key(_unpacked(file.read_bytes()), None)
+        except UnsupportedAlgorithm as error:
+            raise ValueError(str(error)) from error
         if not isinstance(key, rsa.RSAPrivateKey):
             raise ValueError(f"{file} holds no RSA key")
         self._key = key

@@ -19,6 +19,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 from atoll.p2p.daemon import Daemon, unreachable
 from atoll.p2p.folder import disk
+from atoll.p2p.identity import Identity
 from atoll.protocols.errors import PeerError, RemoteError
 
 T = TypeVar("T")
@@ -79,6 +80,7 @@ class Node:
                 os.replace(f"{identity}.tmp", identity)
         except OSError as error:
             raise disk(self.folder, error) from error
+        _look_at(identity)
         await self._up(self.bootstrap)
         self._watch = asyncio.create_task(self._watching())
 
@@ -135,8 +137,8 @@ class Node:
         from hivemind.utils.multiaddr import Multiaddr
 
         self._daemon = Daemon(self.folder, self.listen, bootstrap)
-        await self._daemon.start()
         try:
+            await self._daemon.start()
             # Its sockets lie beside the daemon's, not in /tmp where all may see them.
             prefix = {"_UNIX_SOCKET_PREFIX": f"/unix{self._daemon.sockets}/"}
             mine: Any = type("P2PInFolder", (P2P,), prefix)
@@ -357,6 +359,20 @@ async def _ended(p2p: Any) -> None:
     found = [getattr(control, name, None) for name in ("_read_task", "_write_task")]
     found += [getattr(p2p, name, None) for name in ("_listen_task", "_reader_task")]
     await asyncio.gather(*(t for t in found if isinstance(t, asyncio.Task)), return_exceptions=True)
+
+
+def _look_at(identity: Path) -> None:
+    """Before the daemon does, which says of a key that it cannot read as little as of a port."""
+    try:
+        Identity(identity)
+    except OSError as error:
+        raise disk(identity, error) from error
+    except ValueError as error:
+        raise PeerError(
+            "FL-P405",
+            f"{identity} holds no key of a peer: {error}",
+            "put the right one back, or remove it: the peer joins anew under another name",
+        ) from error
 
 
 async def _within(seconds: float, work: Awaitable[T], who: str) -> T:

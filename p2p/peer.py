@@ -21,6 +21,8 @@ from typing import Any
 from atoll.aggregation.meter import Meter
 from atoll.aggregation.rendezvous_events import Admitted, Lost, Removed
 from atoll.p2p import bulk, direct, ports, post
+from atoll.p2p import folder as folders
+from atoll.p2p.daemon import LOOKING, unreachable
 from atoll.p2p.direct import Direct
 from atoll.p2p.driver import Driver, Training
 from atoll.p2p.gate import Gate, fetch_manifest
@@ -42,7 +44,6 @@ from atoll.protocols.errors import PeerError
 MOST = 10.0  # medians of length that a peer's part of a mean may have
 LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 BENCH = 1.0  # seconds in which a peer measures its speed, once
-SIGNED, HABITS = "manifest.signed", "habits.json"
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +139,15 @@ class Peer:
     async def _up(self, stack: contextlib.AsyncExitStack) -> bool:
         """False where what it remembers is not whole, and it must not come back as itself."""
         self._recall_habits()
-        await self._up_node()
-        stack.push_async_callback(self._node.stop)
-        signed = await self._known_manifest()
+        known = self._signed or self._habits.places or (self.folder / folders.SIGNED).exists()
+        try:
+            async with asyncio.timeout(None if known else LOOKING):
+                await self._up_node()
+                stack.push_async_callback(self._node.stop)
+                signed = await self._known_manifest()
+        except TimeoutError as error:
+            what = f"nothing came within {LOOKING:g} s"
+            raise unreachable(self._invite.addresses, what) from error
         invite, manifest = self._invite, self._manifest
         self._work = await asyncio.to_thread(self._made_work)
         stack.callback(self._work.close)
@@ -216,7 +223,7 @@ class Peer:
         return found or [ports.any_port(self._listen)]
 
     async def _known_manifest(self) -> bytes:
-        path = self.folder / SIGNED
+        path = self.folder / folders.SIGNED
         signed = self._signed or (path.read_bytes() if path.exists() else b"")
         if not signed:
             signed = await fetch_manifest(self._node, self._invite)
@@ -339,7 +346,7 @@ class Peer:
 
     def _recall_habits(self) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            plain = json.loads((self.folder / HABITS).read_text())
+            plain = json.loads((self.folder / folders.HABITS).read_text())
             self._habits = _Habits(
                 tuple(plain["listen"]), tuple(plain["places"]), float(plain["speed"])
             )
@@ -347,7 +354,7 @@ class Peer:
     def _keep_habits(self) -> None:
         others = [e.addresses for e in self._gate.roster.entries()]
         self._habits.places = tuple(a for addresses in others for a in addresses)[:16]
-        _write(self.folder / HABITS, json.dumps(asdict(self._habits)).encode())
+        _write(self.folder / folders.HABITS, json.dumps(asdict(self._habits)).encode())
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -79,6 +79,28 @@ def test_a_folder_that_cannot_be_made_is_named(
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "FL-P405"
 
 
+class Interrupted(Child):
+    """Whoever waits for it to end is interrupted."""
+
+    stopped = False
+
+    def stop(self, seconds: float) -> None:
+        if seconds > 0:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+
+def test_the_second_interrupt_ends_the_peers_at_once(tmp_path: Path) -> None:
+    """It ended the demo with a traceback, while it waited for the peers' goodbyes."""
+    swarm = Swarm(spec(tmp_path), Show(quiet=True), print)
+    found = [Interrupted(name, "atoll.p2p", (), tmp_path) for name in swarm.names[:2]]
+    swarm.children = {child.name: child for child in found}
+    with swarm._processes():
+        raise KeyboardInterrupt
+    assert swarm.interrupted
+    assert all(child.stopped for child in found)
+
+
 def test_why_a_peer_ended_is_told_in_its_own_words(tmp_path: Path) -> None:
     swarm = Swarm(spec(tmp_path), Show(quiet=True), print)
     child = Child("peer-2", "atoll.p2p", (), tmp_path)

@@ -153,9 +153,14 @@ def test_what_stands_in_the_way_is_told(shell: Shell, tmp_path: Path) -> None:
         ]
         failed = shell.begin("doctor", invite.write(nobody))
         assert "error FL-P312" in failed.communicate(timeout=240)[1]
+        looking = shell.begin("join", invite.write(nobody), *here, "--folder", "e")
+        said = looking.communicate(timeout=240)[1]
+        assert "looking for a member of the run at /ip4/127.0.0.1/tcp/9, for 40 s at most" in said
     for one, wanted in zip(asked, [(69, "FL-P202"), (69, "FL-P202")], strict=False):
         code, told = one.result()
         assert (code, told["code"]) == wanted
+    assert not (tmp_path / "atoll-peer").exists(), "nothing is left of a run that was not found"
+    assert not (tmp_path / "b").exists()
     code, told = asked[2].result()
     assert code == 9
     assert "run" in [c["name"] for c in told["checks"] if c["verdict"] == "problem"]
@@ -229,17 +234,25 @@ def two_machines() -> Iterator[list[list[str]]]:
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+def alone(
+    shell: Shell, here: list[str], *options: str
+) -> tuple[dict[str, Any], "subprocess.Popen[str]"]:
+    """A founder on that machine, which has made a round: what `init` said, and its process."""
+    shell.before = here
+    code, made = shell.ask("init", *SMALL[:6], *options, "--no-start")
+    assert code == 0
+    founder = shell.begin("start", "--json")
+    until(lambda: shell.status("atoll-peer").get("round", 0) >= 1, "a round alone")
+    return made, founder
+
+
 @pytest.mark.long
 def test_two_machines_that_share_nothing_but_a_cable(
     shell: Shell, two_machines: list[list[str]]
 ) -> None:
     here, there = two_machines
-    shell.before = here
-    code, made = shell.ask("init", *SMALL[:6], "--rounds", "300", "--no-start")
-    assert code == 0
+    made, first = alone(shell, here, "--rounds", "300")
     assert any("/ip4/10.77.0.1/tcp/" in address for address in made["addresses"])
-    first = shell.begin("start", "--json")
-    until(lambda: shell.status("atoll-peer").get("round", 0) >= 1, "a round alone")
     shell.before = there
     second = shell.begin("join", made["invite"], "--folder", "b", "--json")
     until(lambda: shell.status("b").get("rounds_joined", 0) >= 2, "two rounds together")
@@ -254,11 +267,7 @@ def test_the_doctor_finds_a_port_that_a_firewall_keeps_shut(
 ) -> None:
     """What leaves this machine comes through all the same: only a connection from there tells."""
     here, there = two_machines
-    shell.before = here
-    code, made = shell.ask("init", *SMALL[:6], "--no-start")
-    assert code == 0
-    shell.begin("start", "--json")
-    until(lambda: shell.status("atoll-peer").get("round", 0) >= 1, "a round alone")
+    made, _ = alone(shell, here)
     shell.before = there
 
     def way_back() -> tuple[int, dict[str, str]]:

@@ -208,6 +208,16 @@ def test_a_peer_that_finds_nobody_or_no_port_says_so(tmp_path: Path) -> None:
     assert NOBODY in nobody.message
 
 
+def test_a_key_that_is_none_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """The daemon does not start with it, and the hint was to look at the port."""
+    (tmp_path / "identity.key").write_bytes(b"garbage")
+    with pytest.raises(PeerError) as failed:
+        asyncio.run(Node(tmp_path, listen=LOOPBACK).start())
+    assert failed.value.code == "FL-P405"
+    assert str(tmp_path / "identity.key") in failed.value.message
+    assert "remove it" in failed.value.hint
+
+
 def test_a_folder_with_a_long_path_is_no_obstacle_and_stays_private(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 60) / ("e" * 60)
 
