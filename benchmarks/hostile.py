@@ -1,7 +1,7 @@
 """Hostile: a member of the run that holds its secret, takes part, and torments all the others.
 
-It claims a speed and a bandwidth beyond all bounds, says what `lies.py` has, and sends what is no
-message at all to every handler.
+It claims a speed and a bandwidth beyond all bounds, and commits that were never made: it says what
+`lies.py` has, and sends what is no message at all to every handler.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ async def torment(peer: Any, tell: Callable[..., None]) -> None:
         take(who, letter)
 
     driver.heard = listen
-    await peer._gate.tell(bandwidth=1e300)
+    await peer._gate.tell(bandwidth=1e-320)  # nothing can be divided by it
     while True:
         for entry in peer._gate.roster.entries():
             kind, name, said = rng.choice(deeds(driver, entry.peer, heard, rng))

@@ -8,6 +8,7 @@ An attempt that fails changes nothing, and where the peer's work is not in the m
 stays what it was: what had been sent is not taken for received.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,14 +73,16 @@ def gain(codec: codecs.Codec) -> float:
     return float(getattr(inner, "gain", 1.0))
 
 
-def unpack(codec: codecs.Codec, payload: memoryview, out: Tensor) -> bool:
-    """Read `payload` into `out`; whether all of it is finite. RemoteError FL-W105 for garbage."""
+def unpack(codec: codecs.Codec, payload: memoryview, out: Tensor) -> float:
+    """Read `payload` into `out`; its L2 norm, which is not finite where a value is not. RemoteError
+    FL-W105 for garbage."""
     decode = codec.decoder(payload, out.numel())
-    finite = True
+    squares = []
     for lo in range(0, out.numel(), codecs.TILE):
         tile = out[lo : min(lo + codecs.TILE, out.numel())]
         found = decode(lo, lo + tile.numel(), tile)
         if found.data_ptr() != tile.data_ptr():
             tile.copy_(found)
-        finite = finite and codecs.all_finite(tile)
-    return finite
+        squares.append(codecs.square(tile))  # while it lies in the cache
+    total = sum(squares)
+    return math.sqrt(total) if math.isfinite(total) else math.inf

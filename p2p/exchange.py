@@ -146,7 +146,7 @@ class Exchange:
             if sha256.hex() != digests[i]:
                 raise RemoteError("FL-W105", f"part {i} of {holder} differs", "ask another peer")
             payloads.append(dest[:length])
-            if not await asyncio.to_thread(unpack, self._down, payloads[i], here):
+            if not math.isfinite(await asyncio.to_thread(unpack, self._down, payloads[i], here)):
                 raise RemoteError("FL-P403", f"part {i} of {holder} is not finite", "ask another")
         return Mean(digest, parts, digests, tuple(payloads), values)
 

@@ -35,7 +35,7 @@ from atoll.aggregation.allreduce import (
     Tell,
     What,
 )
-from atoll.aggregation.part_mean import norm, part_mean
+from atoll.aggregation.part_mean import part_mean
 from atoll.p2p.bulk import Got
 from atoll.p2p.contribution import Contribution, gain, unpack
 from atoll.protocols import codecs
@@ -180,10 +180,9 @@ class Reducing:
                 sha256, length, _ = await self._fetch(peer, name, dest, shorter)
             payload, digest = dest[:length], sha256.hex()
             if what == "result":
-                finite = await asyncio.to_thread(unpack, codec, payload, values)
-                if not finite:
+                long = await asyncio.to_thread(unpack, codec, payload, values)
+                if not math.isfinite(long):
                     raise RemoteError("FL-P403", f"{name} of {peer} is not finite", "try again")
-                long = await asyncio.to_thread(norm, values)
                 self._results[part] = digest, payload
             else:
                 self._inputs[part, peer] = payload
@@ -198,9 +197,7 @@ class Reducing:
             async with self._news:
                 await self._news.wait_for(lambda: bool(self.payloads))
             self._inputs[part, self.me] = self.payloads[part]
-        digest, payload, spoiled = await asyncio.to_thread(self._mean_of, part, order)
-        place = self.plan.parts[part]
-        long = await asyncio.to_thread(norm, self._values[place.start : place.stop])
+        digest, payload, spoiled, long = await asyncio.to_thread(self._mean_of, part, order)
         for peer, _ in order:
             self._inputs.pop((part, peer), None)
         if not spoiled:
@@ -211,7 +208,8 @@ class Reducing:
 
     def _mean_of(
         self, part: int, order: tuple[tuple[str, float], ...]
-    ) -> tuple[str, memoryview, tuple[str, ...]]:
+    ) -> tuple[str, memoryview, tuple[str, ...], float]:
+        """Its digest, its payload, whose input was none, and its length."""
         place = self.plan.parts[part]
         values = self._values[place.start : place.stop]
         inputs, spoiled = [], []
@@ -226,14 +224,15 @@ class Reducing:
             except RemoteError:
                 spoiled.append(peer)
         if spoiled:
-            return "", memoryview(b""), tuple(spoiled)
+            return "", memoryview(b""), tuple(spoiled), 0.0
         _, bad = part_mean(inputs, [weight for _, weight in order], self._most, out=values)
         if bad:
-            return "", memoryview(b""), tuple(order[i][0] for i in bad)
+            return "", memoryview(b""), tuple(order[i][0] for i in bad), 0.0
         payload = self._down.encode(values)
-        if not unpack(self._down, payload, values):  # what others will read is used here too
-            return "", memoryview(b""), tuple(peer for peer, _ in order)
-        return hashlib.sha256(payload).hexdigest(), payload, ()
+        long = unpack(self._down, payload, values)  # what others will read is used here too
+        if not math.isfinite(long):
+            return "", memoryview(b""), tuple(peer for peer, _ in order), 0.0
+        return hashlib.sha256(payload).hexdigest(), payload, (), long
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)

@@ -29,6 +29,7 @@ with warnings.catch_warnings():  # torch warns once that a tensor over read-only
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 TILE = 1 << 20  # elements; half of it costs 3 % more, tiles that fit the L2 cache 10-70 %
+FAINT = 1e-25  # of a sum of squares in fp32, below which too much of it may have been lost
 
 
 class Decoder(Protocol):
@@ -282,6 +283,19 @@ def as_tensor(view: memoryview, dtype: torch.dtype) -> Tensor:
 def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or Inf. One read: elements are looked at only if the sum is not."""
     return math.isfinite(values.sum(dtype=torch.float32)) or bool(torch.isfinite(values).all())
+
+
+def square(values: Tensor) -> float:
+    """Their squared L2 norm; not finite where one of them is not. fp32, flat, a tile of some.
+
+    One read in fp32, which is as quick as `all_finite`; in float64 where that is no measure: of
+    values whose squares are too large for it, or too small.
+    """
+    found = float(torch.dot(values, values))
+    if FAINT < found < math.inf:
+        return found
+    wide = values.double()
+    return float(torch.dot(wide, wide))
 
 
 class Mapped:

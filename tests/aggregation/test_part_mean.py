@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.aggregation.allreduce import Part, Plan
-from atoll.aggregation.part_mean import part_mean
+from atoll.aggregation.part_mean import TILE, norm, part_mean
 
 PARTS = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, 5.0]), torch.tensor([300.0, 400.0])]
 
@@ -45,6 +45,16 @@ def test_the_order_is_kept_and_the_inputs_are() -> None:
     other, _ = part_mean(parts, [1.0] * 5, most=3.0)
     assert torch.equal(one, other)
     assert all(torch.equal(a, b) for a, b in zip(parts, before, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-16, 1.0, 1e15, 3e38])
+def test_a_length_is_that_of_any_values(value: float) -> None:
+    """Their squares may be too large or too small for fp32."""
+    many = 2 * TILE + 7
+    part = torch.full((many,), value)
+    assert norm(part) == pytest.approx(float(part[0]) * math.sqrt(many), rel=1e-4)
+    part[TILE + 1] = math.nan
+    assert norm(part) == math.inf
 
 
 def longest_and_found(
