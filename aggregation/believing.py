@@ -65,12 +65,14 @@ class Believer(Circle):
         known.stand, known.last = said.stand, said.last
 
     def _led(self, peer: str, steps: tuple[Step, ...], now: float) -> Actions:
-        """The answer to `Whence`."""
+        """The answer to `Whence`; nobody was asked who claims nothing."""
+        claim = self.roster[peer].claim
+        if claim is None:
+            return
         for way, stand, members in self._anchors():
             found = proved(steps[:KEPT], stand, members, self.seals, self.most)
             self.proved |= {chain: (*way, *more) for chain, more in found.items()}
-        claim = self.roster[peer].claim
-        if claim is not None and claim.stand.chain in self.proved:
+        if claim.stand.chain in self.proved:
             yield from self._announced(peer, claim, now)
 
     def _believes(self, peer: str, said: Announce, now: float) -> bool:

@@ -262,6 +262,49 @@ def test_two_machines_that_share_nothing_but_a_cable(
 
 
 @pytest.mark.long
+def test_a_slow_line_is_measured_and_given_nothing_to_reduce(
+    shell: Shell, two_machines: list[list[str]]
+) -> None:
+    """Two peers beside each other and one behind a cable of 80 Mbit/s. Of three, in equal shares,
+    it would give 4/3 of the vector in a round; with nothing to reduce it gives 1."""
+    here, there = two_machines
+    for side in (here, there):
+        cable = f"v{os.getpid()}{'ab'[side is there]}"
+        narrow = f"tc qdisc add dev {cable} root tbf rate 80mbit burst 64kb latency 50ms"
+        try:
+            subprocess.run([*side, *narrow.split()], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"this machine lets nobody shape what a cable takes: {error}")
+    large = ("--model", "charlm:width=256,depth=4", "--data", "topics:context=16")
+    size = 4 * 3_188_224
+    shell.before = here
+    code, made = shell.ask(
+        "init", *large, "--steps", "2", "--batch", "2", "--first", "3", "--no-start"
+    )
+    assert code == 0
+    shell.begin("start", "--json")
+    until(lambda: shell.status("atoll-peer"), "the founder is up")
+    shell.begin("join", made["invite"], "--folder", "b", "--json")
+    shell.before = there
+    shell.begin("join", made["invite"], "--folder", "c", "--json")
+
+    def lines() -> dict[str, float]:
+        told = shell.status("atoll-peer")
+        return {m["peer"]: m["bandwidth"] for m in told.get("members", ())}
+
+    until(lambda: len(lines()) == 3 and all(lines().values()), "all have measured their lines")
+    slow = shell.status("c")["peer"]
+    others = [rate for peer, rate in lines().items() if peer != slow]
+    assert 2e6 < lines()[slow] < 20e6
+    assert min(others) > 2 * lines()[slow]
+    told = shell.status("c")
+    until(lambda: shell.status("c")["round"] >= told["round"] + 6, "six rounds more")
+    after = shell.status("c")
+    rounds = after["round"] - told["round"]
+    assert (after["bytes_out"] - told["bytes_out"]) / rounds < 1.2 * size
+
+
+@pytest.mark.long
 def test_the_doctor_finds_a_port_that_a_firewall_keeps_shut(
     shell: Shell, two_machines: list[list[str]]
 ) -> None:
