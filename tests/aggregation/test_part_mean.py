@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.aggregation.allreduce import Part, Plan
@@ -82,6 +82,7 @@ def test_an_honest_mean_of_parts_is_not_refused_for_its_length() -> None:
 LENGTH = st.sampled_from([0.0, 1.0, 1.5, 40.0, 1e4])
 
 
+@settings(max_examples=30)
 @given(
     st.integers(1, 7).flatmap(
         lambda n: st.lists(st.lists(LENGTH, min_size=4, max_size=4), min_size=n, max_size=n)
