@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class _Habits:
     listen: tuple[str, ...] = ()  # where others know it
     places: tuple[str, ...] = ()  # where members were
     speed: float = 0.0
+    keys: dict[str, str] = field(default_factory=dict)  # of members' seals, also of those gone
 
 
 class Peer:
@@ -158,6 +159,8 @@ class Peer:
             on_admitted=self._admitted,
             on_removed=self._removed,
         )  # fmt: skip
+        for member, key in self._habits.keys.items():  # one that is dead seals no more
+            self._gate.sealing.know(member, key)
         letters = Post(
             self._gate.call,
             lambda peer, letter: self._driver.heard(peer, letter),
@@ -345,15 +348,19 @@ class Peer:
         self._admitted(self._gate.me)
 
     def _recall_habits(self) -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
             plain = json.loads((self.folder / folders.HABITS).read_text())
             self._habits = _Habits(
-                tuple(plain["listen"]), tuple(plain["places"]), float(plain["speed"])
+                tuple(plain["listen"]),
+                tuple(plain["places"]),
+                float(plain["speed"]),
+                {str(peer): str(key) for peer, key in plain.get("keys", {}).items()},
             )
 
     def _keep_habits(self) -> None:
         others = [e.addresses for e in self._gate.roster.entries()]
         self._habits.places = tuple(a for addresses in others for a in addresses)[:16]
+        self._habits.keys = self._gate.sealing.keys
         _write(self.folder / folders.HABITS, json.dumps(asdict(self._habits)).encode())
 
 
