@@ -149,7 +149,9 @@ def serve(folder: Path, floats: int, clients: int, rounds: int, given: Mapping[s
     from atoll.server.server import Server
     from atoll.server.spec import RunSpec
 
-    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(floats))})
+    def model() -> torch.nn.Module:  # made by the server, which lets go of it, as of --model
+        return torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(floats))})
+
     strategy = f"fedavg:steps=1,min_clients={clients},rounds={rounds}"
     numbers = {k: int(v) if v.isdecimal() else v for k, v in given.items()}
     spec = RunSpec(ulid(), strategy=strategy, data="", evaluate_every=0, **numbers)  # type: ignore[arg-type]
