@@ -121,6 +121,13 @@ class Learner(StackRule, Protocol):
 
     proxy: Proxy | None
     buffers: str
+    panel: int  # validators that it asks in a merge, at most
+    deadline: float  # seconds that their answers may take
+    seed: int
+
+    @property
+    def asks(self) -> bool:
+        """Whether it asks validators, where there are no proxy data."""
 
     @property
     def learns(self) -> bool:
@@ -128,6 +135,9 @@ class Learner(StackRule, Protocol):
 
     def with_proxy(self, proxy: Proxy) -> Self:
         """The same rule, with what it learns by."""
+
+    def again(self, told: Mapping[str, float], updates: Sequence[str]) -> Sequence[float]:
+        """What `coefficients` gave in a merge of these updates whose stats were `told`."""
 
 
 def is_learner(rule: Aggregator) -> TypeGuard[Learner]:

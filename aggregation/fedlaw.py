@@ -11,11 +11,12 @@ weighted sum of the updates and of x, so a merge is a merge like another once th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from atoll.aggregation.checks import at_least, at_most, one_of, positive
+from atoll.aggregation.validated import LEAST
 from atoll.protocols.errors import UsageError
 
 if TYPE_CHECKING:  # what needs torch comes with the first merge: the check at start reads `needs`
@@ -35,8 +36,9 @@ class FedLaw:
     data, as a free gamma grows the weights greedily. `no_proxy`: what to do without proxy data:
     refuse to start, take the strategy's weights, a fixed `gamma` with them, lambda by how well the
     updates agree (p_i * exp(cos(delta_i, mean) / temperature)), or ask `validators`, clients that
-    judge on data they hold out. An update more than `screen` times as long as the middle one takes
-    no part: learning could not make its share small enough (0: all take part).
+    judge on data they hold out: `panel` of them at most, each question for at most `deadline`
+    seconds, in five steps a merge. An update more than `screen` times as long as the middle one
+    takes no part: learning could not make its share small enough (0: all take part).
     """
 
     mode: Literal["both", "lambda", "gamma", "fixed"] = "both"  # what is learned
@@ -57,6 +59,8 @@ class FedLaw:
     screen: float = 100.0  # times the middle length; longer updates take no part; 0: all do
     max_models: int = 64  # with more updates, groups of them share a lambda
     min_updates: int = 2  # fewer are merged by their mean; with 1, gamma is learned alone
+    panel: int = 16  # validators asked in a merge, at most
+    deadline: float = 30.0  # seconds that the answers of validators may take
     seed: int = 0  # of the batches' order
     proxy: "Proxy | None" = field(default=None, init=False, repr=False, compare=False)
 
@@ -73,10 +77,11 @@ class FedLaw:
         one_of(("recompute", "average"), buffers=self.buffers)
         positive(gamma=self.gamma, gamma_max=self.gamma_max, lr=self.lr)
         at_most(1e3, gamma=self.gamma, gamma_max=self.gamma_max, lr=self.lr)
-        positive(temperature=self.temperature)
+        positive(temperature=self.temperature, deadline=self.deadline)
         at_least(0, epochs=self.epochs, tolerance=self.tolerance, screen=self.screen)
         at_least(0, seed=self.seed)
         at_least(1, batch=self.batch, max_models=self.max_models, min_updates=self.min_updates)
+        at_least(LEAST, panel=self.panel)
         if (self.mode == "fixed" or self.no_proxy == "fixed_gamma") and self.gamma is None:
             raise UsageError(
                 "FL-S102", "a fixed gamma is not given", "write e.g. fedlaw:mode=fixed,gamma=0.99"
@@ -85,6 +90,11 @@ class FedLaw:
             raise UsageError(
                 "FL-S102", f"two_stage with mode={self.mode!r}", "two stages learn both: drop one"
             )
+        if self.two_stage and self.asks:
+            raise UsageError(
+                "FL-S102", "two_stage with no_proxy='validators'",
+                "validators are asked in few steps, of one stage: drop one",
+            )  # fmt: skip
 
     @property
     def needs(self) -> frozenset[str]:
@@ -92,6 +102,11 @@ class FedLaw:
         wanted = {"error": {"proxy_data"}, "validators": {"validators"}}.get(self.no_proxy, set())
         without = self.mode == "fixed" or self.proxy is not None
         return frozenset() if without else frozenset(wanted)
+
+    @property
+    def asks(self) -> bool:
+        """Whether validators are to be asked, where there are no proxy data."""
+        return self.mode != "fixed" and self.no_proxy == "validators"
 
     @property
     def min_results(self) -> int:
@@ -120,11 +135,17 @@ class FedLaw:
         found = learn(stack, self.proxy, start, self._how())
         losses = {"proxy_loss_before": found.before, "proxy_loss": found.after}
         told = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+        told.update(self.proxy.told())
         if found.guarded:
             told["guard"] = 1.0
         if 0.0 in start:
             told["screened"] = float(start.count(0.0))
         return self._taken(found.shares, found.gamma, told)
+
+    def again(self, told: Mapping[str, float], updates: Sequence[str]) -> list[float]:
+        """The coefficients of a merge from its stats, bit by bit, whoever was asked then."""
+        shares = [told[f"lambda/{update}"] for update in updates]
+        return self._taken(shares, told["gamma"], {})
 
     def _how(self) -> "How":
         from atoll.aggregation.fedlaw_learn import How

@@ -58,7 +58,7 @@ def learn(stack: Stack, proxy: Proxy, start: Sequence[float], how: How) -> Learn
     finite = stages(mixture, how)
     mixture.build()
     after = proxy.loss() if finite else math.nan
-    if not math.isfinite(after) or after > before + how.tolerance:
+    if not math.isfinite(after) or proxy.gain(before, after) < -how.tolerance:
         return Learned(list(start), 1.0, before, after, True)
     shares, gamma = mixture.values()
     return Learned(shares, gamma, before, after, False)
@@ -113,6 +113,9 @@ class Mixture:
         """Indices of an epoch's batches, shuffled by (seed, epoch) alone."""
         generator = torch.Generator().manual_seed((how.seed << 20) + epoch)
         n = self._proxy.examples
+        if n is None:  # all of them, wherever they lie
+            yield torch.empty(0, dtype=torch.int64)
+            return
         pieces: tuple[Tensor, ...] = torch.split(torch.randperm(n, generator=generator), how.batch)
         if len(pieces) > 1 and len(pieces[-1]) == 1:
             pieces = pieces[:-1]  # one example has no batch statistics

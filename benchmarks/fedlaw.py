@@ -147,8 +147,17 @@ class Watched:
         Watched.steps.append(time.perf_counter())
         return self._proxy.gradient(at)
 
+    def gain(self, before: float, after: float) -> float:
+        return self._proxy.gain(before, after)
+
+    def told(self) -> Mapping[str, float]:
+        return self._proxy.told()
+
     def settle(self) -> Tensor:
         return self._proxy.settle()
+
+    def interrupt(self) -> None:
+        self._proxy.interrupt()
 
 
 def update(path: Path, manifest: Manifest, seed: int) -> UpdateBytes:

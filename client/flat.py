@@ -6,7 +6,7 @@ bits; BatchNorm takes the statistics of the batch, as in training, and its own s
 where `batch_statistics` is False, those it was given.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,9 +38,8 @@ class FlatModel:
     ) -> None:
         self.limit = limit
         self.manifest = manifest_of(module)
-        self.examples = size(examples)
         self._module, self._kind = module.cpu().eval(), kind
-        self._all: Batch = next(in_order(examples, self.examples, torch.device("cpu")))
+        self.use(examples)
         self.vector = torch.empty(self.manifest.counts["trainable"])
         self._gradient = torch.zeros_like(self.vector)
         self._named = dict(named_tensors(module))
@@ -51,6 +50,15 @@ class FlatModel:
             if param.dtype == torch.float32:
                 param.data = self.vector[lo:hi].view(param.shape)
         self._norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        self.normalise(batch_statistics)
+
+    def use(self, examples: Examples) -> None:
+        """Judge by these from now on."""
+        self.of, self.examples = examples, size(examples)
+        self._all: Batch = next(in_order(examples, self.examples, torch.device("cpu")))
+
+    def normalise(self, batch_statistics: bool) -> None:
+        """BatchNorm takes the statistics of the batch, or those it was given."""
         for norm in self._norms:
             norm.train(batch_statistics)
             norm.track_running_stats = not batch_statistics
@@ -71,18 +79,39 @@ class FlatModel:
         return total / n
 
     def gradient(self, at: Tensor) -> tuple[float, Tensor]:
+        return self._sloped([at], len(at))
+
+    def whole(self) -> tuple[float, Tensor]:
+        """The same of all examples, a few at a time."""
+        return self._sloped(pieces(self.examples), self.examples)
+
+    def _sloped(self, parts: Sequence[Tensor], n: int) -> tuple[float, Tensor]:
+        """Loss and gradient over the `n` examples of these parts."""
         self._take()
         self._gradient.zero_()
         for param, lo, hi in self._params:
             param.grad = None
             if param.dtype == torch.float32:
                 param.grad = self._gradient[lo:hi].view(param.shape)
-        loss = loss_of(self._module, picked(self._all, at, self.examples), self._kind)
-        torch.autograd.backward(loss)
+        total = 0.0
+        for at in parts:
+            loss = loss_of(self._module, picked(self._all, at, self.examples), self._kind)
+            part = loss if len(parts) == 1 else loss * (len(at) / n)
+            torch.autograd.backward(part)
+            total += part.item()
         for param, lo, hi in self._params:
             if param.dtype != torch.float32 and param.grad is not None:
                 self._gradient[lo:hi] = param.grad.reshape(-1)
-        return loss.item(), self._gradient
+        return total, self._gradient
+
+    def gain(self, before: float, after: float) -> float:
+        return before - after
+
+    def told(self) -> Mapping[str, float]:
+        return {}
+
+    def interrupt(self) -> None:
+        """It waits for nobody."""
 
     def settle(self) -> Tensor:
         self._take()

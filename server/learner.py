@@ -3,17 +3,14 @@
 import copy
 from collections.abc import Callable
 
-import numpy as np
 from torch import nn
 
-from atoll.aggregation.aggregator import Aggregator, is_learner
-from atoll.client.data import Data, DataInfo, Split, from_user, holdout, size
+from atoll.aggregation.aggregator import Aggregator, Learner, is_learner
+from atoll.aggregation.asking import Asker, Asking
+from atoll.client.data import Data, DataInfo, Split, from_user
 from atoll.client.flat import FlatModel
 from atoll.client.proxy import checked, held_out, proxy_data
 from atoll.server.check import useless
-
-VALIDATED = 0.1  # share of the clients' examples that their validators hold out
-VALIDATED_STEPS = 5  # in a merge: each would be an exchange with all validators
 
 
 def learning(
@@ -23,8 +20,6 @@ def learning(
     run: Data | None,
     seed: int,
     name: str = "",
-    *,
-    validators: bool = False,
 ) -> Aggregator:
     """`rule` with what it learns by: `proxy`, a spec or examples, apart from the `run`'s test set.
 
@@ -38,7 +33,6 @@ def learning(
     flat = FlatModel(
         copy.deepcopy(module), data.train, data.info.kind,
         batch_statistics=rule.buffers == "recompute",
-        limit=VALIDATED_STEPS if validators else None,
     )  # fmt: skip
     return rule.with_proxy(flat)
 
@@ -54,29 +48,22 @@ def learning_in(
 ) -> tuple[Aggregator, Data]:
     """As `learning`, in a simulation, and the data that is left for its clients.
 
-    `model` is made where something is learned; `source` names the run's data. Validators hold a
-    part of the clients' data out.
+    `model` is made where something is learned; `source` names the run's data.
     """
-    if not proxy and "validators" not in getattr(rule, "needs", ()):
+    if not proxy:
         return rule, run
-    if proxy:
-        made = learning(rule, model(), proxy, run, seed, name)
-        if isinstance(proxy, str):
-            run = held_out(proxy, source, run, seed)
-        return made, run
-    rest, held = with_validators(run, seed)
-    return learning(rule, model(), held, rest, seed, name, validators=True), rest
+    made = learning(rule, model(), proxy, run, seed, name)
+    return made, held_out(proxy, source, run, seed) if isinstance(proxy, str) else run
 
 
-def with_validators(run: Data, seed: int) -> tuple[Data, Data]:
-    """What the clients train on, and what they hold out, as validators, of all their examples.
+def validated(rule: Aggregator) -> Learner | None:
+    """`rule`, if it is to ask validators: it lacks only whom."""
+    return rule if is_learner(rule) and rule.asks and rule.proxy is None else None
 
-    The mean of the validators' gradients, weighted by examples, is that over all they hold out.
-    """
-    labels = run.labels() if run.info.kind == "classification" else None
-    rest, held = holdout(size(run.train), seed, VALIDATED, labels)
-    columns = {name: list(np.asarray(values)[rest]) for name, values in run.columns.items()}
-    return Data(run.info, run.shard(rest), run.test, columns), Data(run.info, run.shard(held))
+
+def asking(rule: Learner, count: int, asker: Asker) -> Aggregator:
+    """`rule` that asks, in merges of `count` elements."""
+    return rule.with_proxy(Asking(count, asker))
 
 
 def _of_user(found: object, run: Data | None, seed: int) -> Data:

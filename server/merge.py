@@ -21,7 +21,7 @@ from torch import Tensor
 from atoll.aggregation.aggregator import Aggregator, is_learner, remembers
 from atoll.aggregation.half import Half, Turn, Work
 from atoll.aggregation.outer import STEPS, Outer, Sgd
-from atoll.aggregation.proxy import Proxy
+from atoll.aggregation.proxy import InterruptedMergeError, Proxy
 from atoll.protocols.codecs import TILE, Decoder, all_finite
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.manifest import TRAVELLING, Manifest
@@ -35,13 +35,11 @@ from atoll.server.privacy import Privacy, fits
 from atoll.server.rewrite import rewrite
 from atoll.server.table import Table
 
+__all__ = ["PLAIN", "InterruptedMergeError", "MergeStats", "Merger", "scaled"]
+
 PLAIN = Sgd()
 NORM_WHOLE = 1 << 15  # elements
 NORM_BLOCK = 1 << 12  # elements; norms add up block by block, alike for every number of threads
-
-
-class InterruptedMergeError(Exception):
-    """The server stops: the version is made when it starts again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +99,10 @@ class Merger:
         return self._proxy() is not None
 
     def interrupt(self) -> None:
-        """Let go of a merge that waits for others, if it does."""
+        """Let go of a merge that waits for others, if it does: it ends by InterruptedMergeError."""
+        proxy = self._proxy()
+        if proxy is not None:
+            proxy.interrupt()
 
     def close(self) -> None:
         self.crew.close()
@@ -172,8 +173,10 @@ class Merger:
             if not self.manifest.counts[group]:
                 continue
             if group == "buffers_float" and step.taken is not None and proxy is not None:
-                draft.write(group, 0, proxy.settle())
-                continue
+                anew = proxy.settle()
+                if anew is not None:
+                    draft.write(group, 0, anew)
+                    continue
             tiles = buffer_tiles(self.buffers, group, base, items, step.plan.robust)
             for lo, tile in tiles:
                 draft.write(group, lo, tile)

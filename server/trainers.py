@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from atoll.client.data import Data, Indices, load_data
+from atoll.client.data import Data, Examples, Indices, load_data
+from atoll.client.heldout import SHARE, cut
 from atoll.client.local import LocalConfig
 from atoll.client.options import own_trainer
 from atoll.client.partition import shards_of
@@ -15,7 +16,6 @@ from atoll.client.specs import trainer_on
 from atoll.client.trainer import Trainer
 from atoll.protocols.errors import UsageError
 from atoll.server.attack import Attack
-from atoll.server.learner import with_validators
 
 VALIDATORS = "validators"  # in place of proxy data: what the clients themselves hold out
 
@@ -46,17 +46,24 @@ class Trainers:
         if not isinstance(self.data, str):
             return self.data
         whole = load_data(self.data)
-        if self.proxy == VALIDATORS:
-            return with_validators(whole, self.seed)[0]
-        return held_out(self.proxy, self.data, whole, self.seed) if self.proxy else whole
+        if self.proxy in ("", VALIDATORS):
+            return whole
+        return held_out(self.proxy, self.data, whole, self.seed)
 
     @cached_property
     def parts(self) -> Mapping[str, Indices]:
         """Each client's rows of the training examples."""
+        return {name: rest for name, (rest, _) in self._cut.items()}
+
+    @cached_property
+    def _cut(self) -> Mapping[str, tuple[Indices, Indices]]:
+        """What each trains on, and what it holds out to judge models in a merge."""
         parts = self.partition
         if isinstance(parts, str):
             parts = shards_of(self.loaded, parts, len(self.clients), self.seed)
-        return dict(zip(self.clients, parts, strict=True))
+        share = SHARE if self.proxy == VALIDATORS else 0.0
+        both = zip(self.clients, parts, strict=True)
+        return {name: cut(rows, share, self.seed, name) for name, rows in both}
 
     @cached_property
     def hostile(self) -> Mapping[str, Attack]:
@@ -74,6 +81,10 @@ class Trainers:
         return trainer_on(
             mine, self.loaded, self.model, self.seed, self.local, self.algorithm, name
         )
+
+    def held(self, name: str) -> Examples:
+        """What a client holds out, as it sees it."""
+        return self._seen.get(name, self.loaded).shard(self._cut[name][1])
 
     def judge(self) -> Trainer:
         """One that trains on nothing, and evaluates."""

@@ -42,12 +42,13 @@ from atoll.server.combine import MEAN
 from atoll.server.crew import Crew, Job, Together
 from atoll.server.dp import central_dp
 from atoll.server.items import UpdateBytes
-from atoll.server.learner import learning, learning_in
+from atoll.server.learner import asking, learning, learning_in, validated
 from atoll.server.learning import Worked
 from atoll.server.merge import PLAIN, Merger
 from atoll.server.momenta import suited
 from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order
+from atoll.server.simasker import SimAsker
 from atoll.server.simkeeps import SimKeeps
 from atoll.server.simlinks import SimLinks
 from atoll.server.simnoise import SimNoise, simulated_key
@@ -89,11 +90,13 @@ class Training:
         down: str = "fp32",
         codecs: Mapping[str, str] | None = None,
         spec: RunSpec | None = None,
+        asked: SimAsker | None = None,
     ) -> None:
         """`up`, `down`: codecs that the run allows, the best first; `codecs`: what single clients
         ask for. `algorithm`: the trainers', for its half on the server and the state of the
         clients, who have their names and `seed` for their states' lives. `spec`: what the parts are
-        called, to judge whether they go together; None: the parts themselves say."""
+        called, to judge whether they go together; None: the parts themselves say. `asked`: puts the
+        aggregator's questions to the clients."""
         half = algorithm.server_half() if algorithm is not None else None
         self.manifest = manifest
         self._spec = spec or RunSpec("", codec_up=up, codec_down=down)
@@ -104,6 +107,7 @@ class Training:
             self._parts["local algorithm"] = algorithm
         self._crew, self._judge = crew or Together(factory), judge
         self._examples, self._attacks = examples or {}, attacks or {}
+        self._asked = asked
         self._noise = SimNoise(local_dp, seed) if local_dp is not None else None
         self._count = manifest.counts["trainable"]
         self._table = table_of(half, self._count, None)
@@ -159,13 +163,18 @@ class Training:
             aggregator(aggregation), lambda: build(model, whole.info, seed), whole,
             data if isinstance(data, str) else "", proxy, seed, aggregation,
         )  # fmt: skip
-        kept_back = (proxy if isinstance(proxy, str) else "") or VALIDATORS * (left is not whole)
+        asks = validated(rule)
+        kept_back = VALIDATORS if asks else proxy if isinstance(proxy, str) else ""
         trainers = Trainers(
             clients, model, data if isinstance(data, str) else left, partition, seed, local,
             algorithm, attacks or {}, proxy=kept_back, given=left,
         )  # fmt: skip
         judge = trainers.judge()
         assert isinstance(judge, TorchTrainer)
+        asked: SimAsker | None = None
+        if asks is not None:
+            asked = SimAsker.of(asks, trainers)
+            rule = asking(asks, judge.manifest.counts["trainable"], asked)
         method = local_algorithm(algorithm)
         return cls(
             trainers.make, judge.manifest, judge.export(),
@@ -176,7 +185,7 @@ class Training:
             attacks=trainers.hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed, algorithm=method,
-            crew=engine(trainers) if engine else None,
+            crew=engine(trainers) if engine else None, asked=asked,
             spec=RunSpec(
                 "", aggregator=aggregation, outer=step, algorithm=algorithm, codec_up=up,
                 codec_down=down, dp=dp, local_dp=local_dp, proxy=_named(proxy),
@@ -212,6 +221,11 @@ class Training:
         rule = learning(aggregator(aggregation), module, proxy, loaded, seed, aggregation)
         trainers = Trainers(clients, seed=seed, own=trainer)
         made = {name: trainers.make(name) for name in clients}
+        asked: SimAsker | None = None
+        if (asks := validated(rule)) is not None:
+            own = {name: getattr(t, "validator", None) for name, t in made.items()}
+            asked = SimAsker(asks, own)
+            rule = asking(asks, manifest_of(module).counts["trainable"], asked)
         initial = {name: tensor.detach() for name, tensor in named_tensors(module)}
         return cls(
             made.__getitem__, manifest_of(module), initial, judge=trainers.judge(),
@@ -220,7 +234,7 @@ class Training:
             buffers=cast("Buffers", buffers), up=up, down=down, codecs=codecs,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
             local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
-            crew=engine(trainers) if engine else None,
+            crew=engine(trainers) if engine else None, asked=asked,
             spec=RunSpec(
                 "", aggregator=aggregation, outer=step, codec_up=up, codec_down=down, dp=dp,
                 local_dp=local_dp, proxy=proxy,
@@ -236,6 +250,8 @@ class Training:
         return self._examples.get(client)
 
     def given(self, order: Order) -> None:
+        if self._asked is not None:
+            self._asked.came(order.client)
         orders = self._orders.setdefault(order.client, {})
         orders[order.id] = order.version
         self.keeps.begin(order.id, order.client)
@@ -257,6 +273,8 @@ class Training:
 
     def died(self, client: str) -> None:
         self._links.died(client)
+        if self._asked is not None:
+            self._asked.left(client)
 
     @property
     def _extra_bytes(self) -> int:

@@ -43,8 +43,16 @@ class Bowl:
         self.steps += 1
         return self.loss(), self.vector - self.lowest
 
+    def gain(self, before: float, after: float) -> float:
+        return before - after
+
+    def told(self) -> Mapping[str, float]:
+        return {}
+
     def settle(self) -> Tensor:
         raise AssertionError("it has no buffers")
+
+    def interrupt(self) -> None: ...
 
 
 def stack(models: Tensor, x: Tensor) -> Rows:
@@ -382,6 +390,7 @@ def test_it_says_what_it_needs(spec: str, needs: set[str]) -> None:
         "fedlaw:screen=-1",
         "fedlaw:temperature=0", "fedlaw:buffers=mine", "fedlaw:tolerance=-1", "fedlaw:seed=-1",
         "fedlaw:max_models=0", "fedlaw:min_updates=0", "fedlaw:two_stage=true,mode=lambda",
+        "fedlaw:two_stage=true,no_proxy=validators", "fedlaw:panel=1", "fedlaw:deadline=0",
         "fedlaw:proxy=digits",
     ],
 )  # fmt: skip

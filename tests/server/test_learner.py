@@ -12,10 +12,10 @@ from atoll.client.models import build
 from atoll.client.proxy import prints
 from atoll.protocols.errors import DataError, UsageError
 from atoll.server.check import check, wants_proxy
-from atoll.server.learner import learning, learning_in, with_validators
+from atoll.server.learner import learning, learning_in
 from atoll.server.simulator import simulate
 from atoll.server.spec import RunSpec
-from atoll.server.trainers import Trainers
+from atoll.server.trainers import VALIDATORS, Trainers
 from atoll.server.training import Training
 
 BLOBS = "synthetic:examples=400,classes=4,features=3"
@@ -128,16 +128,15 @@ def test_a_users_own_examples_are_checked_as_well() -> None:
 # ---- in a simulation -----------------------------------------------------------------------------
 
 
-def test_validators_hold_out_a_tenth_and_are_asked_five_times() -> None:
-    run = load_data(BLOBS)
-    rest, held = with_validators(run, 0)
-    assert (size(rest.train), size(held.train)) == (288, 32)
-    rule, left = learning_in(
-        aggregator("fedlaw:no_proxy=validators"), lambda: build("linear", run.info, 0), run, BLOBS,
-        "", 0, "fedlaw",
-    )  # fmt: skip
-    assert proxy_of(rule).limit == 5
-    assert size(left.train) == 288
+def test_each_client_holds_out_a_tenth_of_its_own() -> None:
+    whole = Trainers(["a", "b"], "linear", BLOBS)
+    cut = Trainers.loads(Trainers(["a", "b"], "linear", BLOBS, proxy=VALIDATORS).dumps())
+    for name in ("a", "b"):
+        mine = set(prints(whole.loaded.shard(whole.parts[name])))
+        trained = set(prints(cut.loaded.shard(cut.parts[name])))
+        held = set(prints(cut.held(name)))
+        assert (len(mine), len(trained), len(held)) == (160, 144, 16)
+        assert trained | held == mine
 
 
 @pytest.mark.parametrize("rule", ["fedlaw", "fedlaw:no_proxy=validators", "fedlaw:no_proxy=fedavg"])
@@ -161,12 +160,11 @@ def test_a_simulation_learns_the_same_every_time(rule: str) -> None:
     assert len(first[1]) == 3
 
 
-@pytest.mark.parametrize("proxy", [f"{BLOBS},take=40", "validators"])
-def test_another_process_holds_out_the_same_examples(proxy: str) -> None:
+def test_another_process_holds_out_the_same_examples() -> None:
+    proxy = f"{BLOBS},take=40"
     left = learning_in(
-        aggregator("fedlaw:no_proxy=validators"),
-        lambda: build("linear", load_data(BLOBS).info, 0),
-        load_data(BLOBS), BLOBS, "" if proxy == "validators" else proxy, 0, "fedlaw",
+        aggregator("fedlaw"), lambda: build("linear", load_data(BLOBS).info, 0),
+        load_data(BLOBS), BLOBS, proxy, 0, "fedlaw",
     )[1]  # fmt: skip
     here = Trainers(["a", "b"], "linear", BLOBS, proxy=proxy, given=left)
     there = Trainers.loads(here.dumps())

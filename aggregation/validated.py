@@ -1,0 +1,290 @@
+"""Validated: which clients judge the models of a merge, and how much each one's answer counts.
+
+A machine. A server without data of its own asks some of its clients, the validators, for the loss
+of a model on what they hold out, and for its gradient: a question to all of them at once, several
+in a merge. Who does not answer in time, or leaves, takes no part in what is left of that merge;
+with fewer answers than the quorum nothing is learned in it.
+
+A validator may lie. No answer counts for more than `MOST` times the middle one: not by the examples
+it claims, not by the length of its gradient, not by what it says of the loss.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+LEAST = 2  # validators; one alone would decide everything
+MOST = 3.0  # times the middle answer
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a validator says of a model: over its own examples, held out of its training."""
+
+    loss: float  # mean, finite
+    examples: int  # that it held out
+    norm: float  # of the gradient; 0 where none was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How an answer counts: `weight` in the mean (all sum to 1), `scale` of its gradient."""
+
+    client: str
+    weight: float
+    scale: float
+    loss: float
+
+
+# ---- heard ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Came:
+    """A client can be spoken to. `able`: it can judge models, and is willing to."""
+
+    client: str
+    able: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """Its connection broke; it may come back."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """A merge begins: who judges is drawn anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The merge wants to know about a model. No other question is open."""
+
+    gradient: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    client: str
+    question: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It declines, or what it sent was refused: it is not asked again until it has come anew."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The time that `Wait` named has come."""
+
+    question: int
+
+
+Event = Came | Silent | Left | Began | Asked | Answered | Refused | Expired
+
+# ---- said ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Put the open question to a client, perhaps once more."""
+
+    client: str
+    question: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    question: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The question is answered, by these, sorted by client."""
+
+    question: int
+    counts: tuple[Count, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The question has too few answers: the merge learns nothing."""
+
+    question: int
+    reason: str
+
+
+Action = Send | Wait | Done | Failed
+
+
+@dataclass
+class Validators:
+    """`most` are asked in a merge, and each question may take `seconds`."""
+
+    most: int = 16
+    seconds: float = 30.0
+    seed: int = 0
+    here: dict[str, bool] = field(default_factory=dict)  # client -> able; who can be spoken to
+    away: set[str] = field(default_factory=set)  # who may come back
+    refused: dict[str, str] = field(default_factory=dict)  # client -> why it is not asked
+    merges: int = 0  # begun
+    panel: list[str] | None = None  # who judges in this merge; None: not drawn yet
+    quorum: int = LEAST
+    question: int = 0  # the newest
+    open: bool = False
+    waiting: set[str] = field(default_factory=set)  # of the panel, who has not answered
+    answers: dict[str, Verdict] = field(default_factory=dict)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case Came(client, able):
+                return self._came(client, able)
+            case Silent(client):
+                self.here.pop(client, None)
+                self.away.add(client)
+                return self._look()
+            case Left(client):
+                self.here.pop(client, None)
+                self.away.discard(client)
+                return self._without(client)
+            case Began():
+                self.merges, self.panel, self.open = self.merges + 1, None, False
+                return []
+            case Asked():
+                return self._ask(now)
+            case Answered(client, question, verdict):
+                if not self.open or question != self.question or client not in self.waiting:
+                    return []
+                self.waiting.discard(client)
+                self.answers[client] = verdict
+                return self._look()
+            case Refused(client, reason):
+                self.refused[client] = reason
+                return self._without(client)
+            case Expired(question):  # pragma: no branch
+                if not self.open or question != self.question:
+                    return []
+                return self._close(f"no answer of {self._named()} within {self.seconds:g} s")
+
+    def _came(self, client: str, able: bool) -> list[Action]:
+        self.here[client] = able
+        self.away.discard(client)
+        self.refused.pop(client, None)
+        if self.open and self.panel is not None and client in self.waiting:
+            return [Send(client, self.question)] if able else self._without(client)
+        return self._look() if self.panel is None else []
+
+    def _ask(self, now: float) -> list[Action]:
+        assert not self.open, "one question at a time"
+        self.question += 1
+        self.open, self.answers, self.waiting = True, {}, set()
+        wait = Wait(self.question, now + self.seconds)
+        if self.panel is None:
+            return [wait, *self._look()]
+        self.waiting = set(self.panel)
+        sent = [Send(c, self.question) for c in self.panel if c in self.here]
+        return [wait, *sent, *self._look()]
+
+    def _draw(self) -> list[Action]:
+        """The first question of a merge waits for clients that may come back, if it must."""
+        able = sorted(c for c, can in self.here.items() if can and c not in self.refused)
+        if len(able) < LEAST:
+            return [] if self.away else self._close(f"{len(able)} of the clients can be asked")
+        if len(able) > self.most:
+            able = sorted(random.Random(f"{self.seed}/{self.merges}").sample(able, self.most))
+        self.panel, self.waiting = able, set(able)
+        self.quorum = max(LEAST, -(-len(able) // 2))
+        return [*(Send(c, self.question) for c in able), *self._look()]
+
+    def _without(self, client: str) -> list[Action]:
+        self.waiting.discard(client)
+        if self.panel is not None and client in self.panel:
+            self.panel.remove(client)
+        return self._look()
+
+    def _look(self) -> list[Action]:
+        """Whether the open question can be closed. Who is silent is not waited for when there are
+        enough answers, for it may be dead; and it may come back where there are not."""
+        if not self.open:
+            return []
+        if self.panel is None:
+            return self._draw()
+        if len(self.answers) + len(self.waiting) < self.quorum:
+            return self._close("")
+        if self.waiting and (len(self.answers) < self.quorum or self.waiting & self.here.keys()):
+            return []
+        return self._close("")
+
+    def _close(self, reason: str) -> list[Action]:
+        self.open = False
+        if self.panel is not None:
+            self.panel = [c for c in self.panel if c not in self.waiting]
+        if len(self.answers) >= self.quorum:
+            return [Done(self.question, counted(self.answers))]
+        told = f"{len(self.answers)} validators answered, {self.quorum} are needed"
+        whys = [reason, *(f"{c}: {r}" for c, r in sorted(self.refused.items())[:3])]
+        return [Failed(self.question, "; ".join(why for why in (told, *whys) if why))]
+
+    def _named(self) -> str:
+        return ", ".join(sorted(self.waiting)[:5]) or "any client"
+
+
+# ---- how much an answer counts -------------------------------------------------------------------
+
+
+def middle(values: Sequence[float]) -> float:
+    """The lower of the two middle ones, where there are two."""
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def counted(answers: Mapping[str, Verdict]) -> tuple[Count, ...]:
+    """By examples; claims and lengths at most `MOST` times the middle one."""
+    told = sorted(answers.items())
+    most = MOST * middle([float(v.examples) for _, v in told])
+    longest = MOST * middle([v.norm for _, v in told])
+    sizes = [min(float(v.examples), most) for _, v in told]
+    total = math.fsum(sizes)
+    return tuple(
+        Count(
+            client,
+            size / total,
+            longest / v.norm if v.norm > longest else 1.0,
+            v.loss,
+        )
+        for (client, v), size in zip(told, sizes, strict=True)
+    )
+
+
+def mean_loss(counts: Sequence[Count]) -> float:
+    """None further from 0 than `MOST` times the middle one."""
+    most = MOST * middle([abs(c.loss) for c in counts])
+    return math.fsum(c.weight * min(max(c.loss, -most), most) for c in counts)
+
+
+def gained(before: Sequence[Count], after: Sequence[Count]) -> float:
+    """How much the loss fell, by the words of those who judged both; minus infinity of nobody's.
+
+    The losses are compared validator by validator, so that one who has left changes nothing.
+    """
+    first = {c.client: c.loss for c in before}
+    both = [(c.weight, first[c.client] - c.loss) for c in after if c.client in first]
+    if not both:
+        return -math.inf
+    most = MOST * middle([abs(fell) for _, fell in both])
+    total = math.fsum(weight for weight, _ in both)
+    return math.fsum(w * min(max(fell, -most), most) for w, fell in both) / total

@@ -1,0 +1,72 @@
+"""Held out: examples that a client does not train on, by which it judges the models of a merge.
+
+A server without data of its own (FedLAW's no_proxy=validators) asks its clients for the loss of a
+model on such examples, and for its gradient. Which they are is drawn from (seed, client) alone: a
+client that restarts holds out the same, and has trained on none of them.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from atoll.client.batches import mixed
+from atoll.client.data import Examples, Indices, size
+from atoll.client.flat import FlatModel
+from atoll.protocols.errors import DataError
+
+SHARE = 0.1  # of a client's examples, where the run asks for validators
+FEWEST = 10  # with fewer it declines: they say little, and a gradient of few tells of each
+MOST = 1000  # more say little more, and take longer
+
+
+class Validator(Protocol):
+    """A trainer may have one, as `validator`."""
+
+    def judge(
+        self, model: Mapping[str, Tensor], gradient: bool, batch_statistics: bool
+    ) -> tuple[float, int, Tensor | None]:
+        """The mean loss of a model, over how many examples, and its gradient.
+
+        `model`: flat vectors by group, "trainable" first. The gradient is as long as "trainable",
+        and overwritten by the next. `batch_statistics`: BatchNorm takes those of the batch, not of
+        the model. Called in a thread of its own. AtollError where it declines.
+        """
+
+
+class HeldOut:
+    """A `Validator` by a flat copy of the model, which several of one process may share."""
+
+    def __init__(self, flat: FlatModel, examples: Examples) -> None:
+        self._flat, self._examples = flat, examples
+
+    def judge(
+        self, model: Mapping[str, Tensor], gradient: bool, batch_statistics: bool
+    ) -> tuple[float, int, Tensor | None]:
+        flat, n = self._flat, size(self._examples)
+        if n < FEWEST:
+            raise DataError(
+                "FL-D105",
+                f"{n} examples are held out, to judge a model takes {FEWEST}",
+                "nothing: the run goes on without this client's judgement",
+            )
+        if flat.of is not self._examples:
+            flat.use(self._examples)
+        flat.normalise(batch_statistics)
+        flat.begin({group: values for group, values in model.items() if group != "trainable"})
+        flat.vector.copy_(model["trainable"])
+        if not gradient:
+            return flat.loss(), n, None
+        loss, slope = flat.whole()
+        return loss, n, slope
+
+
+def cut(rows: Indices, share: float, seed: int, client: str) -> tuple[Indices, Indices]:
+    """(what it trains on, what it holds out) of a client's rows, both sorted; `share` of them,
+    MOST at most. None is held out where they would be fewer than FEWEST."""
+    held = min(round(share * len(rows)), MOST)
+    if held < FEWEST:
+        return rows, rows[:0]
+    order = np.random.default_rng(mixed(seed, client, "held out")).permutation(len(rows))
+    return np.sort(rows[order[held:]]), np.sort(rows[order[:held]])
