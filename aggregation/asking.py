@@ -117,4 +117,3 @@ class Asking:
                 assert answer.gradient is not None, "it was asked for"
                 factor = answer.count.weight * answer.count.scale
                 total.add_(answer.gradient[lo : lo + TILE], alpha=factor)
-

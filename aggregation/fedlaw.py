@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # what needs torch comes with the first merge: the check at s
     from atoll.aggregation.stack import Stack
 
 MODES = ("both", "lambda", "gamma", "fixed")
+RATE = 0.005
+ASKED_RATE = 0.2  # five steps of 0.005 move a share by a fortieth
 WITHOUT = ("error", "fedavg", "fixed_gamma", "coherence", "validators")
 
 
@@ -45,7 +47,7 @@ class FedLaw:
     gamma: float | None = None  # of mode "fixed" and of no_proxy "fixed_gamma"
     gamma_max: float | None = None  # 1.0 where clients may hold bad data; None: no limit
     epochs: int = 20  # over the proxy data, in each merge
-    lr: float = 0.005  # halved every 20 epochs
+    lr: float | None = None  # halved every 20 epochs; None: 0.005, of validators 0.2
     batch: int = 128  # proxy examples a step
     optimizer: Literal["adam", "sgd"] = "adam"  # "sgd": with momentum 0.9
     form: Literal["exp", "quad"] = "exp"  # "exp": softmax and exp; "quad": squares
@@ -150,8 +152,10 @@ class FedLaw:
     def _how(self) -> "How":
         from atoll.aggregation.fedlaw_learn import How
 
+        asked = self.proxy is not None and self.proxy.examples is None
+        lr = self.lr or (ASKED_RATE if asked else RATE)
         return How(
-            self.mode != "gamma", self.mode != "lambda", self.epochs, self.lr, self.batch,
+            self.mode != "gamma", self.mode != "lambda", self.epochs, lr, self.batch,
             self.optimizer, self.form, self.two_stage, self.gamma_max, self.tolerance,
             self.max_models, self.seed,
         )  # fmt: skip

@@ -5,8 +5,10 @@ of a model on what they hold out, and for its gradient: a question to all of the
 in a merge. Who does not answer in time, or leaves, takes no part in what is left of that merge;
 with fewer answers than the quorum nothing is learned in it.
 
-A validator may lie. No answer counts for more than `MOST` times the middle one: not by the examples
-it claims, not by the length of its gradient, not by what it says of the loss.
+A validator may lie, or hold data that are wrong. No gradient is longer than the middle one, and no
+change of the loss greater; no claim of examples counts for more than `MOST` times the middle one.
+So two of six with turned labels do not decide: their losses are the highest and their gradients the
+longest, three times the middle one was enough for them to stop all learning.
 """
 
 import math
@@ -15,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 LEAST = 2  # validators; one alone would decide everything
-MOST = 3.0  # times the middle answer
+MOST = 3.0  # times the middle one's examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,10 +255,10 @@ def middle(values: Sequence[float]) -> float:
 
 
 def counted(answers: Mapping[str, Verdict]) -> tuple[Count, ...]:
-    """By examples; claims and lengths at most `MOST` times the middle one."""
+    """By examples, `MOST` times the middle one's at most; gradients as long as the middle one."""
     told = sorted(answers.items())
     most = MOST * middle([float(v.examples) for _, v in told])
-    longest = MOST * middle([v.norm for _, v in told])
+    longest = middle([v.norm for _, v in told])
     sizes = [min(float(v.examples), most) for _, v in told]
     total = math.fsum(sizes)
     return tuple(
@@ -285,6 +287,6 @@ def gained(before: Sequence[Count], after: Sequence[Count]) -> float:
     both = [(c.weight, first[c.client] - c.loss) for c in after if c.client in first]
     if not both:
         return -math.inf
-    most = MOST * middle([abs(fell) for _, fell in both])
+    most = middle([abs(fell) for _, fell in both])
     total = math.fsum(weight for weight, _ in both)
     return math.fsum(w * min(max(fell, -most), most) for w, fell in both) / total
