@@ -94,13 +94,19 @@ _DEVICE = click.option(
     "--local-dp", default="", metavar="SPEC",
     help="Noise of this client's own, whatever the server asks for: clip=0.3,noise=2.",
 )  # fmt: skip
+@click.option(
+    "--validate", type=float, default=None, metavar="SHARE",
+    help="Of the examples, held out to judge models in a merge; 0: not.  [default: 0.1, where the "
+    "run asks for it]",
+)  # fmt: skip
 @click.option("--stop-with-stdin", is_flag=True, hidden=True)
 @click.option("--sleep-per-step", type=float, default=0.0, hidden=True)
 @console.json_option
 def start(
     address: str, name: str, folder: Path | None, model: str, data: str, trainer: str,
     partition: str, shard: tuple[int, int], device: str, bench: bool, patience: float | None,
-    codec: str, local_dp: str, stop_with_stdin: bool, sleep_per_step: float, as_json: bool,
+    codec: str, local_dp: str, validate: float | None, stop_with_stdin: bool,
+    sleep_per_step: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Take part in the run at ADDRESS until it is over.
 
@@ -113,6 +119,8 @@ def start(
     split_address(address)
     _check_seconds("--patience", patience)
     partspec.parse(partition)
+    if validate is not None and not 0 <= validate <= 0.5:
+        raise UsageError("FL-S108", f"--validate {validate:g}", "give a share from 0 to 0.5")
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
     logging.basicConfig(
         level=level if console.verbosity() else logging.WARNING,
@@ -132,7 +140,11 @@ def start(
         from atoll.protocols import loops
 
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-        options = Options(name, model, data, trainer, partition, shard, device, sleep_per_step)
+        if local_dp:
+            validate = 0.0  # a gradient on what is held out would carry no noise
+        options = Options(
+            name, model, data, trainer, partition, shard, device, sleep_per_step, validate
+        )
         look(options)
         client = Client(
             address,

@@ -19,6 +19,7 @@ import grpc
 
 from atoll.client import contract, transfer
 from atoll.client import session as machine
+from atoll.client.answering import Answering
 from atoll.client.keep import Keep
 from atoll.client.line import BROKEN, Line
 from atoll.client.links import asked_of, capabilities, own_codecs
@@ -98,6 +99,7 @@ class Client:
         self._training = Training(
             self.name, self.report, self._post, lambda: self._line, self._running
         )
+        self._answering: Answering | None = None  # where it judges models in a merge
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
         self._tasks: set[asyncio.Task[None]] = set()
         self._info = ClientInfo(0)
@@ -142,6 +144,8 @@ class Client:
 
     async def _close(self) -> None:
         self._training.close()
+        if self._answering is not None:
+            self._answering.close()
         await self._settling.close()
         if self._line is not None:
             await asyncio.sleep(0.05)  # let a goodbye or an acknowledgement out
@@ -321,9 +325,14 @@ class Client:
         if examples is None:
             examples = contract.examples(trainer)
         pace = self._pace(trainer) if callable(self._pace) else self._pace
-        self._info = ClientInfo(examples, pace, (BATCH, *capabilities(self._asked)))
         runs = local_dp(info.local_dp) if info.local_dp else None
         private = stricter(self._private, runs)
+        validator = getattr(trainer, "validator", None) if info.validate else None
+        if validator is not None and private is None:  # a gradient there would carry no noise
+            self._answering = Answering(self.name, info.manifest, validator, lambda: self._line)
+        judges = (messages.VALIDATE,) if self._answering is not None else ()
+        can = (BATCH, *capabilities(self._asked), *judges)
+        self._info = ClientInfo(examples, pace, can)
         return Workbench(trainer, info.manifest, Fp32(), Fp32(), self._outbox, self._keep, private)
 
     def _hello(self, holding: tuple[str, ...]) -> wire_pb2.Hello:
@@ -353,6 +362,10 @@ class Client:
                 self._post(machine.Told(told.order, told.update, told.fate))
             case "evaluate":
                 self._spawn(self._training.evaluate(line, message.evaluate))
+            case "question":
+                question = messages.question_from_wire(message.question)
+                if self._answering is not None:
+                    self._spawn(self._answering.answer(line, question))
             case "refusal":
                 refused = refusals.error_from_wire(message.refusal)
                 self._reject(refused, message.refusal.order)

@@ -38,7 +38,8 @@ class Validator(Protocol):
 class HeldOut:
     """A `Validator` by a flat copy of the model, which several of one process may share."""
 
-    def __init__(self, flat: FlatModel, examples: Examples) -> None:
+    def __init__(self, flat: FlatModel | None, examples: Examples) -> None:
+        """`flat` None: with too few examples none is needed."""
         self._flat, self._examples = flat, examples
 
     def judge(
@@ -51,6 +52,7 @@ class HeldOut:
                 f"{n} examples are held out, to judge a model takes {FEWEST}",
                 "nothing: the run goes on without this client's judgement",
             )
+        assert flat is not None, "whoever holds enough out brings a model"
         if flat.of is not self._examples:
             flat.use(self._examples)
         flat.normalise(batch_statistics)

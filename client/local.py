@@ -4,6 +4,7 @@ The loop's parts are one method each, so that a local algorithm can stand betwee
 gradients, `transform_grad`, clipping, optimizer step, `after_step`.
 """
 
+import copy
 import functools
 import math
 import time
@@ -18,6 +19,8 @@ from atoll.client.adam import Adam
 from atoll.client.algorithm import FedProx, LocalAlgorithm, Plain
 from atoll.client.batches import Batch, batches, in_order, mixed
 from atoll.client.data import Examples, Kind, size
+from atoll.client.flat import FlatModel
+from atoll.client.heldout import FEWEST, HeldOut, Validator
 from atoll.client.keep import Rule
 from atoll.client.models import manifest_of, named_tensors, seed_torch
 from atoll.client.objective import loss_of, score
@@ -74,7 +77,8 @@ class TorchTrainer:
     """A `Trainer` for any nn.Module. Model, examples and optimizer stay on the device.
 
     `slowdown` seconds are slept after each step, through `sleep`, so that one machine can play
-    clients of several speeds.
+    clients of several speeds. `held` are examples apart from these, by which it judges the models
+    of a merge where a run asks for that; None: it does not.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class TorchTrainer:
         seed: int = 0,
         slowdown: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
+        held: Examples | None = None,
     ) -> None:
         if algorithm is not None and config.prox:
             raise UsageError("FL-S104", "both prox and a local algorithm are given", "drop one")
@@ -107,7 +112,7 @@ class TorchTrainer:
                 "it reckons with one lr: leave the schedule out",
             )
         self.kind = kind
-        self._test = test
+        self._test, self._held = test, held
         self.batches = batches(examples, config.batch, seed, client, self.device, config.workers)
         self._random = (seed, client)
         self.slowdown, self._sleep = slowdown, sleep
@@ -120,6 +125,15 @@ class TorchTrainer:
     def rules(self) -> Mapping[str, Rule]:
         """Of the algorithm's private state."""
         return self.algorithm.rules
+
+    @functools.cached_property
+    def validator(self) -> Validator | None:
+        """On a copy of the model, on the CPU: it is asked while this one trains."""
+        if self._held is None:
+            return None
+        few = size(self._held) < FEWEST
+        copied = None if few else FlatModel(copy.deepcopy(self.model), self._held, self.kind)
+        return HeldOut(copied, self._held)
 
     @property
     def batch(self) -> int:

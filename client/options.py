@@ -25,6 +25,7 @@ class Options:
     shard: tuple[int, int] = (0, 1)
     device: str = "auto"
     slowdown: float = 0.0  # seconds slept after each step
+    validate: float | None = None  # share of its examples to judge models by; None: the run's wish
 
 
 def look(options: Options) -> None:
@@ -77,9 +78,15 @@ def maker(options: Options) -> Callable[[RunInfo], Trainer]:
             local=local_config(run.local, options.device),
             algorithm=run.algorithm,
             seed=run.seed,
+            validate=share(options.validate, run.validate),
         )
 
     return make
+
+
+def share(own: float | None, wish: float) -> float:
+    """Of its examples that a client holds out: nothing where the run would not ask about them."""
+    return wish if own is None or not wish else own
 
 
 def torch_trainer(
@@ -89,11 +96,12 @@ def torch_trainer(
     local: LocalConfig,
     algorithm: str = "plain",
     seed: int = 0,
+    validate: float = 0.0,
 ) -> TorchTrainer:
     loaded: Data = load_data(data)
     return make_trainer(
         model, loaded, options.partition, options.shard, seed, local, algorithm, options.name,
-        options.slowdown,
+        options.slowdown, validate,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from atoll.client.algorithm import local_algorithm
 from atoll.client.data import Data, Examples, load_data
+from atoll.client.heldout import cut
 from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import build
 from atoll.client.partition import shard_of
@@ -21,11 +22,14 @@ def make_trainer(
     algorithm: str = "plain",
     client: str = "client",
     slowdown: float = 0.0,
+    validate: float = 0.0,
 ) -> TorchTrainer:
-    """A trainer from specs, for client `shard[0]` (from 0) of `shard[1]` clients."""
+    """A trainer from specs, for client `shard[0]` (from 0) of `shard[1]` clients, which holds the
+    share `validate` of its examples out to judge models by."""
     loaded = load_data(data) if isinstance(data, str) else data
-    mine = loaded.shard(shard_of(loaded, partition, shard, seed))
-    return trainer_on(mine, loaded, model, seed, local, algorithm, client, slowdown)
+    rows, held = cut(shard_of(loaded, partition, shard, seed), validate, seed, client)
+    mine, apart = loaded.shard(rows), loaded.shard(held) if validate else None
+    return trainer_on(mine, loaded, model, seed, local, algorithm, client, slowdown, apart)
 
 
 def trainer_on(
@@ -37,8 +41,9 @@ def trainer_on(
     algorithm: str = "plain",
     client: str = "client",
     slowdown: float = 0.0,
+    held: Examples | None = None,
 ) -> TorchTrainer:
-    """A trainer from specs, for a client that holds `mine` of `data`."""
+    """A trainer from specs, for a client that trains on `mine` of `data`, and judges on `held`."""
     if algorithm == "plain" and local.prox:
         algorithm, local = f"fedprox:mu={local.prox}", replace(local, prox=0.0)
     return TorchTrainer(
@@ -51,4 +56,5 @@ def trainer_on(
         client=client,
         seed=seed,
         slowdown=slowdown,
+        held=held,
     )

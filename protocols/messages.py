@@ -18,6 +18,9 @@ from atoll.protocols.links import AS_THE_RUN, Link
 from atoll.protocols.packed import Parts, nested
 
 SESSION_KEY = "atoll-session"  # metadata of every call beside Control
+VALIDATE = "validate"  # capability of clients that judge models in the middle of a merge
+LOSS = "loss"  # metric of an answer
+NOTHING = BlobInfo("", 0, b"", ())  # payload of an answer without a gradient
 
 ORDER_FIELD, MODEL_FIELD, EXTRAS_FIELD = 3, 5, 9  # ServerMessage.order, Order.model, .extras
 RESULT_FIELD, ACK_FIELD = 3, 4  # ClientMessage.result, .ack
@@ -58,10 +61,14 @@ class Result:
     final: bool = True
     snapshot: int = 0  # counts snapshots of the same order from 1; 0 for a final result
     inline: bytes = b""
+    question: str = ""  # it answers this one, and no order
 
     @property
     def update(self) -> str:
-        """The update's id: `o17.0` is order and attempt, `o17.0.s2` its second snapshot."""
+        """The update's id: `o17.0` is order and attempt, `o17.0.s2` its second snapshot. Of an
+        answer the question's, which is one client's alone."""
+        if self.question:
+            return self.question
         tail = f".s{self.snapshot}" if self.snapshot else ""
         return f"{self.order}.{self.attempt}{tail}"
 
@@ -100,6 +107,18 @@ class Order:
     @property
     def sent(self) -> Sent:
         return Sent(self.version, self.model, self.inline, self.base, self.differences)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is the loss of a model on the examples that a client holds out?"""
+
+    id: str
+    model: BlobInfo
+    inline: bytes = b""
+    gradient: bool = False
+    batch_statistics: bool = True
+    deadline_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +270,9 @@ def result_to_wire(result: Result) -> wire_pb2.Result:
         train_seconds=result.train_seconds,
         metrics=result.metrics,
         final=result.final,
-        payload=blob_to_wire(result.payload, result.inline),
+        payload=None if result.payload == NOTHING else blob_to_wire(result.payload, result.inline),
         snapshot=result.snapshot,
+        question=result.question,
     )
 
 
@@ -277,11 +297,17 @@ def packed_result(result: Result, inline: bytes | memoryview) -> bytes:
 
 
 def result_from_wire(wire: wire_pb2.Result) -> Result:
-    payload, inline = blob_from_wire(wire.payload)
+    bare = bool(wire.question) and not wire.HasField("payload")
+    payload, inline = (NOTHING, b"") if bare else blob_from_wire(wire.payload)
+    if wire.question:
+        bounds.name("question", wire.question, bounds.QUESTION)
+    if bool(wire.question) == bool(wire.order):
+        order = bounds.text(wire.order, 24)
+        raise bounds.malformed(f"a result of order {order!r} and question {wire.question!r}")
     if wire.final == bool(wire.snapshot):
         raise bounds.malformed(f"a result with final={wire.final} and snapshot={wire.snapshot}")
     return Result(
-        order=bounds.name("order", wire.order, bounds.ORDER),
+        order=wire.order and bounds.name("order", wire.order, bounds.ORDER),
         attempt=wire.attempt,
         steps=bounds.count("steps", wire.steps),
         examples=bounds.count("examples", wire.examples),
@@ -291,6 +317,30 @@ def result_from_wire(wire: wire_pb2.Result) -> Result:
         final=wire.final,
         snapshot=wire.snapshot,
         inline=inline,
+        question=wire.question,
+    )
+
+
+# ---- questions -----------------------------------------------------------------------------------
+
+
+def question_to_wire(question: Question) -> wire_pb2.Question:
+    return wire_pb2.Question(
+        id=question.id,
+        model=blob_to_wire(question.model, question.inline),
+        gradient=question.gradient,
+        batch_statistics=question.batch_statistics,
+        deadline_seconds=question.deadline_seconds,
+    )
+
+
+def question_from_wire(wire: wire_pb2.Question) -> Question:
+    return Question(
+        bounds.name("question", wire.id, bounds.QUESTION),
+        *blob_from_wire(wire.model),
+        gradient=wire.gradient,
+        batch_statistics=wire.batch_statistics,
+        deadline_seconds=bounds.seconds("deadline_seconds", wire.deadline_seconds),
     )
 
 

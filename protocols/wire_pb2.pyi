@@ -29,7 +29,7 @@ class ClientMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., relay: _Optional[_Union[Relay, _Mapping]] = ..., more: _Optional[_Iterable[_Union[ClientMessage, _Mapping]]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("welcome", "heartbeat", "order", "ask", "receipt", "outcome", "evaluate", "refusal", "goodbye", "relay", "more")
+    __slots__ = ("welcome", "heartbeat", "order", "ask", "receipt", "outcome", "evaluate", "refusal", "goodbye", "question", "relay", "more")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class ServerMessage(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
     RELAY_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
@@ -50,9 +51,10 @@ class ServerMessage(_message.Message):
     evaluate: Evaluate
     refusal: Refusal
     goodbye: Goodbye
+    question: Question
     relay: Relay
     more: _containers.RepeatedCompositeFieldContainer[ServerMessage]
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., order: _Optional[_Union[Order, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., relay: _Optional[_Union[Relay, _Mapping]] = ..., more: _Optional[_Iterable[_Union[ServerMessage, _Mapping]]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., order: _Optional[_Union[Order, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., question: _Optional[_Union[Question, _Mapping]] = ..., relay: _Optional[_Union[Relay, _Mapping]] = ..., more: _Optional[_Iterable[_Union[ServerMessage, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "run", "client", "node", "examples", "seconds_per_step", "capabilities", "schema", "holding", "version", "kept", "up_codec", "down_codec", "base")
@@ -173,7 +175,7 @@ class Ask(_message.Message):
     def __init__(self, order: _Optional[str] = ..., then: _Optional[_Union[Ask.Then, str]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("order", "attempt", "steps", "examples", "train_seconds", "metrics", "final", "payload", "snapshot")
+    __slots__ = ("order", "attempt", "steps", "examples", "train_seconds", "metrics", "final", "payload", "snapshot", "question")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +192,7 @@ class Result(_message.Message):
     FINAL_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
     order: str
     attempt: int
     steps: int
@@ -199,7 +202,8 @@ class Result(_message.Message):
     final: bool
     payload: Blob
     snapshot: int
-    def __init__(self, order: _Optional[str] = ..., attempt: _Optional[int] = ..., steps: _Optional[int] = ..., examples: _Optional[int] = ..., train_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., final: bool = ..., payload: _Optional[_Union[Blob, _Mapping]] = ..., snapshot: _Optional[int] = ...) -> None: ...
+    question: str
+    def __init__(self, order: _Optional[str] = ..., attempt: _Optional[int] = ..., steps: _Optional[int] = ..., examples: _Optional[int] = ..., train_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., final: bool = ..., payload: _Optional[_Union[Blob, _Mapping]] = ..., snapshot: _Optional[int] = ..., question: _Optional[str] = ...) -> None: ...
 
 class Receipt(_message.Message):
     __slots__ = ("order", "update", "final")
@@ -269,14 +273,30 @@ class Evaluation(_message.Message):
     def __init__(self, version: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., examples: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("order", "code", "message")
+    __slots__ = ("order", "code", "message", "question")
     ORDER_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
     order: str
     code: str
     message: str
-    def __init__(self, order: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    question: str
+    def __init__(self, order: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., question: _Optional[str] = ...) -> None: ...
+
+class Question(_message.Message):
+    __slots__ = ("id", "model", "gradient", "batch_statistics", "deadline_seconds")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_STATISTICS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    model: Blob
+    gradient: bool
+    batch_statistics: bool
+    deadline_seconds: float
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., gradient: bool = ..., batch_statistics: bool = ..., deadline_seconds: _Optional[float] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "message", "hint", "fatal", "retry_seconds", "order")

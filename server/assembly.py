@@ -15,6 +15,7 @@ from atoll.aggregation.outer import Outer, outer
 from atoll.aggregation.strategy import Strategy
 from atoll.client.algorithm import local_algorithm
 from atoll.client.contract import Judge
+from atoll.client.heldout import SHARE
 from atoll.client.models import manifest_of
 from atoll.protocols import slots as slot
 from atoll.protocols import state
@@ -38,6 +39,7 @@ from atoll.server.merge import Merger
 from atoll.server.momenta import suited
 from atoll.server.past import Past
 from atoll.server.privacy import Privacy
+from atoll.server.questions import Questions
 from atoll.server.recover import Recovered, recover
 from atoll.server.rules import LIMITS, Rules
 from atoll.server.run import Run
@@ -70,6 +72,7 @@ class Assembly:
     ) -> None:
         torch.set_num_threads(1)  # the merge brings its own threads
         self.spec, self.folder, self.slots = spec, folder, slots
+        self.questions: Questions | None = None  # where the aggregator asks clients
         strategy = self._strategy()
         module, judge = self._model_and_judge()
         self.manifest: Manifest = manifest_of(module)
@@ -106,7 +109,7 @@ class Assembly:
         self._rows: list[Row] = []  # not in the file yet
         self._flushing: asyncio.TimerHandle | None = None
         self.evaluator = self._evaluator(judge)
-        known = self.workshop, self.links, self.history, self.evaluator, self._row
+        known = self.workshop, self.links, self.history, self.evaluator, self._row, self.questions
         self.host = Host(spec, found.run, membership, *known)
         self.host.recorder = past.recorder
         self.clock = Clock(found.now)
@@ -158,12 +161,22 @@ class Assembly:
 
     def _aggregator(self, module: torch.nn.Module) -> Aggregator:
         from atoll.server.judge import data_of
-        from atoll.server.learner import learning
+        from atoll.server.learner import asking, learning, validated
 
         made = cast("Aggregator", self.slots.get("aggregator") or aggregator(self.spec.aggregator))
         proxy = self.slots.get("proxy") or self.spec.proxy
         run = data_of(self.spec, self.slots) if proxy else None
-        return learning(made, module, proxy, run, self.spec.seed, self.spec.aggregator)
+        rule = learning(made, module, proxy, run, self.spec.seed, self.spec.aggregator)
+        asks = validated(rule)
+        if asks is None:
+            return rule
+        self.questions = Questions(asks, self.manifest, self.spec.most_examples)
+        return asking(asks, self.manifest.counts["trainable"], self.questions)
+
+    @property
+    def share(self) -> float:
+        """Of their examples that clients are to hold out, to judge models by."""
+        return SHARE if self.questions is not None else 0.0
 
     def _first_version(self, module: torch.nn.Module, init: Path | None) -> None:
         if init is not None:
@@ -314,6 +327,7 @@ class Assembly:
         self._say_limits()
         if self.driver.rules.latest_version < self.host.run.published or not self.resumed:
             self.host.evaluate(self.host.run.published)  # its evaluation died with the process
+        self.host.listen()
         for merge in self._redo:
             self.host.merge(merge)
         self.host.begin()

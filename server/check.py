@@ -26,7 +26,6 @@ from atoll.server.spec import STRATEGIES, RunSpec
 # Aggregators whose needs depend on their parameters, and that can be made without torch.
 LEARNERS: Mapping[str, str] = {"fedlaw": "atoll.aggregation.fedlaw:FedLaw"}
 FILES = ("mnist", "cifar10", "text", "csv", "npz")  # data that lies at a path
-SIMULATED = frozenset({"validators"})  # what every simulation gives
 SLOTS: Mapping[str, str] = {  # slot -> the field of the spec that names it
     "strategy": "strategy",
     "aggregator": "aggregator",
@@ -156,8 +155,8 @@ def check_simulated(
     where = f"{type(strategy).__module__}:{type(strategy).__qualname__}"
     name = next((name for name, known in STRATEGIES.items() if known == where), where)
     spec = replace(spec, strategy=name)
-    check(spec, clients=clients, made=given, gives=SIMULATED)
-    return mixed(spec, clients, {**made_of(spec, given), **given}, SIMULATED)
+    check(spec, clients=clients, made=given)
+    return mixed(spec, clients, {**made_of(spec, given), **given})
 
 
 def made_of(spec: RunSpec, but: Collection[str] = ()) -> dict[str, object]:
@@ -192,6 +191,8 @@ def _of_the_run(spec: RunSpec, more: frozenset[str]) -> Facts:
     gives = {"client_state", *more}
     if spec.proxy:
         gives |= {"proxy_data", "validators"}  # it judges in their place
+    if not spec.local_dp:
+        gives.add("validators")  # whoever is able and willing, in any run
     if spec.local.get("optimizer", "sgd") == "sgd" and not spec.local.get("momentum"):
         gives.add("plain_sgd")
     return Facts("run", spec.name, gives=frozenset(gives))

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -20,9 +21,11 @@ from atoll.aggregation.aggregator import (
     anchored,
     by_stack,
     by_tiles,
+    is_learner,
     remembers,
 )
 from atoll.aggregation.mean import Mean
+from atoll.aggregation.proxy import InterruptedMergeError
 from atoll.aggregation.stack import Reported
 from atoll.protocols.codecs import TILE, Decoder, accumulate, all_finite
 from atoll.protocols.errors import RAISED, AtollError, ServerError, UsageError
@@ -63,9 +66,11 @@ def plan(
     count: int,
     memory: Tensor | None = None,
     anchor: Tensor | None = None,
+    told: Mapping[str, float] = MappingProxyType({}),
 ) -> Plan:
     """The plan for `sources`, vectors of `count` elements; `memory`: the last result, if any;
-    `anchor`: the model, which a rule may want as a row.
+    `anchor`: the model, which a rule may want as a row. `told`: the stats of this merge as it was
+    made before, from which a rule that asked clients has its coefficients.
 
     NotFiniteError where a rule that measures first meets NaN or Inf.
     """
@@ -80,7 +85,7 @@ def plan(
         return Plan(mean, damping, stats={"fallback": 1.0})
     if by_stack(aggregator):
         more = _more_rows(aggregator, memory, anchor)
-        return _measured(aggregator, voters, weights, damping, crew, count, more)
+        return _measured(aggregator, voters, weights, damping, crew, count, more, told)
     assert by_tiles(aggregator), "a rule over the set has combine() or coefficients()"
     largest = max(1, DECODED // len(voters)) if aggregator.coordinatewise else None
     tile = _ruled(aggregator, [s.decoder for s in voters], weights)
@@ -95,10 +100,14 @@ def _measured(
     crew: Crew,
     count: int,
     more: Sequence[Decoder],
+    told: Mapping[str, float],
 ) -> Plan:
     decoders = [*(s.decoder for s in voters), *more]
     with _own_code(rule):
-        answer = rule.coefficients(Reading(crew, decoders, count), weights)
+        if told and is_learner(rule):
+            answer = rule.again(told, [s.id for s in voters])
+        else:
+            answer = rule.coefficients(Reading(crew, decoders, count), weights)
         found = [float(c) for c in answer]
     if len(found) != len(decoders):
         raise UsageError(
@@ -166,7 +175,7 @@ def _own_code(rule: Aggregator) -> Iterator[None]:
     """What a rule raises by mistake ends its run as an error of its own: ServerError FL-S204."""
     try:
         yield
-    except (AtollError, NotFiniteError):
+    except (AtollError, NotFiniteError, InterruptedMergeError):
         raise
     except RAISED as error:  # a user's code may raise anything
         raise ServerError(

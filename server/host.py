@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from atoll.protocols import bounds, messages, refusals, state, wire_pb2
-from atoll.protocols.blobs import CHUNK, INLINE
+from atoll.protocols.blobs import CHUNK, INLINE, Blob
 from atoll.protocols.errors import AtollError, RemoteError, ServerError
 from atoll.protocols.events import (
     Action,
@@ -37,12 +37,14 @@ from atoll.server.links import Links, held_by
 from atoll.server.merge import InterruptedMergeError
 from atoll.server.outgoing import Outgoing
 from atoll.server.panel import Panel
+from atoll.server.questions import Around, Questions
 from atoll.server.recover import snapshot
 from atoll.server.rows import Recorder
 from atoll.server.run import Effect, Merge, Order, Outcome, Run
 from atoll.server.saver import Saver
 from atoll.server.sessions import Session, Sessions
 from atoll.server.spec import RunSpec
+from atoll.server.uploads import StoredUpdate
 from atoll.server.workshop import Workshop
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,9 @@ class Host:
         history: History,
         evaluator: Evaluator | None,
         on_row: Callable[[Row], None],
+        questions: Questions | None = None,
     ) -> None:
+        """`questions`: put to clients in the middle of a merge, where the aggregator asks."""
         self.spec = spec
         self.run = run
         self.membership = membership
@@ -74,6 +78,7 @@ class Host:
         self.links = links
         self.history = history
         self.evaluator = evaluator
+        self.questions = questions
         self.sessions = Sessions()
         self.outgoing = Outgoing(
             run, workshop, links, self.sessions, lambda error: self.driver.fail(error)
@@ -96,7 +101,7 @@ class Host:
             published=lambda: self.run.published,
             best=lambda: self.driver.rules.best_version,
             ordered=lambda: {c: order.version for c, order in self.run.open.items()},
-            awaited=self.run.awaited,
+            awaited=self._awaited,
             freed=self._spent_more,
             failed=lambda error: self.driver.fail(error),
         )
@@ -211,6 +216,27 @@ class Host:
         """The run starts, or goes on: leases run, and what came before is written."""
         self._arm_lease()
 
+    def listen(self) -> None:
+        """Before any merge: clients can be asked, those of a former life once they are back."""
+        if self.questions is None:
+            return
+
+        def sent(client: str, size: int) -> None:
+            self.outgoing.counted(client).down += size
+
+        def received(client: str, size: int) -> None:
+            self.outgoing.counted(client).up += size
+
+        def note(row: Row) -> None:
+            self._on_row({"t": self.driver.clock.now(), **row})
+
+        around = Around(self.sessions, self.workshop.uploads, sent, received, note)
+        self.questions.begin_run(around, self.membership.alive())
+
+    def _awaited(self) -> set[str]:
+        asked = self.questions.awaited() if self.questions is not None else set()
+        return self.run.awaited() | asked
+
     # ---- clients -------------------------------------------------------------------------------
 
     async def greet(self, hello: messages.Hello) -> Session:
@@ -252,6 +278,8 @@ class Host:
             self._back(hello, decision, session)
         if self._bye is not None:
             self._say_bye(session, self._bye)
+        if self.questions is not None:
+            self.questions.came(hello.client, hello.info.capabilities)
         self._arm_lease()
         return session
 
@@ -307,6 +335,8 @@ class Host:
         self.sessions.drop(session)
         self._panel_says(self._panel.gone(session.client))
         self.membership.broken(session.client, session.fence, self.driver.clock.now(), reason)
+        if self.questions is not None and session.client not in self.sessions.of:
+            self.questions.silent(session.client)
         self._arm_lease()
 
     def message(self, session: Session, message: wire_pb2.ClientMessage) -> None:
@@ -320,13 +350,20 @@ class Host:
     def _hear(self, session: Session, message: wire_pb2.ClientMessage) -> None:
         match message.WhichOneof("kind"):
             case "result":
-                self.intake.inline(session, messages.result_from_wire(message.result))
+                result = messages.result_from_wire(message.result)
+                if not result.question:
+                    self.intake.inline(session, result)
+                elif self.questions is not None:
+                    self.questions.inline(session, result)
             case "heartbeat":
                 session.step = message.heartbeat.step
             case "ack":
                 for update in message.ack.updates[:64]:
                     if self.run.acknowledge(session.client, update):
                         self._acks.append((session.client, update))
+            case "failure" if message.failure.question:
+                if self.questions is not None:
+                    self.questions.declined(session.client, message.failure)
             case "failure":
                 told = message.failure
                 why = f"{bounds.text(told.code, 16)}: {bounds.text(told.message)}"
@@ -391,6 +428,8 @@ class Host:
     def _left(self, left: Left) -> None:
         logger.info("client=%s left: %s", left.name, left.reason)
         self._note_membership()
+        if self.questions is not None:
+            self.questions.left(left.name)
         self.links.left(left.name)
         self.driver.post(ClientLeft(left.name, left.reason))
 
@@ -433,6 +472,23 @@ class Host:
         session = self.sessions.find(str(token))
         self.membership.heard(session.client, session.fence, self.driver.clock.now())
         return session.client
+
+    def find_blob(self, client: str, blob: str) -> Blob:
+        asked = self.questions.blob(client, blob) if self.questions is not None else None
+        return asked if asked is not None else self.outgoing.find_blob(client, blob)
+
+    def may_upload(self, client: str, result: messages.Result) -> str | None:
+        if not result.question:
+            return self.intake.may_upload(client, result)
+        if self.questions is None:
+            raise RemoteError("FL-W102", f"no question {result.question}", "nobody asked")
+        return self.questions.may_upload(client, result)
+
+    async def accepted(self, client: str, result: messages.Result, stored: StoredUpdate) -> None:
+        if result.question and self.questions is not None:
+            await self.questions.accepted(client, result, stored)
+        else:
+            await self.intake.accepted(client, result, stored)
 
     # ---- versions ------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ it, with its outer state. All weights but those between the clients are the peer
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -65,6 +66,7 @@ class JointMerger(Merger):
         items: Sequence[Item],
         use_outer: bool = True,
         known: int = 0,
+        told: Mapping[str, float] = MappingProxyType({}),
     ) -> MergeStats:
         """As `Merger.merge`; items whose base the peers have left behind are dropped."""
         anchor = base.flat("trainable")

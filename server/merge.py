@@ -14,6 +14,7 @@ it: honest updates are read once, and nothing that is not a number enters a mode
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -120,19 +121,21 @@ class Merger:
         items: Sequence[Item],
         use_outer: bool = True,
         known: int = 0,
+        told: Mapping[str, float] = MappingProxyType({}),
     ) -> MergeStats:
         """Write base - step(sum of weight * delta) into `draft`, all groups and the outer state.
 
         `use_outer` False: the sum is taken as it is, and the outer state stays what it was. Items
         that cannot be used are dropped, each with its reason; where none is left the model and the
-        state are the base's. `known`: clients that have ever been in the run. ServerError FL-S203
-        where the disk does not take the draft, FL-S210 where the run diverges.
+        state are the base's. `known`: clients that have ever been in the run. `told`: the stats of
+        this merge as it was made before, where clients were asked: they are not asked again.
+        ServerError FL-S203 where the disk does not take the draft, FL-S210 where the run diverges.
         """
         dropped = self._unaffordable(base, items)
         live = [item for item in items if item[0].id not in dropped]
         while True:
             try:
-                stats = self._once(base, draft, live, use_outer, known)
+                stats = self._once(base, draft, live, use_outer, known, told)
             except (NotFiniteError, RemoteError):  # or bytes that no codec made
                 whole = {update.id: "the merged model would not be finite" for update, _ in live}
                 dropped.update(spoilt(self.manifest, live) or whole)
@@ -152,12 +155,18 @@ class Merger:
         return {u.id: why for (u, _), no in zip(items, refused, strict=True) if no}
 
     def _once(
-        self, base: Version, draft: Draft, items: Sequence[Item], use_outer: bool, known: int
+        self,
+        base: Version,
+        draft: Draft,
+        items: Sequence[Item],
+        use_outer: bool,
+        known: int,
+        told: Mapping[str, float],
     ) -> dict[str, float]:
         proxy = self._proxy()
-        if proxy is not None:
+        if proxy is not None and not told:
             proxy.begin(buffers_to_be(self.buffers, base, items))
-        step = _Step(self, base, draft, items, use_outer, known)
+        step = _Step(self, base, draft, items, use_outer, known, told)
         squares: dict[int, float] = {}
         count = self.manifest.counts["trainable"]
         largest = step.plan.largest
@@ -219,8 +228,9 @@ class _Step:
         items: Sequence[Item],
         use_outer: bool,
         known: int,
+        told: Mapping[str, float],
     ) -> None:
-        self.merger, self.draft, self.items = merger, draft, items
+        self.merger, self.draft, self.items, self.told = merger, draft, items, told
         self.outer = merger.outer if use_outer else PLAIN
         self.moved = bool(items) or merger.noisy(base)
         self.moves = use_outer and self.moved
@@ -251,7 +261,8 @@ class _Step:
         ]
         count = merger.manifest.counts["trainable"]
         if merger.privacy is None:
-            return plan(merger.aggregator, sources, merger.crew, count, self.memory, self.anchor)
+            rule, crew = merger.aggregator, merger.crew
+            return plan(rule, sources, crew, count, self.memory, self.anchor, self.told)
         books = base.facts.books or merger.privacy.opened()
         if not self.moved:
             self.draft.books = books

@@ -90,6 +90,9 @@ class Merge:
     outer: bool
     clients: Mapping[str, str] = field(default_factory=dict)  # update id -> whose it is
     known: int = field(default=0, compare=False)  # clients that have ever been in the run
+    # stats of the version as it was made, where it took what clients said: made again, they are
+    # not asked again, and it has the same bits
+    told: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

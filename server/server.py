@@ -278,13 +278,13 @@ class Server:
             return host.result()
 
         async def accepted(client: str, result: messages.Result, stored: Any) -> None:
-            await now().intake.accepted(client, result, stored)
+            await now().accepted(client, result, stored)
 
         return Bulk(
             uploads,
             authorize=lambda metadata: now().authorize(metadata),
-            find_blob=lambda client, blob: now().outgoing.find_blob(client, blob),
-            may_upload=lambda client, result: now().intake.may_upload(client, result),
+            find_blob=lambda client, blob: now().find_blob(client, blob),
+            may_upload=lambda client, result: now().may_upload(client, result),
             accepted=accepted,
             run=self.spec.id,
         )
@@ -292,8 +292,8 @@ class Server:
     def _inspect(self, what: str, arguments: dict[str, Any]) -> object:
         assert self._assembly is not None
         if what == "run":
-            manifest = self._assembly.manifest.to_json()
-            return {**json.loads(self.spec.for_clients()), "manifest": manifest}
+            told = {"manifest": self._assembly.manifest.to_json(), "validate": self._assembly.share}
+            return {**json.loads(self.spec.for_clients()), **told}
         if what == "status":
             return self._assembly.status()
         if what == "history":

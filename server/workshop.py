@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from atoll.aggregation.half import Numbers, extras_of
+from atoll.aggregation.proxy import ASKED
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
@@ -33,11 +34,13 @@ class Stock:
     merges: list[Merge] = field(default_factory=list)
 
     def published(self, merged: Merged) -> None:
-        """What a merge could not use is not kept: made again, the version has the same bytes."""
+        """What a merge could not use is not kept, and what it was told by clients is: made again,
+        the version has the same bytes."""
         gone = {update for update, _ in merged.dropped}
-        if gone:
+        told = merged.stats if ASKED in merged.stats else {}
+        if gone or told:
             self.merges = [
-                replace(m, items=tuple(i for i in m.items if i[0] not in gone))
+                replace(m, items=tuple(i for i in m.items if i[0] not in gone), told=told)
                 if m.version == merged.version
                 else m
                 for m in self.merges
@@ -78,7 +81,7 @@ class Workshop:
             items.append((UpdateBytes(update, payload, merge.clients.get(update, "")), weight))
         draft = self.store.draft(merge.version, base.number, self.merger.vectors)
         try:
-            stats = self.merger.merge(base, draft, items, merge.outer, merge.known)
+            stats = self.merger.merge(base, draft, items, merge.outer, merge.known, merge.told)
             draft.seal(inputs=merge.items)
         except BaseException:
             draft.abandon()
