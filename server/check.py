@@ -41,13 +41,11 @@ def check(
     trains: bool = True,
     clients: int | None = None,
     made: Mapping[str, object] = MappingProxyType({}),
-    gives: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Warnings. UsageError or DataError for a slot's name, or a mix that cannot be.
 
     `trains` False: the strategy alone will be used, and what else is named need not go together.
-    `clients`: how many there will ever be. `made` are parts that are objects already, by slot;
-    `gives`: what the run gives besides.
+    `clients`: how many there will ever be. `made` are parts that are objects already, by slot.
     """
     strategy = strategy_of(spec) if "strategy" not in made else made["strategy"]
     for one in each_pair(spec):
@@ -64,7 +62,7 @@ def check(
         return []
     _check_shape(spec, made)
     learner = _learner(spec) if "aggregator" not in made else {}
-    return mixed(spec, clients, {**learner, **made, "strategy": strategy}, gives)
+    return mixed(spec, clients, {**learner, **made, "strategy": strategy})
 
 
 def wants_proxy(aggregator: str) -> bool:
@@ -104,13 +102,12 @@ def mixed(
     spec: RunSpec,
     clients: int | None,
     made: Mapping[str, object],
-    gives: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Judge the mix: by the parts in `made`, by slot, and by what can be read of the others.
 
     With every pair of codecs that a client may get, and of two momenta.
     """
-    found = [warning for one in each_pair(spec) for warning in _mixed(one, clients, made, gives)]
+    found = [warning for one in each_pair(spec) for warning in _mixed(one, clients, made)]
     swings = momenta.remark(spec.outer, spec.algorithm)
     found += [swings] if swings else []
     return list(dict.fromkeys(found))
@@ -124,10 +121,8 @@ def each_pair(spec: RunSpec) -> list[RunSpec]:
     ]
 
 
-def _mixed(
-    spec: RunSpec, clients: int | None, made: Mapping[str, object], gives: frozenset[str]
-) -> list[str]:
-    parts = [_of_the_run(spec, gives), *dp.facts_of(spec)]
+def _mixed(spec: RunSpec, clients: int | None, made: Mapping[str, object]) -> list[str]:
+    parts = [_of_the_run(spec), *dp.facts_of(spec)]
     for slot, name in _named(spec).items():
         part = made.get(slot)
         parts.append(
@@ -186,9 +181,9 @@ def of_part(slot: str, name: str, part: object, clients: int | None = None) -> F
     return found
 
 
-def _of_the_run(spec: RunSpec, more: frozenset[str]) -> Facts:
+def _of_the_run(spec: RunSpec) -> Facts:
     """What the run's own options give; clients of this package keep state in any case."""
-    gives = {"client_state", *more}
+    gives = {"client_state"}
     if spec.proxy:
         gives |= {"proxy_data", "validators"}  # it judges in their place
     if not spec.local_dp:

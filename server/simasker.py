@@ -6,14 +6,14 @@ The same machine decides as in a real run: who is asked, and how much each answe
 import copy
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atoll.aggregation.aggregator import Learner
+from atoll.aggregation.aggregator import Aggregator, Learner
 from atoll.aggregation.asking import Answer
 from atoll.aggregation.validated import (
     Action,
@@ -35,7 +35,9 @@ from atoll.client.flat import FlatModel
 from atoll.client.heldout import HeldOut, Validator
 from atoll.client.local import TorchTrainer
 from atoll.protocols.errors import AtollError
+from atoll.protocols.manifest import Manifest
 from atoll.server.attack import Attack
+from atoll.server.learner import asking, validated
 
 if TYPE_CHECKING:
     from atoll.server.trainers import Trainers
@@ -125,3 +127,14 @@ class SimAsker:
         if not math.isfinite(loss) or not math.isfinite(norm):
             return Refused(client, "what it answered is not finite")
         return Answered(client, question, Verdict(loss, examples, norm))
+
+
+def asking_in(
+    rule: Aggregator, manifest: Manifest, made: Callable[[Learner], SimAsker]
+) -> tuple[Aggregator, SimAsker | None]:
+    """`rule`, and whom it asks; None: it asks nobody."""
+    asks = validated(rule)
+    if asks is None:
+        return rule, None
+    asked = made(asks)
+    return asking(asks, manifest.counts["trainable"], asked), asked

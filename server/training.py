@@ -42,13 +42,13 @@ from atoll.server.combine import MEAN
 from atoll.server.crew import Crew, Job, Together
 from atoll.server.dp import central_dp
 from atoll.server.items import UpdateBytes
-from atoll.server.learner import asking, learning, learning_in, validated
+from atoll.server.learner import learning, learning_in, validated
 from atoll.server.learning import Worked
 from atoll.server.merge import PLAIN, Merger
 from atoll.server.momenta import suited
 from atoll.server.privacy import Privacy
 from atoll.server.run import FORMER, Fate, Merge, Order
-from atoll.server.simasker import SimAsker
+from atoll.server.simasker import SimAsker, asking_in
 from atoll.server.simkeeps import SimKeeps
 from atoll.server.simlinks import SimLinks
 from atoll.server.simnoise import SimNoise, simulated_key
@@ -163,19 +163,14 @@ class Training:
             aggregator(aggregation), lambda: build(model, whole.info, seed), whole,
             data if isinstance(data, str) else "", proxy, seed, aggregation,
         )  # fmt: skip
-        asks = validated(rule)
-        kept_back = VALIDATORS if asks else proxy if isinstance(proxy, str) else ""
+        kept_back = VALIDATORS if validated(rule) else proxy if isinstance(proxy, str) else ""
         trainers = Trainers(
             clients, model, data if isinstance(data, str) else left, partition, seed, local,
             algorithm, attacks or {}, proxy=kept_back, given=left,
         )  # fmt: skip
         judge = trainers.judge()
         assert isinstance(judge, TorchTrainer)
-        asked: SimAsker | None = None
-        if asks is not None:
-            asked = SimAsker.of(asks, trainers)
-            rule = asking(asks, judge.manifest.counts["trainable"], asked)
-        method = local_algorithm(algorithm)
+        rule, asked = asking_in(rule, judge.manifest, lambda asks: SimAsker.of(asks, trainers))
         return cls(
             trainers.make, judge.manifest, judge.export(),
             judge=judge if left.test is not None else None,
@@ -184,7 +179,8 @@ class Training:
             buffers=cast("Buffers", buffers), up=up, down=down, codecs=codecs,
             attacks=trainers.hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
-            local_dp=own_noise(local_dp) if local_dp else None, seed=seed, algorithm=method,
+            local_dp=own_noise(local_dp) if local_dp else None, seed=seed,
+            algorithm=local_algorithm(algorithm),
             crew=engine(trainers) if engine else None, asked=asked,
             spec=RunSpec(
                 "", aggregator=aggregation, outer=step, algorithm=algorithm, codec_up=up,
@@ -221,11 +217,8 @@ class Training:
         rule = learning(aggregator(aggregation), module, proxy, loaded, seed, aggregation)
         trainers = Trainers(clients, seed=seed, own=trainer)
         made = {name: trainers.make(name) for name in clients}
-        asked: SimAsker | None = None
-        if (asks := validated(rule)) is not None:
-            own = {name: getattr(t, "validator", None) for name, t in made.items()}
-            asked = SimAsker(asks, own)
-            rule = asking(asks, manifest_of(module).counts["trainable"], asked)
+        judges = {name: getattr(t, "validator", None) for name, t in made.items()}
+        rule, asked = asking_in(rule, manifest_of(module), lambda asks: SimAsker(asks, judges))
         initial = {name: tensor.detach() for name, tensor in named_tensors(module)}
         return cls(
             made.__getitem__, manifest_of(module), initial, judge=trainers.judge(),

@@ -52,13 +52,14 @@ def test_a_policy_that_does_without_is_let_through(rule: str) -> None:
     assert not wants_proxy(rule)
 
 
-def test_validators_are_there_in_a_simulation_alone() -> None:
-    rule = "fedlaw:no_proxy=validators"
-    check(spec(aggregator=rule), gives=frozenset({"validators"}))
-    check(spec(aggregator=rule, proxy="digits"))
+def test_validators_answer_without_noise_or_not_at_all() -> None:
+    rule, noisy = "fedlaw:no_proxy=validators", {"local_dp": "clip=1,noise=1"}
+    check(spec(aggregator=rule))
+    check(spec(aggregator=rule, proxy="digits", **noisy))  # it judges in their place
     with pytest.raises(UsageError, match="in the middle of a merge") as caught:
-        check(spec(aggregator=rule))
+        check(spec(aggregator=rule, **noisy))
     assert caught.value.code == "FL-S104"
+    assert "leave --local-dp out" in caught.value.hint
 
 
 @pytest.mark.parametrize("rule", ["mean", "median", "fedlaw:mode=fixed,gamma=0.99"])
