@@ -121,13 +121,6 @@ class Learner(StackRule, Protocol):
 
     proxy: Proxy | None
     buffers: str
-    panel: int  # validators that it asks in a merge, at most
-    deadline: float  # seconds that their answers may take
-    seed: int
-
-    @property
-    def asks(self) -> bool:
-        """Whether it asks validators, where there are no proxy data."""
 
     @property
     def learns(self) -> bool:
@@ -136,12 +129,29 @@ class Learner(StackRule, Protocol):
     def with_proxy(self, proxy: Proxy) -> Self:
         """The same rule, with what it learns by."""
 
+
+class AskingRule(Learner, Protocol):
+    """A learner that can do with the word of clients, the validators, in place of proxy data."""
+
+    panel: int  # validators that it asks in a merge, at most
+    deadline: float  # seconds that their answers may take
+    seed: int
+
+    @property
+    def asks(self) -> bool:
+        """Whether it asks them, where there are no proxy data."""
+
     def again(self, told: Mapping[str, float], updates: Sequence[str]) -> Sequence[float]:
         """What `coefficients` gave in a merge of these updates whose stats were `told`."""
 
 
 def is_learner(rule: Aggregator) -> TypeGuard[Learner]:
     return hasattr(rule, "with_proxy")
+
+
+def is_asking(rule: Aggregator) -> TypeGuard[AskingRule]:
+    """Whether it is to ask validators, if it is given no proxy data."""
+    return is_learner(rule) and bool(getattr(rule, "asks", False))
 
 
 def aggregator(spec: str) -> Aggregator:

@@ -72,10 +72,10 @@ class Assembly:
     ) -> None:
         torch.set_num_threads(1)  # the merge brings its own threads
         self.spec, self.folder, self.slots = spec, folder, slots
-        self.questions: Questions | None = None  # where the aggregator asks clients
         strategy = self._strategy()
         module, judge = self._model_and_judge()
         self.manifest: Manifest = manifest_of(module)
+        self.questions = Questions(self.manifest, spec.most_examples)
         self.store = VersionStore(folder / "versions", self.manifest)
         merger = self._merger(strategy, module)
         parts = {"strategy": strategy, "aggregator": merger.aggregator, "outer": merger.outer}
@@ -167,16 +167,15 @@ class Assembly:
         proxy = self.slots.get("proxy") or self.spec.proxy
         run = data_of(self.spec, self.slots) if proxy else None
         rule = learning(made, module, proxy, run, self.spec.seed, self.spec.aggregator)
-        asks = validated(rule)
-        if asks is None:
+        if (asks := validated(rule)) is None:
             return rule
-        self.questions = Questions(asks, self.manifest, self.spec.most_examples)
+        self.questions.ask_for(asks)
         return asking(asks, self.manifest.counts["trainable"], self.questions)
 
     @property
     def share(self) -> float:
         """Of their examples that clients are to hold out, to judge models by."""
-        return SHARE if self.questions is not None else 0.0
+        return SHARE if self.questions.wanted else 0.0
 
     def _first_version(self, module: torch.nn.Module, init: Path | None) -> None:
         if init is not None:

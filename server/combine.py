@@ -21,7 +21,7 @@ from atoll.aggregation.aggregator import (
     anchored,
     by_stack,
     by_tiles,
-    is_learner,
+    is_asking,
     remembers,
 )
 from atoll.aggregation.mean import Mean
@@ -104,7 +104,7 @@ def _measured(
 ) -> Plan:
     decoders = [*(s.decoder for s in voters), *more]
     with _own_code(rule):
-        if told and is_learner(rule):
+        if told and is_asking(rule):
             answer = rule.again(told, [s.id for s in voters])
         else:
             answer = rule.coefficients(Reading(crew, decoders, count), weights)

@@ -18,6 +18,8 @@ One JSON object a line, in journal order, written by the driver (real or virtual
                                                     lambda/<update> or coefficient/<update>; gamma
     evaluated  version, metrics
     discard    update, reason
+    not-asked  client, reason                       it judges no models in merges, until it is back
+    unjudged   reason                               too few did: nothing was learned in a merge
     group      group, arrival, latest, members      FedCompass: when it is expected, and at latest
     limits     target, metric, versions, ...         what ends it, from now on; absent: no limit
     finish     reason

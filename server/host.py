@@ -68,9 +68,8 @@ class Host:
         history: History,
         evaluator: Evaluator | None,
         on_row: Callable[[Row], None],
-        questions: Questions | None = None,
+        questions: Questions,
     ) -> None:
-        """`questions`: put to clients in the middle of a merge, where the aggregator asks."""
         self.spec = spec
         self.run = run
         self.membership = membership
@@ -218,24 +217,15 @@ class Host:
 
     def listen(self) -> None:
         """Before any merge: clients can be asked, those of a former life once they are back."""
-        if self.questions is None:
-            return
-
-        def sent(client: str, size: int) -> None:
-            self.outgoing.counted(client).down += size
-
-        def received(client: str, size: int) -> None:
-            self.outgoing.counted(client).up += size
 
         def note(row: Row) -> None:
             self._on_row({"t": self.driver.clock.now(), **row})
 
-        around = Around(self.sessions, self.workshop.uploads, sent, received, note)
-        self.questions.begin_run(around, self.membership.alive())
+        around = Around(self.sessions, self.workshop.uploads, self.outgoing.counted, note)
+        self.questions.listen(around, self.membership.alive())
 
     def _awaited(self) -> set[str]:
-        asked = self.questions.awaited() if self.questions is not None else set()
-        return self.run.awaited() | asked
+        return self.run.awaited() | self.questions.awaited()
 
     # ---- clients -------------------------------------------------------------------------------
 
@@ -278,8 +268,7 @@ class Host:
             self._back(hello, decision, session)
         if self._bye is not None:
             self._say_bye(session, self._bye)
-        if self.questions is not None:
-            self.questions.came(hello.client, hello.info.capabilities)
+        self.questions.came(hello.client, hello.info.capabilities)
         self._arm_lease()
         return session
 
@@ -335,7 +324,7 @@ class Host:
         self.sessions.drop(session)
         self._panel_says(self._panel.gone(session.client))
         self.membership.broken(session.client, session.fence, self.driver.clock.now(), reason)
-        if self.questions is not None and session.client not in self.sessions.of:
+        if session.client not in self.sessions.of:
             self.questions.silent(session.client)
         self._arm_lease()
 
@@ -351,10 +340,7 @@ class Host:
         match message.WhichOneof("kind"):
             case "result":
                 result = messages.result_from_wire(message.result)
-                if not result.question:
-                    self.intake.inline(session, result)
-                elif self.questions is not None:
-                    self.questions.inline(session, result)
+                (self.questions if result.question else self.intake).inline(session, result)
             case "heartbeat":
                 session.step = message.heartbeat.step
             case "ack":
@@ -362,8 +348,7 @@ class Host:
                     if self.run.acknowledge(session.client, update):
                         self._acks.append((session.client, update))
             case "failure" if message.failure.question:
-                if self.questions is not None:
-                    self.questions.declined(session.client, message.failure)
+                self.questions.declined(session.client, message.failure)
             case "failure":
                 told = message.failure
                 why = f"{bounds.text(told.code, 16)}: {bounds.text(told.message)}"
@@ -428,8 +413,7 @@ class Host:
     def _left(self, left: Left) -> None:
         logger.info("client=%s left: %s", left.name, left.reason)
         self._note_membership()
-        if self.questions is not None:
-            self.questions.left(left.name)
+        self.questions.left(left.name)
         self.links.left(left.name)
         self.driver.post(ClientLeft(left.name, left.reason))
 
@@ -474,21 +458,13 @@ class Host:
         return session.client
 
     def find_blob(self, client: str, blob: str) -> Blob:
-        asked = self.questions.blob(client, blob) if self.questions is not None else None
-        return asked if asked is not None else self.outgoing.find_blob(client, blob)
+        return self.questions.blob(client, blob) or self.outgoing.find_blob(client, blob)
 
     def may_upload(self, client: str, result: messages.Result) -> str | None:
-        if not result.question:
-            return self.intake.may_upload(client, result)
-        if self.questions is None:
-            raise RemoteError("FL-W102", f"no question {result.question}", "nobody asked")
-        return self.questions.may_upload(client, result)
+        return (self.questions if result.question else self.intake).may_upload(client, result)
 
     async def accepted(self, client: str, result: messages.Result, stored: StoredUpdate) -> None:
-        if result.question and self.questions is not None:
-            await self.questions.accepted(client, result, stored)
-        else:
-            await self.intake.accepted(client, result, stored)
+        await (self.questions if result.question else self.intake).accepted(client, result, stored)
 
     # ---- versions ------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from atoll.aggregation.aggregator import Aggregator, Learner, is_learner
+from atoll.aggregation.aggregator import Aggregator, AskingRule, is_asking, is_learner
 from atoll.aggregation.asking import Asker, Asking
 from atoll.client.data import Data, DataInfo, Split, from_user
 from atoll.client.flat import FlatModel
@@ -56,12 +56,12 @@ def learning_in(
     return made, held_out(proxy, source, run, seed) if isinstance(proxy, str) else run
 
 
-def validated(rule: Aggregator) -> Learner | None:
+def validated(rule: Aggregator) -> AskingRule | None:
     """`rule`, if it is to ask validators: it lacks only whom."""
-    return rule if is_learner(rule) and rule.asks and rule.proxy is None else None
+    return rule if is_asking(rule) and rule.proxy is None else None
 
 
-def asking(rule: Learner, count: int, asker: Asker) -> Aggregator:
+def asking(rule: AskingRule, count: int, asker: Asker) -> Aggregator:
     """`rule` that asks, in merges of `count` elements."""
     return rule.with_proxy(Asking(count, asker))
 

@@ -6,17 +6,18 @@ one that cannot be used costs its client its say, not its place in the run.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from atoll.aggregation.aggregator import Learner
+from atoll.aggregation.aggregator import AskingRule
 from atoll.aggregation.asking import Answer
 from atoll.aggregation.proxy import InterruptedMergeError
 from atoll.aggregation.validated import (
@@ -47,6 +48,7 @@ from atoll.protocols.manifest import Manifest
 from atoll.protocols.messages import LOSS, NOTHING, VALIDATE, Question, Result
 from atoll.protocols.tensors import pack
 from atoll.server import plausible
+from atoll.server.outgoing import Traffic
 from atoll.server.sessions import Session, Sessions
 from atoll.server.uploads import StoredUpdate, Uploads
 
@@ -61,19 +63,19 @@ class Around:
 
     sessions: Sessions
     uploads: Uploads
-    sent: Callable[[str, int], None]  # (client, bytes) down
-    received: Callable[[str, int], None]  # up
+    counted: Callable[[str], Traffic]  # of a client
     note: Callable[[Row], None]  # for the history
 
 
 class Questions:
-    """An `Asker`. `begin_run` once in the loop, before anything but `interrupt`."""
+    """An `Asker`, of a run that asks or not. `listen` once in the loop, before clients come."""
 
-    def __init__(self, rule: Learner, manifest: Manifest, most_examples: int = 0) -> None:
+    def __init__(self, manifest: Manifest, most_examples: int = 0) -> None:
         """`most_examples` that a client may claim; 0: no bound."""
-        self.machine = Validators(rule.panel, rule.deadline, rule.seed)
+        self.machine = Validators()
+        self.wanted = False  # a rule asks
         self._manifest, self._most = manifest, most_examples
-        self._batch_statistics = rule.buffers == "recompute"
+        self._batch_statistics = True
         count = manifest.counts["trainable"]
         self._slope = (Section("trainable", chains.FP32.name, count, 4 * count),)
         self._around: Around | None = None
@@ -87,6 +89,11 @@ class Questions:
         self._stored: dict[str, StoredUpdate] = {}  # client -> its gradient
         self._timer: asyncio.TimerHandle | None = None
         self._said = ""  # why nothing was learned, the last time
+
+    def ask_for(self, rule: AskingRule) -> None:
+        """Ask as this rule wants it."""
+        self.machine = Validators(rule.panel, rule.deadline, rule.seed)
+        self.wanted, self._batch_statistics = True, rule.buffers == "recompute"
 
     # ---- the merging thread ------------------------------------------------------------------
 
@@ -115,7 +122,7 @@ class Questions:
 
     # ---- the loop ----------------------------------------------------------------------------
 
-    def begin_run(self, around: Around, members: Iterable[str]) -> None:
+    def listen(self, around: Around, members: Iterable[str]) -> None:
         """`members` of a run that goes on: they may come back."""
         self._around, self._loop = around, asyncio.get_running_loop()
         for client in members:
@@ -163,35 +170,26 @@ class Questions:
             raise RemoteError(
                 "FL-W102", f"question {result.question} is closed", "forget the answer"
             )
-        try:
+        with self._noted(client):
             self._check(result)
-        except RemoteError as error:
-            self._refuse(client, str(error))
-            raise
         return result.update
 
     def inline(self, session: Session, result: Result) -> None:
         """An answer on the control stream; nobody is told what became of it."""
         client = session.client
-        try:
+        with contextlib.suppress(RemoteError):
             if self.may_upload(client, result) is None:
                 return
-            stored = self._uploads.keep(result.update, result.inline)
-            if len(result.inline) != result.payload.size:
-                raise RemoteError("FL-W104", f"{len(result.inline)} bytes inline", "send them all")
-            self._take(client, result, stored, self._norm(result, stored))
-        except RemoteError as error:
-            if error.code != "FL-W102":
-                self._refuse(client, str(error))
+            with self._noted(client):
+                stored = self._uploads.keep(result.update, result.inline)
+                norm = self._norm(result, stored)
+            self._take(client, result, stored, norm)
 
     async def accepted(self, client: str, result: Result, stored: StoredUpdate) -> None:
         """All bytes of an answer are here. RemoteError FL-W106 where they are not finite."""
         loop = asyncio.get_running_loop()
-        try:
+        with self._noted(client):
             norm = await loop.run_in_executor(None, self._norm, result, stored)
-        except RemoteError as error:
-            self._refuse(client, str(error))
-            raise
         self._take(client, result, stored, norm)
 
     # ---- below -------------------------------------------------------------------------------
@@ -258,7 +256,7 @@ class Questions:
             self._ids[client], info, bytes(view) if info.size <= INLINE else b"", self._gradient,
             self._batch_statistics, self.machine.seconds,
         )  # fmt: skip
-        self._around.sent(client, info.size)
+        self._around.counted(client).down += info.size
         session.send(wire_pb2.ServerMessage(question=messages.question_to_wire(question)))
 
     def _close(self, answers: Sequence[Answer] | None) -> None:
@@ -291,9 +289,11 @@ class Questions:
             )
 
     def _norm(self, result: Result, stored: StoredUpdate) -> float:
-        """Of its gradient; RemoteError FL-W106 where that is not finite."""
+        """Of its gradient; RemoteError where it is not all here, or not finite."""
         if result.payload == NOTHING:
             return 0.0
+        if stored.size != result.payload.size:
+            raise RemoteError("FL-W104", f"{stored.size} bytes inline", "send them all, or a blob")
         slope = as_tensor(stored.view(), torch.float32)
         if not all_finite(slope):
             raise RemoteError(
@@ -306,12 +306,21 @@ class Questions:
             self._uploads.free(result.update)  # the time was up while it was checked
             return
         assert self._around is not None
-        self._around.received(client, result.payload.size)
+        self._around.counted(client).up += result.payload.size
         if self._gradient:
             self._stored[client] = stored
         examples = plausible.examples(result.examples, self._most)
         verdict = Verdict(result.metrics[LOSS], examples, norm)
         self._handle(Answered(client, self.machine.question, verdict))
+
+    @contextlib.contextmanager
+    def _noted(self, client: str) -> Iterator[None]:
+        """Whose answer is refused in it is not asked again."""
+        try:
+            yield
+        except RemoteError as error:
+            self._refuse(client, str(error))
+            raise
 
     def _refuse(self, client: str, reason: str) -> None:
         """It is not asked again before its next hello."""

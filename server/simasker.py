@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atoll.aggregation.aggregator import Aggregator, Learner
+from atoll.aggregation.aggregator import Aggregator, AskingRule
 from atoll.aggregation.asking import Answer
 from atoll.aggregation.validated import (
     Action,
@@ -48,7 +48,7 @@ class SimAsker:
 
     def __init__(
         self,
-        rule: Learner,
+        rule: AskingRule,
         validators: Mapping[str, Validator | None],
         attacks: Mapping[str, Attack] | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class SimAsker:
         self._batch_statistics = rule.buffers == "recompute"
 
     @classmethod
-    def of(cls, rule: Learner, trainers: "Trainers") -> Self:
+    def of(cls, rule: AskingRule, trainers: "Trainers") -> Self:
         """All by one copy of the model, each on what its client holds out."""
         judge = trainers.judge()
         assert isinstance(judge, TorchTrainer)
@@ -130,7 +130,7 @@ class SimAsker:
 
 
 def asking_in(
-    rule: Aggregator, manifest: Manifest, made: Callable[[Learner], SimAsker]
+    rule: Aggregator, manifest: Manifest, made: Callable[[AskingRule], SimAsker]
 ) -> tuple[Aggregator, SimAsker | None]:
     """`rule`, and whom it asks; None: it asks nobody."""
     asks = validated(rule)

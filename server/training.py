@@ -179,8 +179,8 @@ class Training:
             buffers=cast("Buffers", buffers), up=up, down=down, codecs=codecs,
             attacks=trainers.hostile,
             privacy=Privacy(central_dp(dp), simulated_key(seed), sampling) if dp else None,
-            local_dp=own_noise(local_dp) if local_dp else None, algorithm=local_algorithm(algorithm),
-            crew=engine(trainers) if engine else None, asked=asked, seed=seed,
+            local_dp=own_noise(local_dp) if local_dp else None, asked=asked, seed=seed,
+            crew=engine(trainers) if engine else None, algorithm=local_algorithm(algorithm),
             spec=RunSpec(
                 "", aggregator=aggregation, outer=step, algorithm=algorithm, codec_up=up,
                 codec_down=down, dp=dp, local_dp=local_dp, proxy=_named(proxy),

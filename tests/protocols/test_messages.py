@@ -73,6 +73,23 @@ def test_hello_order_outcome_and_ask_survive_the_wire() -> None:
         assert messages.ask_from_wire(messages.ask_to_wire("o1", then)) == ("o1", then)
 
 
+def test_questions_and_answers_survive_the_wire() -> None:
+    question = messages.Question("q7", BLOB, bytes(24), True, False, 30.0)
+    assert messages.question_from_wire(messages.question_to_wire(question)) == question
+    answer = replace(RESULT, order="", question="q7", attempt=0)
+    assert messages.result_from_wire(messages.result_to_wire(answer)) == answer
+    bare = replace(answer, payload=messages.NOTHING)
+    wire = messages.result_to_wire(bare)
+    assert not wire.HasField("payload")
+    assert messages.result_from_wire(wire) == bare
+    assert bare.update == "q7"
+    for odd in ({"order": "o1"}, {"question": ""}, {"question": "o1"}):
+        wrong = messages.result_to_wire(replace(answer, **odd))  # type: ignore[arg-type]
+        assert refused(lambda wrong=wrong: messages.result_from_wire(wrong)) == "FL-W101"  # type: ignore[misc]
+    named = messages.question_to_wire(replace(question, id="7"))
+    assert refused(lambda: messages.question_from_wire(named)) == "FL-W101"
+
+
 def test_extras_of_an_order_survive_the_wire_and_are_bounded() -> None:
     extras = BlobInfo("v3/extra", 8, bytes(32), (Section("extra:control", "fp32", 2, 8),))
     order = replace(ORDER, extras=((extras, bytes(8)), (extras, b"")))

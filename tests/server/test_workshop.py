@@ -15,6 +15,7 @@ from torch import nn
 from atoll.aggregation.aggregator import aggregator
 from atoll.aggregation.fedbuff import FedBuff
 from atoll.aggregation.outer import outer
+from atoll.aggregation.strategy import Strategy
 from atoll.protocols import frames, tensors
 from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.codecs import Fp32
@@ -29,7 +30,7 @@ from atoll.server.merge import Merger
 from atoll.server.rules import Rules
 from atoll.server.run import Merge
 from atoll.server.spec import RunSpec
-from atoll.server.uploads import Uploads
+from atoll.server.uploads import StoredUpdate, Uploads
 from atoll.server.versions import VersionStore
 from atoll.server.workshop import Stock, Workshop
 
@@ -213,7 +214,12 @@ class Life:
     """One life of a server without its port: inputs are posted, and it may die at any moment."""
 
     def __init__(
-        self, folder: Path, elements: int = 4, rules: Rules | None = None, **spec: Any
+        self,
+        folder: Path,
+        elements: int = 4,
+        rules: Rules | None = None,
+        strategy: Strategy | None = None,
+        **spec: Any,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -221,7 +227,7 @@ class Life:
         model.w = nn.Parameter(torch.zeros(elements))
         self.rules = rules or Rules()
         uploads = Uploads(folder / "updates", min_free=0)
-        slots = {"strategy": FedBuff(size=1, steps=1), "model": model}
+        slots = {"strategy": strategy or FedBuff(size=1, steps=1), "model": model}
         made = replace(SPEC, **spec)
         self.assembly = Assembly(made, folder, self.rules, uploads, slots, None, None)
         self.host, self.driver = self.assembly.host, self.assembly.driver
@@ -233,14 +239,18 @@ class Life:
     async def _live(self, steps: "tuple[int | Callable[[], Awaitable[None]], ...]") -> None:
         await self.assembly.begin()
         serving = asyncio.create_task(self.driver.serve())
-        if "c" not in self.host.run.members:
-            self.driver.post(ClientJoined("c", ClientInfo(1)))
+        if not self.host.run.members:
+            self.join()
         async with asyncio.timeout(10):
             for step in steps:
                 await (self.merge(step) if isinstance(step, int) else step())
             await self.until(lambda: not self.host._saver.busy)
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
+
+    def join(self) -> None:
+        """The first client comes."""
+        self.driver.post(ClientJoined("c", ClientInfo(1)))
 
     async def merge(self, updates: int) -> None:
         wanted = self.host.run.published + updates
@@ -256,28 +266,30 @@ class Life:
         while not true():  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.001)
 
-    def order(self) -> str | None:
+    def order(self, client: str = "c") -> str | None:
         """The client's, once it can be fetched."""
-        order = self.host.run.open.get("c")
+        order = self.host.run.open.get(client)
         return None if order is None or order.started is None else order.id
 
     def packed(self, order: str, value: float) -> tuple[BlobInfo, bytes]:
         return packed(self.assembly.manifest, value)
 
-    async def send(self, order: str, value: float) -> None:
+    async def send(self, order: str, value: float, client: str = "c") -> None:
         info, data = self.packed(order, value)
         result = Result(order, 0, 1, 1, 0.1, info)
-        update = self.host.intake.may_upload("c", result)
+        update = self.host.intake.may_upload(client, result)
         assert update == result.update
+        await self.host.intake.accepted(client, result, self.stored(result.update, info, data))
+
+    def stored(self, update: str, info: BlobInfo, data: bytes) -> StoredUpdate:
+        """Bytes that came in."""
         uploads = self.assembly.workshop.uploads
         if len(data) <= INLINE:
-            stored = uploads.keep(update, data)
-        else:
-            uploads.open(update, len(data))
-            for frame in frames.chunks(memoryview(data), "u", 0, digest=info.sha256):
-                uploads.put(update, frames.parse(frame))
-            stored = uploads.commit(update, info.sha256)
-        await self.host.intake.accepted("c", result, stored)
+            return uploads.keep(update, data)
+        uploads.open(update, len(data))
+        for frame in frames.chunks(memoryview(data), "u", 0, digest=info.sha256):
+            uploads.put(update, frames.parse(frame))
+        return uploads.commit(update, info.sha256)
 
     def hashes(self) -> dict[int, bytes]:
         store = self.assembly.store
