@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from atoll.client.options import Options, look, own_trainer
+from atoll.client.options import Options, look, own_trainer, share
 from atoll.client.trainer import Task, Tensors, Trained
 from atoll.protocols.errors import AtollError, UsageError
 
@@ -54,6 +54,16 @@ def test_a_maker_is_told_whose_trainer_it_makes() -> None:
 def test_a_maker_that_does_not_ask_is_told_nothing() -> None:
     assert told("mine:Plain:lr=0.2") == ("", (0, 0), 0.2, 0)
     assert told("mine:ready") == ("", (0, 0), 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("own", "wish", "found"),
+    [(None, 0.1, 0.1), (0.3, 0.1, 0.3), (0.0, 0.1, 0.0), (None, 0.0, 0.0), (0.3, 0.0, 0.0)],
+)
+def test_a_client_holds_out_what_it_wants_where_the_run_asks_about_it(
+    own: float | None, wish: float, found: float
+) -> None:
+    assert share(own, wish) == found
 
 
 @pytest.mark.parametrize(

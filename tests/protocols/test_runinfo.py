@@ -26,6 +26,11 @@ def test_what_a_server_says_is_what_a_client_reads() -> None:
     assert info.manifest == MANIFEST
 
 
+def test_a_server_that_asks_for_no_validators_need_not_say_so() -> None:
+    assert RunInfo.of(told()).validate == 0
+    assert RunInfo.of(told(validate=0.1)).validate == 0.1
+
+
 def test_what_is_unknown_is_passed_over() -> None:
     assert RunInfo.of(told(colour="red")) == RunInfo.of(told())
 
@@ -44,6 +49,7 @@ def test_nothing_may_be_missing(name: str) -> None:
         ("codec_up", 1.5), ("codec_down", True), ("seed", "0"), ("seed", 1.5), ("seed", True),
         ("local", []), ("local", {"lr": None}), ("local", {"lr": [1]}), ("local", {"lr": {}}),
         ("local", {"lr": float("nan")}), ("local", {"lr": float("inf")}),
+        ("validate", 1.0), ("validate", -0.1), ("validate", float("nan")), ("validate", "0.1"),
         ("manifest", [{"name": "w"}]), ("manifest", "w"), ("manifest", None),
     ],
 )  # fmt: skip
