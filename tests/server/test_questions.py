@@ -239,8 +239,9 @@ def test_it_is_asked_again_when_it_comes_anew(tmp_path: Path) -> None:
     town = Town(tmp_path, say={"b": declines})
 
     async def again() -> None:
-        town.say["b"] = honest
+        town.say["b"], former = honest, town.sessions["b"]
         await town.come("b")
+        town.host.gone(former, "it has another stream")
 
     town.live(town.come, town.work, again, town.work, town.hang_up)
     assert (town.stats(1)["validators"], town.stats(2)["validators"]) == (2, 3)
@@ -356,6 +357,23 @@ def test_a_large_model_is_fetched_and_a_large_slope_uploaded(tmp_path: Path) -> 
     town.live(town.come, town.work, town.hang_up)
     assert sorted(set(late)) == sorted(DELTAS)
     assert town.stats(1)["validators"] == 3
+    town.die()
+
+
+def test_half_an_answer_stays_as_long_as_its_question_is_open(tmp_path: Path) -> None:
+    """A save frees the bytes of what is not awaited any more."""
+    town = Town(tmp_path, BIG, {"c": silent})
+
+    async def half() -> None:
+        machine = town.assembly.questions.machine
+        await town.until(lambda: machine.open and machine.waiting == {"c"})
+        uploads, (name,) = town.assembly.workshop.uploads, [town.assembly.questions._ids["c"]]
+        uploads.open(name, 4 * BIG)
+        uploads.open("q99", 4 * BIG)
+        await town.host._saver._once(0)
+        assert uploads.unfinished() == {name}
+
+    town.live(town.come, town.trained, half, town.hang_up)
     town.die()
 
 
