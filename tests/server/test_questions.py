@@ -165,8 +165,11 @@ def lived(folder: Path, say: Mapping[str, Say] | None = None, **spec: Any) -> To
 def test_a_merge_learns_by_what_the_clients_say(tmp_path: Path) -> None:
     town = Town(tmp_path)
 
-    async def ordered() -> None:
-        await town.until(lambda: all(town.order(name) for name in DELTAS))
+    model = 16  # bytes
+    traffic = [town.host.outgoing.counted(name) for name in DELTAS]
+
+    async def ordered() -> None:  # two orders and six models
+        await town.until(lambda: all(each.down == (2 + 6) * model for each in traffic))
 
     town.live(town.come, town.work, ordered, town.hang_up)
     for name in DELTAS:
@@ -179,10 +182,7 @@ def test_a_merge_learns_by_what_the_clients_say(tmp_path: Path) -> None:
     assert told["proxy_loss"] < told["proxy_loss_before"]
     moved = sum(share * -delta for share, delta in zip(shares, DELTAS.values(), strict=True))
     assert town.assembly.store.open(1).flat("trainable").tolist() == pytest.approx([moved] * 4)
-    model = 16  # bytes
-    for name in DELTAS:  # two orders, six models, five gradients and the update itself
-        traffic = town.host.outgoing.counted(name)
-        assert (traffic.down, traffic.up) == ((2 + 6) * model, (1 + 5) * model)
+    assert [each.up for each in traffic] == [(1 + 5) * model] * 3  # the update and five gradients
     assert not town.rows("unjudged")
     assert town.assembly.workshop.uploads.names() == set()
     town.die()
@@ -362,12 +362,11 @@ def test_a_large_model_is_fetched_and_a_large_slope_uploaded(tmp_path: Path) -> 
 
 def test_half_an_answer_stays_as_long_as_its_question_is_open(tmp_path: Path) -> None:
     """A save frees the bytes of what is not awaited any more."""
-    town = Town(tmp_path, BIG, {"c": silent})
+    town = Town(tmp_path, BIG, dict.fromkeys(DELTAS, silent))
 
     async def half() -> None:
-        machine = town.assembly.questions.machine
-        await town.until(lambda: machine.open and machine.waiting == {"c"})
-        uploads, (name,) = town.assembly.workshop.uploads, [town.assembly.questions._ids["c"]]
+        await town.until(lambda: len(town.asked) == 3)
+        uploads, name = town.assembly.workshop.uploads, town.assembly.questions._ids["c"]
         uploads.open(name, 4 * BIG)
         uploads.open("q99", 4 * BIG)
         await town.host._saver._once(0)
