@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atoll.aggregation.asking import Asking
 from atoll.aggregation.fedlaw import FedLaw
 from atoll.aggregation.outer import Momentum
 from atoll.aggregation.stack import Reported, Rows
@@ -22,6 +23,7 @@ from atoll.server.draft import Version
 from atoll.server.items import Item, UpdateBytes
 from atoll.server.merge import Merger, MergeStats
 from atoll.server.versions import VersionStore
+from tests.aggregation.test_asking import Bowls
 
 
 def net(norm: bool = False) -> nn.Module:
@@ -209,6 +211,17 @@ def test_or_they_are_averaged_or_stay(
     first = world.start.flat("buffers_float")
     wanted = first if expected is None else torch.full_like(first, expected)
     assert torch.allclose(version.flat("buffers_float"), wanted, atol=1e-6)
+    assert stats.stats["proxy_loss"] < stats.stats["proxy_loss_before"]
+
+
+def test_of_validators_they_are_the_mean_of_the_clients(tmp_path: Path) -> None:
+    """Who is asked judges by the statistics of its batch, and says nothing of them."""
+    world = World(tmp_path, norm=True)
+    asks = FedLaw(no_proxy="validators", lr=0.02).with_proxy(Asking(world.count, Bowls()))
+    version, stats = world.merged(Merger(world.manifest, asks), world.three())
+    wanted = torch.full_like(world.start.flat("buffers_float"), 0.5 * 1 + 0.3 * 2 + 0.2 * 3)
+    assert torch.allclose(version.flat("buffers_float"), wanted, atol=1e-6)
+    assert stats.stats["validators"] == 2
     assert stats.stats["proxy_loss"] < stats.stats["proxy_loss_before"]
 
 
