@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from atoll.protocols import wire_pb2
+from atoll.protocols.blobs import INLINE
 from atoll.protocols.ids import ulid
 from atoll.server.assembly import Assembly
 from atoll.server.history import History
@@ -90,21 +91,25 @@ def merged(federation: "Federation") -> list[dict[str, float]]:
     return [row["stats"] for row in federation.history("merged")]
 
 
-def test_what_it_costs(federation: "Federation") -> None:
-    """A merge of five steps: six models down and five gradients up for each validator."""
+@pytest.mark.parametrize("model", ["mlp", "mlp:hidden=1200"])
+def test_what_it_costs(federation: "Federation", model: str) -> None:
+    """A merge of five steps: six models down and five gradients up for each validator, inline or,
+    of a larger net, by the calls for large ones."""
     local = federation.local(
-        strategy="fedavg:steps=5,rounds=2,min_clients=3", aggregator=ASKS, evaluate_every=0
-    )
+        strategy="fedavg:steps=5,rounds=2,min_clients=3", aggregator=ASKS, model=model,
+        evaluate_every=0,
+    )  # fmt: skip
     for guest in [federation.digits(f"c{i}", (i, 3)) for i in range(3)]:
         guest.ended(60)
     local.ended(60)
     assert [stats["validators"] for stats in merged(federation)] == [3, 3]
     assert local.server._assembly is not None
     host = local.server._assembly.host
-    model = host.outgoing.model_size
+    size = host.outgoing.model_size
+    assert (size > INLINE) == (model != "mlp")
     for i in range(3):  # of two merges, and two orders
         traffic = host.outgoing.counted(f"c{i}")
-        assert (traffic.down, traffic.up) == (2 * (1 + 6) * model, 2 * (1 + 5) * model)
+        assert (traffic.down, traffic.up) == (2 * (1 + 6) * size, 2 * (1 + 5) * size)
 
 
 HANGS = """
