@@ -104,6 +104,7 @@ class Asking:
             self._last = [answer.count for answer in answers or ()]
             if gradient:
                 self._mean(answers or ())
+            del answers  # a file that nobody reads can be overwritten by the next
             self._asker.done()
         if self._failed:
             return math.nan

@@ -55,6 +55,8 @@ from atoll.server.uploads import StoredUpdate, Uploads
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, object]
+Found = Sequence[tuple[Count, StoredUpdate | None]]  # who answered, and its gradient
+Waiting = Future[Found | None]  # None: too few did
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Questions:
         self._around: Around | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = False
-        self._future: Future[Sequence[Answer] | None] | None = None  # of the open question
+        self._future: Waiting | None = None  # of the open question
         self._blob: Blob | None = None  # the model that it is about
         self._gradient = False
         self._numbers = itertools.count(1)
@@ -110,9 +112,10 @@ class Questions:
         digest = hashlib.sha256(view).digest()
         info = BlobInfo(f"ask/{next(self._numbers)}", len(view), digest, sections)
         blob = Blob(info, view.toreadonly(), checksums(view))
-        future: Future[Sequence[Answer] | None] = Future()
+        future: Waiting = Future()
         self._loop.call_soon_threadsafe(self._put, future, blob, gradient)
-        return future.result()
+        found = future.result()
+        return None if found is None else [_read(count, stored) for count, stored in found]
 
     def done(self) -> None:
         """Nobody reads the answers any more, and those still on their way are not wanted."""
@@ -204,7 +207,7 @@ class Questions:
         known = self._ids.get(client) == result.question
         return known and machine.open and client in machine.waiting
 
-    def _put(self, future: "Future[Sequence[Answer] | None]", blob: Blob, gradient: bool) -> None:
+    def _put(self, future: Waiting, blob: Blob, gradient: bool) -> None:
         """A merge asks."""
         if self._stopped:
             future.set_exception(InterruptedMergeError())
@@ -235,7 +238,7 @@ class Questions:
                 self._timer = self._loop.call_at(at, self._handle, Expired(question))
             case Done(_, counts):
                 self._said = ""
-                self._close([self._answer(count) for count in counts])
+                self._close([(count, self._stored.get(count.client)) for count in counts])
             case Failed(_, reason):
                 if reason != self._said:
                     logger.warning("nothing is learned in this merge: %s", reason)
@@ -259,17 +262,13 @@ class Questions:
         self._around.counted(client).down += info.size
         session.send(wire_pb2.ServerMessage(question=messages.question_to_wire(question)))
 
-    def _close(self, answers: Sequence[Answer] | None) -> None:
+    def _close(self, answers: Found | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._blob = None
         assert self._future is not None
         if not self._future.done():
             self._future.set_result(answers)
-
-    def _answer(self, count: Count) -> Answer:
-        stored = self._stored.get(count.client)
-        return Answer(count, None if stored is None else as_tensor(stored.view(), torch.float32))
 
     def _check(self, result: Result) -> None:
         """Before its bytes are here."""
@@ -331,3 +330,7 @@ class Questions:
     def _note(self, row: Row) -> None:
         if self._around is not None:
             self._around.note(row)
+
+
+def _read(count: Count, stored: StoredUpdate | None) -> Answer:
+    return Answer(count, None if stored is None else as_tensor(stored.view(), torch.float32))
