@@ -1,18 +1,25 @@
 """An aggregator that learns gets the run's model and proxy data; what does not fit is refused."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from atoll.aggregation.aggregator import Aggregator, aggregator, is_learner
+from atoll.aggregation.aggregator import Aggregator, aggregator, is_asking, is_learner
+from atoll.aggregation.fedavg import FedAvg
 from atoll.client.data import Data, Split, load_data, size
 from atoll.client.flat import FlatModel
+from atoll.client.local import TorchTrainer
 from atoll.client.models import build
 from atoll.client.proxy import prints
+from atoll.client.specs import make_trainer
 from atoll.protocols.errors import DataError, UsageError
 from atoll.server.check import check, wants_proxy
 from atoll.server.learner import learning, learning_in
+from atoll.server.simasker import SimAsker
 from atoll.server.simulator import simulate
 from atoll.server.spec import RunSpec
 from atoll.server.trainers import VALIDATORS, Trainers
@@ -142,8 +149,6 @@ def test_each_client_holds_out_a_tenth_of_its_own() -> None:
 
 @pytest.mark.parametrize("rule", ["fedlaw", "fedlaw:no_proxy=validators", "fedlaw:no_proxy=fedavg"])
 def test_a_simulation_learns_the_same_every_time(rule: str) -> None:
-    from atoll.aggregation.fedavg import FedAvg
-
     def run() -> tuple[str, list[dict[str, float]]]:
         names = ["a", "b"]
         learned = Training.of(
@@ -159,6 +164,52 @@ def test_a_simulation_learns_the_same_every_time(rule: str) -> None:
     assert first == again
     assert all("gamma" in stats for stats in first[1])
     assert len(first[1]) == 3
+
+
+def test_trainers_of_a_users_own_judge_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(client: str, shard: tuple[int, int], seed: int) -> TorchTrainer:
+        share = {"c": 0.0, "d": 0.05}.get(client, 0.2)  # c does not, and d has too few examples
+        return make_trainer("linear", BLOBS, "iid", shard, seed, client=client, validate=share)
+
+    module = ModuleType("judging")
+    vars(module)["make"] = make
+    monkeypatch.setitem(sys.modules, "judging", module)
+    names = ["a", "b", "c", "d"]
+    learned = Training.own(
+        "judging:make", names, model="linear", data=BLOBS, seed=0,
+        aggregation="fedlaw:no_proxy=validators",
+    )  # fmt: skip
+    strategy = FedAvg(steps=5, rounds=2, min_clients=4)
+    found = simulate(strategy, dict.fromkeys(names, 0.1), learning=learned)
+    merged = [row["stats"] for row in found.history if row["kind"] == "merged"]
+    assert [stats["validators"] for stats in merged] == [2, 2]
+
+
+def test_hostile_clients_turn_what_they_say_of_a_model_too() -> None:
+    names = ["a", "b", "c"]
+    trainers = Trainers(names, "linear", BLOBS, proxy=VALIDATORS, attacks={"c": "sign-flip:2"})
+    rule = aggregator("fedlaw:no_proxy=validators")
+    assert is_asking(rule)
+    asker, count = SimAsker.of(rule, trainers), 16
+    for name in names:
+        asker.came(name)
+    asker.left("b")
+    asker.begin()
+    none = {"buffers_float": torch.empty(0), "buffers_other": torch.empty(0).long()}
+    found = asker.ask(torch.zeros(count), none, True)
+    assert found is not None
+    assert [answer.count.client for answer in found] == ["a", "c"]
+    a, c = (answer.gradient for answer in found)
+    assert a is not None
+    assert c is not None
+    assert float(torch.nn.functional.cosine_similarity(a, c, dim=0)) < 0
+    asker.left("a")
+    asker.begin()
+    assert asker.ask(torch.zeros(count), none, True) is None
+    nan = torch.full((count,), float("nan"))
+    asker.came("a")
+    asker.begin()
+    assert asker.ask(nan, none, False) is None  # they say nothing that is no number
 
 
 def test_another_process_holds_out_the_same_examples() -> None:
