@@ -6,7 +6,6 @@ by the line that the question came by. Whatever goes wrong, training goes on.
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atoll.client import transfer
+from atoll.client import contract, transfer
 from atoll.client.heldout import Validator
 from atoll.client.line import BROKEN, Line
 from atoll.protocols import chains, messages, wire_pb2
@@ -87,11 +86,9 @@ class Answering:
             g: model.read(g) if model.has(g) else torch.empty(0, dtype=dtype_of(g))
             for g in TRAVELLING
         }
-        loss, examples, slope = self._validator.judge(
-            groups, question.gradient, question.batch_statistics
+        loss, examples, slope = contract.judge(
+            self._validator, groups, question.gradient, question.batch_statistics
         )
-        if not math.isfinite(loss):
-            raise ClientError("FL-C104", f"the loss on what it holds out is {loss}")
         result = Result("", 0, 0, examples, 0.0, NOTHING, {LOSS: loss}, question=question.id)
         return result if slope is None else self._with(line, result, as_bytes(slope))
 

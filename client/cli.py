@@ -119,8 +119,7 @@ def start(
     split_address(address)
     _check_seconds("--patience", patience)
     partspec.parse(partition)
-    if validate is not None and not 0 <= validate <= 0.5:
-        raise UsageError("FL-S108", f"--validate {validate:g}", "give a share from 0 to 0.5")
+    validate = _share(validate, bool(local_dp))
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
     logging.basicConfig(
         level=level if console.verbosity() else logging.WARNING,
@@ -140,8 +139,6 @@ def start(
         from atoll.protocols import loops
 
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-        if local_dp:
-            validate = 0.0  # a gradient on what is held out would carry no noise
         options = Options(
             name, model, data, trainer, partition, shard, device, sleep_per_step, validate
         )
@@ -266,6 +263,13 @@ def _offline(model: str, data: str, trainer: str, device: str):  # type: ignore[
     if trainer:
         return own_trainer(trainer, "local")
     return torch_trainer(options, model or "mlp", data or "digits", LocalConfig(device=device))
+
+
+def _share(validate: float | None, private: bool) -> float | None:
+    """What is held out; nothing where a gradient on it would have to carry noise. FL-S108."""
+    if validate is not None and not 0 <= validate <= 0.5:
+        raise UsageError("FL-S108", f"--validate {validate:g}", "give a share from 0 to 0.5")
+    return 0.0 if private else validate
 
 
 def _check_seconds(option: str, seconds: float | None) -> None:

@@ -4,20 +4,24 @@ Whoever wrote it reads one line that says which method did what (FL-C104), in a 
 test and on a server alike, and never of a bug of ours.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import index
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
+from atoll.client.heldout import Validator
 from atoll.client.trainer import Task, Tensors, Trained, Trainer
 from atoll.protocols.errors import RAISED, AtollError, ClientError
 from atoll.protocols.events import Then
 
 T = TypeVar("T")
 
+JUDGED = "return (loss, examples, gradient): see atoll.client.heldout.Validator"
 RETURN = "return a Trained of atoll.client: (tensors, steps, examples, metrics)"
 
 
@@ -84,6 +88,28 @@ def evaluate(judge: Judge) -> dict[str, float]:
         hint = "return {name: number}, or {} where there is no test data"
         raise _broken(f"evaluate() returned {_kind(found)}, not a mapping", hint)
     return _numbers("evaluate", found)
+
+
+def judge(
+    validator: Validator, model: Mapping[str, Tensor], gradient: bool, batch_statistics: bool
+) -> tuple[float, int, Tensor | None]:
+    """Loss, examples, and the gradient where it is asked for, as long as the model's trainable
+    part. ClientError FL-C104, or why it declines."""
+    with _told("validator.judge"):
+        found: object = validator.judge(model, gradient, batch_statistics)
+    if not isinstance(found, tuple) or len(found) != 3:
+        raise _broken(f"validator.judge() returned {_kind(found)}", JUDGED)
+    loss = _as(float, "validator.judge() gave loss", found[0], "a number")
+    count = _whole("validator.judge() gave examples", found[1])
+    if not math.isfinite(loss) or count < 1:
+        raise _broken(f"validator.judge() gave loss={loss} on {count} examples", JUDGED)
+    if not gradient:
+        return loss, count, None
+    n, slope = model["trainable"].numel(), found[2]
+    if not isinstance(slope, Tensor) or slope.shape != (n,) or slope.dtype != torch.float32:
+        shown = f"{slope.dtype} {tuple(slope.shape)}" if isinstance(slope, Tensor) else _kind(slope)
+        raise _broken(f"validator.judge() gave a gradient {shown}, not float32 ({n},)", JUDGED)
+    return loss, count, slope.cpu().contiguous()
 
 
 def examples(trainer: Trainer) -> int:

@@ -31,6 +31,7 @@ from atoll.aggregation.validated import (
     Verdict,
     Wait,
 )
+from atoll.client import contract
 from atoll.client.flat import FlatModel
 from atoll.client.heldout import HeldOut, Validator
 from atoll.client.local import TorchTrainer
@@ -116,7 +117,9 @@ class SimAsker:
         validator = self._validators[client]
         assert validator is not None, "only who is able is asked"
         try:
-            loss, examples, slope = validator.judge(groups, gradient, self._batch_statistics)
+            loss, examples, slope = contract.judge(
+                validator, groups, gradient, self._batch_statistics
+            )
         except AtollError as error:
             return Refused(client, error.message)
         norm = 0.0

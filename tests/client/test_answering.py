@@ -42,6 +42,19 @@ class Bowl:
         return loss, 20, w.clone() if gradient else None
 
 
+class Odd(Bowl):
+    """Returns what it likes."""
+
+    def __init__(self, found: object) -> None:
+        super().__init__()
+        self.found = found
+
+    def judge(
+        self, model: Mapping[str, Tensor], gradient: bool, batch_statistics: bool
+    ) -> tuple[float, int, Tensor | None]:
+        return self.found  # type: ignore[return-value]
+
+
 def question(number: int = 7, gradient: bool = True, inline: bool = True) -> Question:
     data = bytes(as_bytes(MODEL))
     info = BlobInfo("ask/1", 12, hashlib.sha256(data).digest(), chains.whole(MANIFEST))
@@ -97,8 +110,12 @@ def test_where_no_gradient_is_asked_for_there_is_no_payload(inline: bool) -> Non
     ("bowl", "code", "why"),
     [
         (Bowl(error=DataError("FL-D105", "3 examples", "")), "FL-D105", "3 examples"),
-        (Bowl(error=ValueError("odd")), "FL-S100", "odd"),
-        (Bowl(loss=float("nan")), "FL-C104", "nan"),
+        (Bowl(error=ValueError("odd")), "FL-C104", "the trainer's validator.judge() failed"),
+        (Bowl(loss=float("nan")), "FL-C104", "gave loss=nan on 20 examples"),
+        (Odd(None), "FL-C104", "returned None"),
+        (Odd((1.0, 0, MODEL)), "FL-C104", "gave loss=1.0 on 0 examples"),
+        (Odd((1.0, 5, None)), "FL-C104", "a gradient None, not float32 (3,)"),
+        (Odd((1.0, 5, MODEL.double())), "FL-C104", "a gradient torch.float64 (3,)"),
     ],
 )
 def test_it_declines_with_the_reason(bowl: Bowl, code: str, why: str) -> None:
