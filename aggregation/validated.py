@@ -82,6 +82,13 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """It has no number to say of this model: it takes no part in what is left of the merge."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """It declines, or what it sent was refused: it is not asked again until it has come anew."""
 
@@ -96,7 +103,7 @@ class Expired:
     question: int
 
 
-Event = Came | Silent | Left | Began | Asked | Answered | Refused | Expired
+Event = Came | Silent | Left | Began | Asked | Answered | Passed | Refused | Expired
 
 # ---- said ----------------------------------------------------------------------------------------
 
@@ -175,6 +182,8 @@ class Validators:
                 self.waiting.discard(client)
                 self.answers[client] = verdict
                 return self._look()
+            case Passed(client):
+                return self._without(client)
             case Refused(client, reason):
                 self.refused[client] = reason
                 return self._without(client)

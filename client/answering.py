@@ -6,6 +6,7 @@ by the line that the question came by. Whatever goes wrong, training goes on.
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from atoll.client.heldout import Validator
 from atoll.client.line import BROKEN, Line
 from atoll.protocols import chains, messages, wire_pb2
 from atoll.protocols.blobs import BlobInfo, Section
-from atoll.protocols.codecs import as_bytes
+from atoll.protocols.codecs import all_finite, as_bytes
 from atoll.protocols.errors import AtollError, ClientError, RefusedError
 from atoll.protocols.hand import Hand
 from atoll.protocols.manifest import TRAVELLING, Manifest
@@ -89,7 +90,10 @@ class Answering:
         loss, examples, slope = contract.judge(
             self._validator, groups, question.gradient, question.batch_statistics
         )
-        result = Result("", 0, 0, examples, 0.0, NOTHING, {LOSS: loss}, question=question.id)
+        result = Result("", 0, 0, examples, 0.0, NOTHING, question=question.id)
+        if not math.isfinite(loss) or (slope is not None and not all_finite(slope)):
+            return result  # of such a model there is nothing to say; the next may be another
+        result = replace(result, metrics={LOSS: loss})
         return result if slope is None else self._with(line, result, as_bytes(slope))
 
     def _room(self, info: BlobInfo) -> memoryview:

@@ -4,7 +4,6 @@ Whoever wrote it reads one line that says which method did what (FL-C104), in a 
 test and on a server alike, and never of a bug of ours.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,7 +100,7 @@ def judge(
         raise _broken(f"validator.judge() returned {_kind(found)}", JUDGED)
     loss = _as(float, "validator.judge() gave loss", found[0], "a number")
     count = _whole("validator.judge() gave examples", found[1])
-    if not math.isfinite(loss) or count < 1:
+    if count < 1:
         raise _broken(f"validator.judge() gave loss={loss} on {count} examples", JUDGED)
     if not gradient:
         return loss, count, None

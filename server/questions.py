@@ -32,6 +32,7 @@ from atoll.aggregation.validated import (
     Expired,
     Failed,
     Left,
+    Passed,
     Refused,
     Send,
     Silent,
@@ -181,6 +182,9 @@ class Questions:
         """An answer on the control stream; nobody is told what became of it."""
         client = session.client
         with contextlib.suppress(RemoteError):
+            if self._awaits(client, result) and LOSS not in result.metrics:
+                self._handle(Passed(client))
+                return
             if self.may_upload(client, result) is None:
                 return
             with self._noted(client):

@@ -16,6 +16,7 @@ from atoll.aggregation.validated import (
     Expired,
     Failed,
     Left,
+    Passed,
     Refused,
     Send,
     Silent,
@@ -193,6 +194,17 @@ def test_who_leaves_or_is_refused_makes_the_answers_fewer() -> None:
     machine.handle(Came("b", True), 0.0)
     machine.handle(Began(), 0.0)
     assert ask(machine)[1:] == [Send("a", 3), Send("b", 3)]
+
+
+def test_who_has_no_number_to_say_is_asked_again_in_the_next_merge() -> None:
+    machine = among("a", "b", "c")
+    ask(machine)
+    answer(machine, "a")
+    assert machine.handle(Passed("b"), 101.0) == []
+    assert who(answer(machine, "c")) == ["a", "c"]
+    assert ask(machine)[1:] == [Send("a", 2), Send("c", 2)]
+    machine.handle(Began(), 0.0)
+    assert ask(machine)[1:] == [Send("a", 3), Send("b", 3), Send("c", 3)]
 
 
 def test_its_state_is_plain_data() -> None:

@@ -107,11 +107,20 @@ def test_where_no_gradient_is_asked_for_there_is_no_payload(inline: bool) -> Non
 
 
 @pytest.mark.parametrize(
+    "bowl", [Bowl(loss=float("nan")), Odd((1.0, 20, torch.tensor([0.0, float("inf"), 0.0])))]
+)
+def test_of_a_model_without_a_finite_loss_it_says_no_number(bowl: Bowl) -> None:
+    """It is asked again about the next: a candidate that went too far is no fault of its."""
+    (message,) = answered(bowl, question())
+    result = messages.result_from_wire(message.result)
+    assert (result.question, result.metrics, result.payload) == ("q7", {}, messages.NOTHING)
+
+
+@pytest.mark.parametrize(
     ("bowl", "code", "why"),
     [
         (Bowl(error=DataError("FL-D105", "3 examples", "")), "FL-D105", "3 examples"),
         (Bowl(error=ValueError("odd")), "FL-C104", "the trainer's validator.judge() failed"),
-        (Bowl(loss=float("nan")), "FL-C104", "gave loss=nan on 20 examples"),
         (Odd(None), "FL-C104", "returned None"),
         (Odd((1.0, 0, MODEL)), "FL-C104", "gave loss=1.0 on 0 examples"),
         (Odd((1.0, 5, None)), "FL-C104", "a gradient None, not float32 (3,)"),

@@ -216,7 +216,6 @@ NAN = torch.full((4,), math.nan)
         (says(slope=NAN), "FL-W106"),
         (says(slope=torch.ones(5)), "FL-W104"),
         (says(examples=0), "FL-W101"),
-        (says(loss=None), "FL-W101"),
         (says(inline=None), "FL-W104"),
         (declines, "FL-D105"),
     ],
@@ -232,6 +231,15 @@ def test_an_answer_that_cannot_be_used_costs_its_client_its_say_and_no_more(
     assert row["client"] == "b"
     assert code in row["reason"]
     assert set(town.host.run.members) == set(DELTAS)
+    town.die()
+
+
+def test_one_that_has_no_number_for_a_model_is_asked_in_the_next_merge(tmp_path: Path) -> None:
+    town = Town(tmp_path, say={"b": says(loss=None)})
+    town.live(town.come, town.work, town.work, town.hang_up)
+    assert [name for name, _ in town.asked if name == "b"] == ["b", "b"]
+    assert town.stats(2)["validators"] == 2
+    assert not town.rows("not-asked")
     town.die()
 
 
