@@ -334,7 +334,7 @@ class Assembly:
     async def end(self, over: bool) -> None:
         """Goodbye to the clients; `over`: for good."""
         reason = self.host.run.finished if over else "the server stops for now"
-        self.host.farewell(reason or "", over, retry_seconds=1.0)
+        self.host.reception.farewell(reason or "", over, retry_seconds=1.0)
         await self.host.close()
 
     def close(self) -> None:
@@ -344,7 +344,7 @@ class Assembly:
             self._flush()
             with contextlib.suppress(OSError):  # it was said already
                 self.history_file.close()
-            if self.host.dismiss():
+            if self.host.reception.dismiss():
                 self.journal.note("membership", state.dumps(self.host.membership))
         finally:
             self.journal.close()

@@ -1,7 +1,8 @@
-"""Host: one run's world. Clients come and go, orders go out, results come in, versions are made.
+"""Host: one run's world. Orders go out, what clients say comes in, versions are made.
 
 Carries out what the driver's machines decide. Everything here runs in the event loop's thread;
-merging, saving and evaluating are handed to worker threads and come back as inputs.
+merging, saving and evaluating are handed to worker threads and come back as inputs. Who comes and
+goes is `reception.py`'s affair.
 """
 
 import asyncio
@@ -11,33 +12,30 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from atoll.protocols import bounds, messages, refusals, state, wire_pb2
-from atoll.protocols.blobs import CHUNK, INLINE, Blob
+from atoll.protocols import bounds, messages, wire_pb2
+from atoll.protocols.blobs import INLINE, Blob
 from atoll.protocols.errors import AtollError, RemoteError, ServerError
 from atoll.protocols.events import (
     Action,
-    ClientInfo,
-    ClientJoined,
-    ClientLeft,
     Evaluated,
     Event,
     Merged,
     Then,
     UpdateReceived,
 )
-from atoll.protocols.links import Link
-from atoll.protocols.membership import Back, Joined, Left, Membership
+from atoll.protocols.membership import Membership
 from atoll.server import plausible
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
 from atoll.server.history import History, Row
 from atoll.server.intake import Intake
 from atoll.server.journal import ACKS
-from atoll.server.links import Links, held_by
+from atoll.server.links import Links
 from atoll.server.merge import InterruptedMergeError
 from atoll.server.outgoing import Outgoing
 from atoll.server.panel import Panel
 from atoll.server.questions import Around, Questions
+from atoll.server.reception import Reception
 from atoll.server.recover import snapshot
 from atoll.server.rows import Recorder
 from atoll.server.run import Effect, Merge, Order, Outcome, Run
@@ -48,9 +46,6 @@ from atoll.server.uploads import StoredUpdate
 from atoll.server.workshop import Workshop
 
 logger = logging.getLogger(__name__)
-
-PROTOCOL = 1
-BATCH = "batch"  # capability of clients that read several messages in one
 
 
 class Host:
@@ -82,16 +77,18 @@ class Host:
         self.outgoing = Outgoing(
             run, workshop, links, self.sessions, lambda error: self.driver.fail(error)
         )
+        self.reception = Reception(
+            spec, run, membership, workshop, links, history, self.sessions, self.outgoing,
+            questions, on_row, lambda: self.driver, self._lost,
+        )  # fmt: skip
         self.intake = Intake(
             run, membership, workshop, links, self.sessions, self.outgoing,
-            lambda: self.driver, self._expel,
+            lambda: self.driver, self.reception.expel,
         )  # fmt: skip
         self._on_row = on_row
         self.recorder = Recorder()  # a resumed run brings its own
         self._groups: dict[str, tuple[tuple[str, ...], float, float]] = {}
-        self._manifest = json.dumps(workshop.store.manifest.to_json())
         self._spent: list[str] = []
-        self._meta: list[tuple[str, str]] = []
         self._acks: list[tuple[str, str]] = []  # (client, update), not yet written down
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="merge")
         self._saver = Saver(
@@ -105,11 +102,8 @@ class Host:
             failed=lambda error: self.driver.fail(error),
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lease: asyncio.TimerHandle | None = None
         self._panel = Panel()  # where the server has no test data
         self._offered = self._judged = -1  # newest versions given to the evaluator, heard from it
-        self._bye: wire_pb2.Goodbye | None = None  # said for good
-        self._told: set[str] = set()  # who heard it
 
     # ---- the driver's world --------------------------------------------------------------------
 
@@ -185,7 +179,7 @@ class Host:
 
     def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
         spent, self._spent = self._spent, []
-        meta, self._meta = self._meta, []
+        meta = self.reception.news()
         acks, self._acks = self._acks, []
         if acks:
             meta.append((ACKS + acks[0][1], json.dumps(acks)))
@@ -213,7 +207,7 @@ class Host:
 
     def begin(self) -> None:
         """The run starts, or goes on: leases run, and what came before is written."""
-        self._arm_lease()
+        self.reception.open()
 
     def listen(self) -> None:
         """Before any merge: clients can be asked, those of a former life once they are back."""
@@ -228,105 +222,6 @@ class Host:
         return self.run.awaited() | self.questions.awaited()
 
     # ---- clients -------------------------------------------------------------------------------
-
-    async def greet(self, hello: messages.Hello) -> Session:
-        """Take a client in, when all that was decided about it is written: it may be told of it.
-        RemoteError where it cannot take part."""
-        greeted: asyncio.Future[Session] = asyncio.get_running_loop().create_future()
-
-        def now() -> None:
-            if greeted.cancelled():  # it hung up while it waited
-                return
-            try:
-                session = self.hello(hello)
-            except Exception as error:  # noqa: BLE001  # whoever greets hears of it
-                greeted.set_exception(error)
-            else:
-                greeted.set_result(session)
-
-        self.driver.after(now)
-        return await greeted
-
-    def hello(self, hello: messages.Hello) -> Session:
-        """The same, at once."""
-        link = self._check_hello(hello)
-        decision = self.membership.hello(hello.client, hello.node, self.driver.clock.now())
-        session = self.sessions.open(hello.client, decision.fence)
-        session.link, session.held = link, held_by(hello.base)
-        session.former = frozenset(hello.holding)
-        self.links.agreed(hello.client, link)
-        session.batch = BATCH in hello.info.capabilities
-        session.send(wire_pb2.ServerMessage(welcome=self._welcome(session)))
-        self._note_lost_state(hello)
-        untold = list(self.run.untold.get(hello.client, {}).values())
-        session.room += len(untold)
-        for outcome in untold:
-            self.outgoing.outcome(session, outcome)
-        if isinstance(decision, Joined):
-            self._joined(hello, decision)
-        else:
-            self._back(hello, decision, session)
-        if self._bye is not None:
-            self._say_bye(session, self._bye)
-        self.questions.came(hello.client, hello.info.capabilities)
-        self._arm_lease()
-        return session
-
-    def _joined(self, hello: messages.Hello, joined: Joined) -> None:
-        self._note_membership()
-        known = hello.info.seconds_per_step or joined.seconds_per_step
-        held = plausible.examples(hello.info.examples, self.spec.most_examples)
-        info = ClientInfo(held, known, hello.info.capabilities)
-        logger.info("client=%s joined%s", joined.name, " again" if joined.again else "")
-        self.driver.post(ClientJoined(joined.name, info))
-
-    def _note_lost_state(self, hello: messages.Hello) -> None:
-        """A client whose work we had keeps private state of each outcome: without any, it has lost
-        it, as with a new disk. What follows from that is the method's affair (`client/keep.py`)."""
-        totals = self.history.clients.get(hello.client)
-        lost = sorted(kind for kind, outcomes in hello.kept.items() if not outcomes)
-        if lost and totals is not None and totals.updates:
-            what = ", ".join(lost)
-            logger.warning("client=%s lost its state: %s", hello.client, what)
-            self._on_row(
-                {"t": self.driver.clock.now(), "kind": "state-lost", "client": hello.client,
-                 "state": what}
-            )  # fmt: skip
-
-    def _back(self, hello: messages.Hello, back: Back, session: Session) -> None:
-        """Within its lease: its order goes on, or is sent again where it was lost on the way."""
-        now = self.driver.clock.now()
-        logger.info("client=%s is back after %.1f s", back.name, back.silent)
-        self._on_row(
-            {"t": now, "kind": "back", "client": back.name, "silent": round(back.silent, 3)}
-        )
-        order = self.run.open.get(back.name)
-        if order is None or order.started is None or order.id in hello.holding:
-            return
-        if order.version in self.workshop.store.numbers():
-            self.outgoing.order(session, order)
-        else:
-            self._renew(hello, session, f"version {order.version} of its order is gone")
-
-    def _renew(self, hello: messages.Hello, session: Session, reason: str) -> None:
-        """Let a client leave and join in one breath: its open order cannot be done any more."""
-        now = self.driver.clock.now()
-        left = self.membership.expel(session.client, now, reason)
-        if left is not None:
-            self._left(left)
-        again = self.membership.hello(hello.client, hello.node, now)
-        assert isinstance(again, Joined)
-        session.fence = again.fence
-        self._joined(hello, again)
-
-    def gone(self, session: Session, reason: str) -> None:
-        """A control stream ended. Within its lease the client may come back."""
-        self.sessions.drop(session)
-        self._panel_says(self._panel.gone(session.client))
-        self.membership.broken(session.client, session.fence, self.driver.clock.now(), reason)
-        if session.client not in self.sessions.of:
-            self.questions.silent(session.client)
-        self._arm_lease()
 
     def message(self, session: Session, message: wire_pb2.ClientMessage) -> None:
         """One message of a client's control stream, and those that travel in it. RemoteError ends
@@ -357,7 +252,7 @@ class Host:
                     "FL-C104", f"order {bounds.text(told.order, 24)} was given up: {why}",
                     "mend the trainer and start this client again",
                 )  # fmt: skip
-                self._expel(session.client, f"it could not train: {why}", error)
+                self.reception.expel(session.client, f"it could not train: {why}", error)
             case "evaluation":
                 found_by = message.evaluation
                 found = plausible.judged(messages.metrics_from_wire(found_by.metrics))
@@ -370,92 +265,10 @@ class Host:
                 now = self.driver.clock.now()
                 left = self.membership.goodbye(session.client, session.fence, now, reason)
                 if left is not None:
-                    self._left(left)
+                    self.reception.left(left)
                 session.close()
 
-    def _check_hello(self, hello: messages.Hello) -> Link:
-        """The codecs it gets."""
-        if hello.protocol != PROTOCOL:
-            raise RemoteError(
-                "FL-C102",
-                f"client speaks protocol {hello.protocol}, this server {PROTOCOL}",
-                "install the same version of atoll on both sides",
-            )
-        if hello.run and hello.run != self.spec.id:
-            raise RemoteError(
-                "FL-S107", f"no run {hello.run!r} here", f"this server runs {self.spec.id}"
-            )
-        schema = self.workshop.store.manifest.schema
-        if hello.schema and hello.schema != schema:
-            raise RemoteError(
-                "FL-W104",
-                f"the client's model has schema {hello.schema[:12]}, the run's {schema[:12]}",
-                "give the client the run's model: see `fl-client test`",
-            )
-        if self.run.finished is not None and hello.client not in self.membership.alive():
-            raise RemoteError("FL-S107", f"the run is over: {self.run.finished}", "start a new one")
-        return self.links.allowed.agree(hello.asked, hello.info.capabilities)
-
-    def _welcome(self, session: Session) -> wire_pb2.Welcome:
-        return wire_pb2.Welcome(
-            run=self.spec.id,
-            session=session.token,
-            chunk_bytes=CHUNK,
-            inline_limit=INLINE,
-            lease_seconds=self.spec.lease,
-            heartbeat_seconds=max(0.5, self.spec.lease / 20),  # also how fresh progress bars are
-            up_codec=session.link.up,
-            down_codec=session.link.down,
-            spec=self.spec.for_clients(),
-            manifest=self._manifest,
-        )
-
-    def _left(self, left: Left) -> None:
-        logger.info("client=%s left: %s", left.name, left.reason)
-        self._note_membership()
-        self.questions.left(left.name)
-        self.links.left(left.name)
-        self.driver.post(ClientLeft(left.name, left.reason))
-
-    def _expel(self, client: str, reason: str, error: RemoteError) -> None:
-        """It has left, whether it likes it or not; `error` is the last it hears."""
-        left = self.membership.expel(client, self.driver.clock.now(), reason)
-        if left is not None:
-            self._left(left)
-        session = self.sessions.of.get(client)
-        if session is not None:
-            session.send(wire_pb2.ServerMessage(refusal=refusals.error_to_wire(error)))
-            self.sessions.drop(session)
-            session.close()
-
-    def _note_membership(self) -> None:
-        self._meta.append(("membership", state.dumps(self.membership)))
-
-    def _arm_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.cancel()
-        due = self.membership.due()
-        if due is not None:
-            loop = asyncio.get_running_loop()
-            self._lease = loop.call_later(self.driver.clock.wall(due) + 0.01, self._tick)
-
-    def _tick(self) -> None:
-        for decision in self.membership.tick(self.driver.clock.now()):
-            if isinstance(decision, Left):
-                self._left(decision)
-                session = self.sessions.of.get(decision.name)
-                if session is not None:
-                    self.sessions.drop(session)
-                    session.close()
-        self._arm_lease()
-
     # ---- bulk calls (server/bulk.py) -----------------------------------------------------------
-
-    def authorize(self, metadata: object) -> str:
-        token = dict(metadata).get(messages.SESSION_KEY, "")  # type: ignore[call-overload]
-        session = self.sessions.find(str(token))
-        self.membership.heard(session.client, session.fence, self.driver.clock.now())
-        return session.client
 
     def find_blob(self, client: str, blob: str) -> Blob:
         return self.questions.blob(client, blob) or self.outgoing.find_blob(client, blob)
@@ -504,8 +317,7 @@ class Host:
 
     async def close(self) -> None:
         """Save the newest version, say goodbye, end the workers."""
-        if self._lease is not None:
-            self._lease.cancel()
+        self.reception.close()
         self.workshop.merger.interrupt()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._saver.close(save=self.driver.error is None)
@@ -515,35 +327,10 @@ class Host:
         self.workshop.merger.close()
         self.links.close()
 
-    def farewell(self, reason: str, done: bool, retry_seconds: float = 1.0) -> None:
-        """Say goodbye to all who are here; `done`: also to those who come from now on."""
-        bye = wire_pb2.Goodbye(reason=reason, done=done, retry_seconds=retry_seconds)
-        if done:
-            self._bye = bye
-        for session in list(self.sessions.of.values()):
-            self._say_bye(session, bye)
-
-    def _say_bye(self, session: Session, bye: wire_pb2.Goodbye) -> None:
-        self._told.add(session.client)
-        session.send(wire_pb2.ServerMessage(goodbye=bye))
-        session.close()
-
-    def dismiss(self) -> bool:
-        """Those who heard the last goodbye are no members any more. False where none was said."""
-        if self._bye is None:
-            return False
-        for client in sorted(self._told):
-            self.membership.expel(client, self.driver.clock.now(), "the run is over")
-        return True
-
-    async def linger(self) -> None:
-        """Until all members have heard the goodbye, or their leases end: one that lost us for a
-        moment would look for us for ever."""
-        while set(self.membership.alive()) - self._told:
-            await asyncio.sleep(0.05)
-            self.membership.tick(self.driver.clock.now())
-
     # ---- evaluation by clients -----------------------------------------------------------------
+
+    def _lost(self, client: str) -> None:
+        self._panel_says(self._panel.gone(client))
 
     def _ask_clients(self) -> None:
         version = self._panel.ask(list(self.sessions.of))

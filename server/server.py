@@ -240,7 +240,7 @@ class Server:
             self._signals(False)
 
     async def _linger(self, host: "Host", stopping: "asyncio.Task[bool]") -> None:
-        lingering = asyncio.create_task(host.linger())
+        lingering = asyncio.create_task(host.reception.linger())
         await asyncio.wait(
             (lingering, stopping), timeout=LINGER, return_when=asyncio.FIRST_COMPLETED
         )
@@ -282,7 +282,7 @@ class Server:
 
         return Bulk(
             uploads,
-            authorize=lambda metadata: now().authorize(metadata),
+            authorize=lambda metadata: now().reception.authorize(metadata),
             find_blob=lambda client, blob: now().find_blob(client, blob),
             may_upload=lambda client, result: now().may_upload(client, result),
             accepted=accepted,

@@ -62,7 +62,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             first = wire_pb2.ClientMessage() if first is grpc.aio.EOF else _parse(first)
             if first.WhichOneof("kind") != "hello":
                 raise RemoteError("FL-W101", "the first message is not Hello", "say hello first")
-            session = await host.greet(messages.hello_from_wire(first.hello))
+            session = await host.reception.greet(messages.hello_from_wire(first.hello))
         except AtollError as error:
             logger.info("hello refused: %s", error)
             await self._abort(context, error)
@@ -81,7 +81,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                     await self._abort(context, error)
                 raise error
         finally:
-            host.gone(session, reason)
+            host.reception.gone(session, reason)
             for task in (writer, reader, cut):
                 task.cancel()
             await asyncio.gather(writer, reader, cut, return_exceptions=True)

@@ -89,7 +89,7 @@ class Town(Life):
         for name in names or tuple(DELTAS):
             can = ("fp32", VALIDATE) if able else ("fp32",)
             hello = Hello(1, "", name, self.nodes[name], ClientInfo(10, None, can))
-            session = self.sessions[name] = await self.host.greet(hello)
+            session = self.sessions[name] = await self.host.reception.greet(hello)
             self._talks.append(asyncio.create_task(self._talk(name, session)))
 
     async def _talk(self, name: str, session: Session) -> None:
@@ -249,7 +249,7 @@ def test_it_is_asked_again_when_it_comes_anew(tmp_path: Path) -> None:
     async def again() -> None:
         town.say["b"], former = honest, town.sessions["b"]
         await town.come("b")
-        town.host.gone(former, "it has another stream")
+        town.host.reception.gone(former, "it has another stream")
 
     town.live(town.come, town.work, again, town.work, town.hang_up)
     assert (town.stats(1)["validators"], town.stats(2)["validators"]) == (2, 3)
@@ -291,7 +291,7 @@ def test_who_hangs_up_is_not(tmp_path: Path) -> None:
     def hangs_up(
         town: Town, client: str, question: Question, loss: float, slope: Tensor
     ) -> wire_pb2.ClientMessage | None:
-        town.host.gone(town.sessions[client], "it was killed")
+        town.host.reception.gone(town.sessions[client], "it was killed")
         return None
 
     town = lived(tmp_path, say={"b": hangs_up})
@@ -319,7 +319,7 @@ def test_one_that_is_back_is_asked_once_more(tmp_path: Path) -> None:
         if lost:
             return town.answer(question, loss, slope)
         lost.append(client)
-        town.host.gone(town.sessions[client], "its connection broke")
+        town.host.reception.gone(town.sessions[client], "its connection broke")
         town._talks.append(asyncio.create_task(town.come(client)))
         return None
 

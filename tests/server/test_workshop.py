@@ -328,13 +328,15 @@ def test_a_client_that_hangs_up_before_it_is_greeted_harms_nobody(tmp_path: Path
 
     async def hang_up() -> None:
         hello = Hello(1, "", "hasty", ulid(), ClientInfo(1, None, known))
-        waiting = asyncio.create_task(life.host.greet(hello))
+        waiting = asyncio.create_task(life.host.reception.greet(hello))
         await asyncio.sleep(0)  # it has asked
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
 
     async def stay() -> None:
-        session = await life.host.greet(Hello(1, "", "c2", ulid(), ClientInfo(1, None, known)))
+        session = await life.host.reception.greet(
+            Hello(1, "", "c2", ulid(), ClientInfo(1, None, known))
+        )
         assert life.host.sessions.of == {"c2": session}
 
     life.live(1, hang_up, 1, stay)
