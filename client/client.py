@@ -13,40 +13,31 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import grpc
 
-from atoll.client import contract, transfer
 from atoll.client import session as machine
-from atoll.client.answering import Answering
+from atoll.client import transfer
 from atoll.client.keep import Keep
 from atoll.client.line import BROKEN, Line
-from atoll.client.links import asked_of, capabilities, own_codecs
-from atoll.client.localdp import LocalDP, local_dp, stricter
+from atoll.client.links import own_codecs
+from atoll.client.localdp import LocalDP
 from atoll.client.outbox import Outbox
+from atoll.client.part import Maker, Part
 from atoll.client.settling import Settling
 from atoll.client.trainer import Trainer
 from atoll.client.training import Report, Training
-from atoll.client.work import Workbench
-from atoll.protocols import bounds, chains, loops, messages, refusals, wire_pb2
+from atoll.protocols import bounds, loops, messages, refusals, wire_pb2
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
-from atoll.protocols.codecs import Fp32
 from atoll.protocols.errors import AtollError, ClientError
-from atoll.protocols.events import ClientInfo
 from atoll.protocols.ids import machine_name
 from atoll.protocols.links import Link
-from atoll.protocols.manifest import Manifest
 from atoll.protocols.messages import RESULT_FIELD
 from atoll.protocols.packed import nested
 from atoll.protocols.runinfo import RunInfo
 
-Maker = Callable[[RunInfo], Trainer]
-
 logger = logging.getLogger(__name__)
-
-PROTOCOL = 1
-BATCH = "batch"  # capability: several server messages in one
 
 
 class Client:
@@ -76,14 +67,13 @@ class Client:
         self.address = address
         self.name = name or machine_name()
         self.report = Report()
-        self._trainer = trainer
-        self._examples = examples
-        self._pace = seconds_per_step
-        self._asked = asked_of(codec)
-        self._private = private
         self._outbox = Outbox(folder)
         self._keep = Keep(folder / "keep" if folder is not None else None)
         self._keep.retain([update for _, update in self._outbox.waiting()])
+        self._part = Part(
+            self.name, trainer, examples, seconds_per_step, codec, private,
+            self._outbox, self._keep, lambda: self._line,
+        )  # fmt: skip
         self._settling = Settling(
             self._keep, self._outbox, self._acknowledge, lambda error: self._reject(error, "")
         )
@@ -99,10 +89,8 @@ class Client:
         self._training = Training(
             self.name, self.report, self._post, lambda: self._line, self._running
         )
-        self._answering: Answering | None = None  # where it judges models in a merge
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._info = ClientInfo(0)
         self._quit: asyncio.Future[machine.Quit] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -144,8 +132,7 @@ class Client:
 
     async def _close(self) -> None:
         self._training.close()
-        if self._answering is not None:
-            self._answering.close()
+        self._part.close()
         await self._settling.close()
         if self._line is not None:
             await asyncio.sleep(0.05)  # let a goodbye or an acknowledgement out
@@ -259,7 +246,8 @@ class Client:
             self._reject(ClientError("FL-S100", f"unexpected error: {error!r}"), "")
 
     async def _talk_on(self, channel: Any, line: Line, holding: tuple[str, ...]) -> None:
-        line.say(hello=self._hello(holding))
+        assert self._training.bench is not None
+        line.say(hello=self._part.hello(self._training.bench, holding))
         call = channel.stream_stream(
             f"/{SERVICE}/Control",
             response_deserializer=wire_pb2.ServerMessage.FromString,
@@ -308,44 +296,8 @@ class Client:
         self._keep.enter(info.id)
         if self._keep.lost:
             logger.warning("client=%s private state is lost: %s", self.name, self._keep.lost)
-        await self._training.prepare(lambda: self._make(info))
+        await self._training.prepare(lambda: self._part.make(info))
         return {order for order, _ in stale}
-
-    def _make(self, info: RunInfo) -> Workbench:
-        made = self._trainer
-        trainer = cast("Trainer", made) if hasattr(made, "train") else made(info)
-        mine = getattr(trainer, "manifest", None)
-        if isinstance(mine, Manifest) and (differs := info.manifest.difference(mine)):
-            raise ClientError(
-                "FL-C103",
-                f"this client's model is not the run's: {differs}",
-                f"give it the run's model ({info.model}): see `fl-client test`",
-            )
-        examples = self._examples
-        if examples is None:
-            examples = contract.examples(trainer)
-        pace = self._pace(trainer) if callable(self._pace) else self._pace
-        runs = local_dp(info.local_dp) if info.local_dp else None
-        private = stricter(self._private, runs)
-        validator = getattr(trainer, "validator", None) if info.validate else None
-        if validator is not None and private is None:  # a gradient there would carry no noise
-            self._answering = Answering(self.name, info.manifest, validator, lambda: self._line)
-        judges = (messages.VALIDATE,) if self._answering is not None else ()
-        can = (BATCH, *capabilities(self._asked), *judges)
-        self._info = ClientInfo(examples, pace, can)
-        return Workbench(trainer, info.manifest, Fp32(), Fp32(), self._outbox, self._keep, private)
-
-    def _hello(self, holding: tuple[str, ...]) -> wire_pb2.Hello:
-        bench = self._training.bench
-        assert bench is not None
-        memory, held = self._outbox.memory, bench.holding.held
-        return messages.hello_to_wire(
-            messages.Hello(
-                PROTOCOL, memory.run, self.name, memory.node, self._info,
-                bench.manifest.schema, holding, "0.1.0", self._keep.report(), self._asked,
-                chains.spoken(*held) if held is not None else "",
-            )
-        )  # fmt: skip
 
     def _hear(self, line: Line, message: wire_pb2.ServerMessage) -> None:
         match message.WhichOneof("kind"):
@@ -364,8 +316,8 @@ class Client:
                 self._spawn(self._training.evaluate(line, message.evaluate))
             case "question":
                 question = messages.question_from_wire(message.question)
-                if self._answering is not None:
-                    self._spawn(self._answering.answer(line, question))
+                if self._part.answering is not None:
+                    self._spawn(self._part.answering.answer(line, question))
             case "refusal":
                 refused = refusals.error_from_wire(message.refusal)
                 self._reject(refused, message.refusal.order)
@@ -383,7 +335,7 @@ class Client:
     def _welcomed(self, line: Line, welcome: wire_pb2.Welcome) -> None:
         assert self._training.bench is not None
         agreed = Link(welcome.up_codec, welcome.down_codec)
-        self._training.bench.agree(*own_codecs(agreed, self._asked))
+        self._training.bench.agree(*own_codecs(agreed, self._part.asked))
         line.token, line.run = welcome.session, welcome.run
         line.inline_limit = welcome.inline_limit
         line.bulk = transfer.connect(self.address)
