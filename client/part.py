@@ -85,8 +85,8 @@ class Part:
         return messages.hello_to_wire(
             messages.Hello(
                 PROTOCOL, memory.run, self._name, memory.node, self._info,
-                bench.manifest.schema, holding, metadata.version("atoll"), self._keep.report(), self.asked,
-                chains.spoken(*held) if held is not None else "",
+                bench.manifest.schema, holding, metadata.version("atoll"), self._keep.report(),
+                self.asked, chains.spoken(*held) if held is not None else "",
             )
         )  # fmt: skip
 
