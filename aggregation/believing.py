@@ -92,15 +92,20 @@ class Believer(Circle):
     def _is_said(self, peer: str, said: Announce, now: float) -> bool:
         """Whether more than half of those near who have a model say so, or a quorum of those who
         made this peer's own; to have sealed it is to say so. Who has none believes one alone after
-        a while only: there is nobody else."""
+        a while only: there is nobody else. The first model, which all can make, is one only with
+        those who decide what follows."""
         stand, last = said.stand, said.last
-        near = [p for p in self._near(now) if p == peer or self._says(p).epoch >= 0]
+        near = [p for p in self._near(now) if p == peer or self._has(p, self._says(p))]
         sealed = set() if last is None else makers(last.value, stand, near, self.seals)
         for_it = [p for p in near if p in {peer, *sealed} or self._says(p).chain == stand.chain]
-        if self.stand.epoch < 0:
+        if not self._has(self.me, self.stand):
             late = now >= self.loads_from + self.patience.load
             return 2 * len(for_it) > len(near) and (len(for_it) > 1 or late)
         return 2 * len(for_it) > len(near) + 1 or quorum(for_it, self.members, self.gone())
+
+    def _has(self, peer: str, stand: Stand) -> bool:
+        """Whether it has taken part, or is one without whom nobody has."""
+        return stand.epoch > 0 or (stand.epoch == 0 and peer in self.members)
 
     def _anchors(self) -> Iterator[tuple[tuple[Step, ...], Stand, tuple[str, ...]]]:
         """Models from which a path to another is looked for, each with the steps to it and who made

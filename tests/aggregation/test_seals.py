@@ -328,6 +328,23 @@ def test_a_newcomer_believes_one_alone_when_there_is_nobody_else_for_long() -> N
     assert hear(q, "x", at(end), 20.6) == [Download(end.stand, ("x",), "f")]
 
 
+def test_a_newcomer_that_made_the_first_model_itself_has_none_of_the_run() -> None:
+    """It counted itself among those who have one, and others that had just come: where the founder
+    was long gone it never believed the one member that was left."""
+    end = steps_of("x", base=Stand(700, "t", 900.0))[0]
+    q = up("q", "a", "qrx")
+    q.stand = q.root = S
+    hear(q, "r", Announce(S, False, None), 20.4)  # has just come as well
+    assert hear(q, "x", at(end), 20.4) == [Say("x", Whence(0.0))]
+    assert hear(q, "x", at(end), 20.6) == [Download(end.stand, ("x",), "f")]
+    a = up("a", "a", "aqx")  # the founder decides itself what follows
+    assert hear(a, "x", at(end), 20.6) == [Say("x", Whence(0.0))]
+    q = up("q", "a", "aqx")
+    q.stand = q.root = S
+    hear(q, "a", Announce(S, False, None), 20.4)  # is there, and has decided nothing
+    assert hear(q, "x", at(end), 20.6) == [Say("x", Whence(0.0))]
+
+
 def test_a_newcomer_is_never_one_mean_away() -> None:
     """It applied the mean of one that said its model came from none, as the newcomer's own."""
     q = up("q", "abcd", "aq")
