@@ -69,8 +69,9 @@ class Rendezvous(Proposer, Believer):
 
     @classmethod
     def again(cls, me: str, size: int, bound: Bound, patience: Patience) -> "Rendezvous":
-        """The peer whose memory `bound` is, after its death. The mean that it voted for, if any,
-        must lie here."""
+        """The peer whose memory `bound` is, after its death, and that has said no goodbye. The mean
+        that it voted for, if any, must lie here."""
+        assert not bound.parted, "it has said that it never votes again"
         machine = cls(me, size, bound.members, bound.stand, patience, last=bound.last)
         machine.history = bound.history
         machine.promised, machine.accepted = bound.promised, bound.accepted
@@ -90,6 +91,7 @@ class Rendezvous(Proposer, Believer):
             self.accepted,
             dict(self.farewells),
             self.history,
+            self.parted,
         )
 
     def handle(self, event: PeerEvent, now: float) -> list[PeerAction]:

@@ -387,3 +387,4 @@ class Bound:
     accepted: tuple[Ballot, Value] | None
     farewells: dict[str, Goodbye]
     history: tuple["Step", ...] = ()  # `seals.worth_keeping`: for who is behind
+    parted: bool = False  # it says goodbye, and is never to come back under this name

@@ -137,15 +137,18 @@ class Driver:
     # ---- life ----------------------------------------------------------------------------------
 
     async def recall(self) -> bool:
-        """Take up what the disk remembers of this peer, if anything; False where that is not whole:
-        then it must come under another name, which its promises do not bind. Who comes for the
-        first time and made another first model, as another version of torch may, downloads the
-        run's; PeerError FL-P408 where that is the founder, whom the others take theirs from."""
+        """Take up what the disk remembers of this peer, if anything; False where that is not whole,
+        or its last word was a goodbye: then it must come under another name, which its promises do
+        not bind. Who comes for the first time and made another first model, as another version of
+        torch may, downloads the run's; PeerError FL-P408 where that is the founder, whom the others
+        take theirs from."""
         kept = await asyncio.to_thread(self._memory.recall, self.terms.run)
         size, patience = self._work.engine.state.anchor.numel(), self.terms.patience
         if kept is None or kept.peer != self.me:
             start = self.terms.first(self.me, self._work.facts.init)
             self._machine = Rendezvous(self.me, size, (self.terms.founder,), start, patience)
+        elif kept.bound.parted:  # it was killed before it could forget
+            return False
         else:
             former = Former(self._memory, self.exchange, self._work.engine, self._codec)
             model = await asyncio.to_thread(former.model, kept.bound, self.terms.start)

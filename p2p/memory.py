@@ -108,11 +108,16 @@ class Memory:
         return kept
 
     def retire(self) -> None:
-        """After a goodbye: this peer never comes back under its name."""
+        """After a goodbye: this peer never comes back under its name, which is the first to go."""
         with _disk(self.folder):
-            for pattern in ("state.json", "identity.key", "model-*", "mean-*"):
+            for pattern in ("identity.key", "state.json", "model-*", "mean-*"):
                 for path in self.folder.glob(pattern):
                     path.unlink(missing_ok=True)
+
+    def forgot(self) -> bool:
+        """Whether this peer has lived and its promises are gone: somebody has removed them."""
+        there = [(self.folder / n).exists() for n in ("identity.key", "status.json", "state.json")]
+        return there == [True, True, False]
 
     def old(self, bound: Bound, spare: Set[str]) -> list[Path]:
         """What nothing of `bound` names, nor `spare` (chains, digests). Its model must lie here."""

@@ -125,6 +125,8 @@ class Peer:
         tune_malloc()
         await asyncio.to_thread(self._memory.open)
         try:
+            if await asyncio.to_thread(self._memory.forgot):
+                await asyncio.to_thread(self._memory.retire)
             async with contextlib.AsyncExitStack() as stack:
                 if not await self._up(stack):
                     logger.warning("%s: its memory is not whole, it joins anew", self.folder)

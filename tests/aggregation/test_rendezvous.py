@@ -530,6 +530,15 @@ def test_one_that_leaves_says_what_it_voted_for_and_no_more(b: Rendezvous) -> No
     assert b.handle(Heard("a", Prepare("s", (2, "a"))), 1.0) == []
 
 
+def test_a_goodbye_is_kept_before_it_is_said(b: Rendezvous) -> None:
+    """Killed between the two and started again it was itself: of two, each alone a quorum."""
+    assert not b.bound().parted
+    b.handle(Leaving(), 1.0)
+    assert b.bound().parted
+    with pytest.raises(AssertionError):
+        Rendezvous.again("b", 8, b.bound(), b.patience)
+
+
 def test_the_last_goes_on_when_the_others_have_left() -> None:
     b = up("b", "ab", "ab")
     assert ready(b, "b") == []

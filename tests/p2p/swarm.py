@@ -26,6 +26,7 @@ from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import RemoteError
 
 SIZE = 40_000
+RUN = "5eed" * 16
 FIRST = "1" * 64  # hash of the first model
 # Timers that hurry: nothing is lost here but what a test loses.
 PATIENCE = Patience(beat=0.05, silence=1.0, ready=3.0, reply=0.5, reduce=5.0, fetch=3.0, load=5.0)
@@ -124,6 +125,15 @@ class Swarm:
 
     async def start(self, name: str, pause: float = 0.0, low: float = -1.0) -> Driver:
         """For the first time, or again."""
+        assert await self.recalled(name, pause, low)
+        driver = self.drivers[name]
+        for peer in self.names:
+            driver.say(Admitted(peer, 1.0, 100.0))
+        self.runs[name] = asyncio.create_task(driver.run())
+        return driver
+
+    async def recalled(self, name: str, pause: float = 0.0, low: float = -1.0) -> bool:
+        """Whether it comes as itself."""
         memory = self.memories[name] = Mortal(self.folder / name)
         memory.open()
 
@@ -143,9 +153,7 @@ class Swarm:
             return Got(hashlib.sha256(dest[: len(found.view)]).digest(), len(found.view))
 
         patience = Patience(**{**PATIENCE.__dict__, "first": self.first})
-        terms = Terms(
-            "5eed" * 16, FIRST, "a", self.rounds, parse_ways(self.codec), patience, 1e9, 1.0
-        )
+        terms = Terms(RUN, FIRST, "a", self.rounds, parse_ways(self.codec), patience, 1e9, 1.0)
         post = Post(
             call,
             lambda peer, letter: driver.heard(peer, letter),
@@ -155,12 +163,10 @@ class Swarm:
         driver = Driver(
             name, terms, trainee, memory, steps=lambda: 5, post=post, fetch=fetch, seals=Named(name)
         )  # fmt: skip
-        assert await driver.recall()
-        for peer in self.names:
-            driver.say(Admitted(peer, 1.0, 100.0))
-        self.drivers[name], self.posts[name] = driver, post
-        self.runs[name] = asyncio.create_task(driver.run())
-        return driver
+        found = await driver.recall()
+        if found:
+            self.drivers[name], self.posts[name] = driver, post
+        return found
 
     async def kill(self, name: str) -> None:
         """As kill -9: nothing more is said, heard or written."""

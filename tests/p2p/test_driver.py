@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from atoll.aggregation.outer import Nesterov
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p import donor
+from atoll.p2p.memory import Memory
 from atoll.protocols.errors import PeerError
 from tests.jumping import run
-from tests.p2p.swarm import SIZE, Swarm, work_of
+from tests.p2p.swarm import RUN, SIZE, Swarm, work_of
 
 
 def expected(rounds: int, names: str) -> SyncState:
@@ -194,5 +196,21 @@ def test_one_that_leaves_says_so_and_is_forgotten(tmp_path: Path) -> None:
             assert left.tally.round < 6
             assert {d.tally.round for d in swarm.drivers.values()} == {6}
             assert len(swarm.digests) == 1
+
+    run(work)
+
+
+def test_one_that_was_killed_after_its_goodbye_does_not_come_back_as_itself(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with Swarm(tmp_path, rounds=0, first=2) as swarm:
+            for name in "ab":
+                await swarm.start(name)
+            await swarm.until(lambda: swarm.drivers["b"].tally.round >= 1)
+            await swarm.kill("b")
+            memory = Memory(tmp_path / "b")
+            kept = memory.recall(RUN)
+            assert kept is not None
+            memory.bind(RUN, "b", replace(kept.bound, parted=True))
+            assert not await swarm.recalled("b")
 
     run(work)

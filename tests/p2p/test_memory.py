@@ -180,3 +180,22 @@ def test_after_a_goodbye_nothing_is_left_to_come_back_with(memory: Memory) -> No
     memory.retire()
     assert sorted(p.name for p in memory.folder.iterdir()) == ["inner.safetensors", "lock"]
     memory.close()
+
+
+def test_one_whose_promises_somebody_removed_is_known(memory: Memory) -> None:
+    """It came back under its name, and could have voted twice: the message for a torn state.json
+    has users remove it."""
+    identity, status = memory.folder / "identity.key", memory.folder / "status.json"
+    assert not memory.forgot()
+    identity.write_bytes(b"key")  # of a founder that has not begun
+    (memory.folder / "habits.json").write_bytes(b"{}")
+    assert not memory.forgot()
+    memory.bind(RUN, ME, BOUND)
+    status.write_bytes(b"{}")
+    assert not memory.forgot()
+    (memory.folder / "state.json").unlink()
+    assert memory.forgot()
+    memory.retire()
+    assert not memory.forgot()
+    assert status.exists()
+    memory.close()
