@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from atoll.aggregation.rendezvous_events import (
     Promise,
     Reduced,
     Refuse,
+    Stand,
     Value,
     Whence,
 )
@@ -38,7 +40,8 @@ from atoll.protocols.errors import RemoteError
 NAME = "atoll.post"
 LETTER = 256 << 10  # bytes of one: a group of a thousand
 BATCH = 512 << 10  # bytes of letters in one call
-MEMBERS = 256  # that can have sealed a mean
+MEMBERS = 256  # that can have sealed a mean, each once
+CHAIN = re.compile("[0-9a-z]{0,64}")
 TEXT = 512  # characters of a name, a digest, a reason
 COUNT = 1 << 53  # no number of ours is larger
 KEPT = 64  # letters that wait for one peer; then the oldest are lost
@@ -95,11 +98,12 @@ def read(data: bytes) -> Letter:
 
 
 def _bounded(value: object) -> None:
-    """No text too long, no number that is none or too large, however deep it lies."""
+    """No text too long or none at all, no number that is none or too large, however deep."""
     match value:
         case str():
             if len(value) > TEXT:
                 raise ValueError(f"a text of {len(value)} characters")
+            value.encode()  # JSON has halves of characters, of which nothing can make a hash
         case int() | float():
             if not math.isfinite(value) or abs(value) > COUNT:
                 raise ValueError(f"the number {value}")
@@ -111,14 +115,19 @@ def _bounded(value: object) -> None:
         case _:
             if isinstance(value, Value) and not _fits(value):
                 raise ValueError("a group whose weights do not fit")
+            if isinstance(value, Stand) and not CHAIN.fullmatch(value.chain):
+                raise ValueError("a chain that is none")  # models' files are named so
             for name in type(value).__dataclass_fields__:  # type: ignore[attr-defined]
                 _bounded(getattr(value, name))
 
 
 def _fits(value: Value) -> bool:
     alike = len(value.group) == len(value.weights) == len({*value.group})
-    few = max(len(value.seals), len(value.gone)) <= MEMBERS
-    return alike and few and min(value.weights, default=-1) >= 0
+    once = all(
+        len({*peers}) == len(peers) <= MEMBERS
+        for peers in ([peer for peer, _ in value.seals], [one.peer for one in value.gone])
+    )
+    return alike and once and min(value.weights, default=-1) >= 0
 
 
 def _malformed(why: str) -> RemoteError:

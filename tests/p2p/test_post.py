@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -75,6 +76,10 @@ def changed(**says: object) -> bytes:
     return json.dumps(plain).encode()
 
 
+def replaced(seals: tuple[tuple[str, str], ...], gone: tuple[Left, ...]) -> bytes:
+    return write(Commit("c", replace(VALUE, seals=seals, gone=gone)))
+
+
 NOT_LETTERS = {
     "nothing": b"",
     "no JSON": b"\xff\x00",
@@ -86,6 +91,10 @@ NOT_LETTERS = {
     "an unknown field": changed(more=1),
     "another type": changed(ready=1),
     "a text too long": changed(bits="f" * 600),
+    "half of a character": write(LETTERS[0]).replace(b"e" * 32, b"\\ud800"),
+    "a chain that is a path": changed(stand={"epoch": 0, "chain": "a/../../b", "heavy": 0.0}),
+    "one that has sealed twice": replaced(VALUE.seals * 2, ()),
+    "one that has left twice": replaced((), (LEFT, LEFT)),
     "not a number": changed(stand={"epoch": 1, "chain": "c", "heavy": "nan"}),
     "no end of a number": changed(stand={"epoch": 1, "chain": "c", "heavy": "inf"}),
     "a number beyond all": b'{"kind":"Prepare","says":{"chain":"c","ballot":[1'
