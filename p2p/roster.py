@@ -93,7 +93,7 @@ def proof(invite: Invite, peer: str) -> str:
 
 
 def proven(invite: Invite, peer: str, shown: str) -> bool:
-    return hmac.compare_digest(proof(invite, peer).encode(), shown.encode())
+    return hmac.compare_digest(proof(invite, peer).encode(), shown.encode(errors="replace"))
 
 
 def write(entry: Entry, identity: Identity, invite: Invite) -> bytes:

@@ -128,7 +128,13 @@ def test_garbage_is_refused_and_never_raises(people: list[Identity]) -> None:
         assert isinstance(found, RemoteError) or bytes(spoilt).lower() == good.lower()
     for wild in (b"", b"[]", b"[" * 4000, b"1e999", b"\xff\xfe", b"{}", b'{"said":1}'):
         assert isinstance(roster.read(wild, INVITE), RemoteError)
-    for change in ({"at": 10**400}, {"said": "\ud800"}, {"key": "zz"}, {"signature": ""}):
+    for change in (
+        {"at": 10**400},
+        {"said": "\ud800"},
+        {"key": "zz"},
+        {"signature": ""},
+        {"proof": "\ud800"},
+    ):
         letter = json.loads(good)
         if "at" in change:
             letter["said"] = letter["said"].replace(f'"at":{NOW}', f'"at":{change["at"]}')
