@@ -12,6 +12,7 @@ counts, of the two directions the slower, as the closed form of `shares.py` want
 
 import itertools
 import statistics
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,14 +83,13 @@ class Meter:
 def rate(transfers: Sequence[Transfer], part: float = PART) -> float:
     """The rate, of all transfers together, that `part` of their bytes went at or faster."""
     times = sorted({t for one in transfers for t in (one.began, one.ended)})
-    rates = dict.fromkeys(times, 0.0)  # from that time to the next
+    rates = [0.0] * len(times)  # from that time to the next
     for one in transfers:
         each = one.size / (one.ended - one.began)
-        for time in times:
-            if one.began <= time < one.ended:
-                rates[time] += each
-    spans = itertools.pairwise(times)
-    fastest = sorted(((rates[a], rates[a] * (b - a)) for a, b in spans), reverse=True)
+        for i in range(bisect_left(times, one.began), bisect_left(times, one.ended)):
+            rates[i] += each
+    spans = zip(rates, itertools.pairwise(times), strict=False)  # after the last there is nothing
+    fastest = sorted(((found, found * (b - a)) for found, (a, b) in spans), reverse=True)
     sums = itertools.accumulate(size for _, size in fastest)
     enough = part * sum(one.size for one in transfers) * (1 - 1e-9)
     return next(found for (found, _), done in zip(fastest, sums, strict=True) if done >= enough)

@@ -200,9 +200,9 @@ class Gate:
         known = before.get(entry.peer)
         if entry.peer == self._node.id or entry == known:
             return
+        self.sealing.know(entry.peer, entry.key)
         if known is None or replace(known, at=entry.at) != entry:
             self._changed.set()
-            self.sealing.know(entry.peer, entry.key)
             self.on_admitted(entry)
         if known is None and caller is None:
             self._hello_soon(entry)

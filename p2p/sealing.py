@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from atoll.p2p.identity import Identity
 
 DOMAIN = b"atoll-seal-v1\0"
-KNOWN = 1024  # peers whose keys are kept, those longest known go first
+KNOWN = 1024  # peers whose keys are kept, those that were heard of longest ago go first
 
 
 class Sealing:
@@ -27,7 +27,8 @@ class Sealing:
         self.keys: dict[str, str] = {}  # of others, hex; worth keeping over restarts
 
     def know(self, peer: str, public: str) -> None:
-        """A peer's key, hex, by its own signed entry."""
+        """A peer's key, hex, by its own signed entry: again whenever that is renewed."""
+        self.keys.pop(peer, None)
         self.keys[peer] = public
         while len(self.keys) > KNOWN:
             del self.keys[next(iter(self.keys))]

@@ -67,6 +67,12 @@ def test_what_is_on_its_way_side_by_side_adds_up() -> None:
     assert rate([Transfer(10.0, 0.0, 10.0), Transfer(10.0, 20.0, 30.0)]) == 1.0
 
 
+def test_a_round_with_a_newcomer_of_a_large_model_is_reckoned_at_once() -> None:
+    """Every piece that is given is a transfer: 14,000 of them, of 56 GB, took 8 s of the loop."""
+    pieces = [Transfer(4 * MB, 0.01 * i, 0.01 * i + 0.04) for i in range(14_000)]
+    assert rate(pieces) == pytest.approx(400 * MB)
+
+
 def test_a_slow_partner_hides_no_fast_line_and_a_burst_makes_none() -> None:
     slow, fast = Transfer(10.0, 0.0, 10.0), Transfer(10.0, 0.0, 0.1)
     assert rate([slow, fast]) == 101.0
