@@ -129,7 +129,8 @@ class Circle:
     getting: str = ""  # digest of the mean that is being fetched
     lead: Lead | None = None
     tries: int = 0
-    spoiled: set[str] = field(default_factory=set)  # weight 0 in this epoch
+    blamed: set[tuple[str, str]] = field(default_factory=set)  # (who says so, whose is not finite)
+    spoiled: set[str] = field(default_factory=set)  # weight 0 in this epoch: by `blamed`
     apart: set[tuple[str, str]] = field(default_factory=set)  # could not reach each other in it
     ripe: float | None = None  # when the first peer was ready
     pause: float = -1e9  # until when this peer proposes nothing

@@ -52,6 +52,7 @@ class Proposer(Circle):
         if all(p in self.spoiled for p in here):
             yield Abort("nobody's work is finite")
             self.spoiled.clear()
+            self.blamed.clear()
             self.ready, self.pause = False, now + self.patience.reply
             yield TrainOn(self.stand)
         if now < self.pause or [p for p in here if p in self.members][:1] != [self.me]:
@@ -134,8 +135,7 @@ class Proposer(Circle):
                 lead.value = replace(lead.would_be(digest), seals=seals, gone=self._left())
                 yield from self._ask_votes(lead, now)
                 return
-        for failed in lead.failures.values():
-            self.spoiled.update(failed.spoiled)
+        self._blame(lead)
         self._set_apart(lead, now)
         self.tries += 1
         self.lead = None
@@ -152,6 +152,18 @@ class Proposer(Circle):
         """Members that a quorum does not count, with their own word for it."""
         said = [(p, self.farewells[p]) for p in self.gone() if p in self.members]
         return tuple(Left(peer, goodbye.stand, goodbye.seal) for peer, goodbye in said)
+
+    def _blame(self, lead: Lead) -> None:
+        """Whose work is not finite its reducers say, and one of them may lie: who says so of more
+        than others say it of, weighs nothing itself. Of one word against one the blamed is taken
+        out. So a liar silences one in a round, and not all but itself."""
+        for peer, failed in lead.failures.items():
+            self.blamed |= {(peer, other) for other in failed.spoiled if other in self.roster}
+        self.spoiled = {peer for peer, other in self.blamed if peer == other}
+        while open_ := [pair for pair in self.blamed if not self.spoiled.intersection(pair)]:
+            said = Counter(peer for pair in open_ for peer in pair)
+            of = Counter(other for _, other in open_)
+            self.spoiled.add(max(said, key=lambda p: (said[p], of[p], p)))
 
     def _set_apart(self, lead: Lead, now: float) -> None:
         """Two that are near to me and not to each other: one of them must wait for the next."""

@@ -351,7 +351,7 @@ class Rendezvous(Proposer, Believer):
         self.asked, self.owed, self.lead, self.getting, self.tries = None, None, None, "", 0
         self.lost = (0, "")
         for of_the_epoch in (
-            self.made, self.failed, self.held, self.spoiled, self.apart, self.proved,
+            self.made, self.failed, self.held, self.blamed, self.spoiled, self.apart, self.proved,
         ):  # fmt: skip
             of_the_epoch.clear()
         yield from self._announce()

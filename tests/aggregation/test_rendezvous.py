@@ -410,13 +410,35 @@ def test_work_that_is_not_finite_weighs_nothing_in_the_next_attempt(a: Rendezvou
     assert begin[0].plan.weights == (1.0, 1.0, 0.0)
 
 
+def test_one_that_says_so_of_all_others_weighs_nothing_itself(a: Rendezvous) -> None:
+    """Its own work alone was the mean: of 653 in storms with such a liar, 233."""
+    reducing(a)
+    weights = []
+    for count, blamed in ((1, ("b", "nobody")), (2, ("a",))):
+        hear(a, "c", Failed("s", (count, "a"), "not finite", (), blamed))
+        for peer in "bc":
+            begin = hear(a, peer, Promise("s", (count + 1, "a"), True, None))
+        assert isinstance(begin[0], Reduce)
+        weights.append(begin[0].plan.weights)
+    assert weights == [(1.0, 0.0, 1.0), (1.0, 1.0, 0.0)]  # first it is one word against one
+
+
 def test_where_nobodys_work_is_finite_it_is_done_again(a: Rendezvous) -> None:
     reducing(a)
-    again = hear(a, "b", Failed("s", ONE, "not finite", (), ("a", "b", "c")))
+    hear(a, "b", Failed("s", ONE, "not finite", (), ("a", "b", "c")))
+    for peer in "bc":
+        hear(a, peer, Promise("s", (2, "a"), True, None))
+    hear(a, "c", Failed("s", (2, "a"), "not finite", (), ("a", "c")))
+    for peer in "bc":
+        begin = hear(a, peer, Promise("s", (3, "a"), True, None))
+    assert isinstance(begin[0], Reduce)
+    assert begin[0].plan.weights == (1.0, 0.0, 0.0)
+    again = a.handle(MeanFailed("s", "not finite", (3, "a"), (), ("a",)), 1.0)
     assert Abort("nobody's work is finite") in again
     assert TrainOn(S) in again
     assert not a.ready
     assert a.stand == S
+    assert not a.blamed
 
 
 def test_two_that_cannot_reach_each_other_are_not_in_one_group(a: Rendezvous) -> None:
