@@ -58,10 +58,12 @@ class Gate:
         bulk: str = "",
         on_admitted: Callable[[Entry], None] = lambda entry: None,
         on_removed: Callable[[str], None] = lambda peer: None,
+        places: Sequence[str] = (),
         beat: float = BEAT,
     ) -> None:
         """`signed`: the manifest with the founder's signature, as `fetch_manifest` gives it.
-        PeerError FL-P306 where it is not the invite's."""
+        PeerError FL-P306 where it is not the invite's. `places`: multiaddrs at which members were
+        in an earlier life of this peer."""
         self.manifest = verify(signed, invite.manifest, invite.founder)
         self.roster = Roster(invite, node.id)
         self._identity = Identity(node.folder / "identity.key")
@@ -80,7 +82,7 @@ class Gate:
             0.0,
         )
         self._node, self._invite, self._signed, self._beat = node, invite, signed, beat
-        self._letter = b""
+        self._letter, self._former = b"", tuple(places)
         self._tasks: set[asyncio.Task[None]] = set()
         self._greeting: set[str] = set()
         self._slots = asyncio.Semaphore(AT_ONCE)
@@ -287,7 +289,8 @@ class Gate:
 
     async def _look(self) -> None:
         """Who is in the directory. Members that are not, while they can be met, are in another
-        half of it; where nobody is known at all, the invite says whom to meet."""
+        half of it; where nobody is known at all, the invite says whom to meet, and memory: all
+        may have been started again at once, and each have found nobody."""
         seen = {}
         try:
             async with asyncio.timeout(SECONDS):
@@ -305,7 +308,8 @@ class Gate:
                 self._spawn(self._meet(entry.addresses))
         self._unseen = {e.peer: self._unseen[e.peer] for e in members}
         if not members:
-            for peer, addresses in by_peer(self._invite.addresses).items():
+            known = (*self._former, *self._invite.addresses)
+            for peer, addresses in by_peer(known).items():
                 if peer != self._node.id:
                     self._spawn(self._meet(addresses, hello=peer))
 

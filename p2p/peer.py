@@ -43,6 +43,7 @@ from atoll.protocols.errors import PeerError
 
 MOST = 10.0  # medians of length that a peer's part of a mean may have
 LISTEN = ("/ip4/0.0.0.0/tcp/0",)
+PLACES = 16  # addresses of others that are kept over restarts
 BENCH = 1.0  # seconds in which a peer measures its speed, once
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ class Peer:
             self._node, invite, signed, name=self._name, schema=manifest.schema, speed=speed,
             on_admitted=self._admitted,
             on_removed=self._removed,
+            places=self._habits.places,
         )  # fmt: skip
         for member, key in self._habits.keys.items():  # one that is dead seals no more
             self._gate.sealing.know(member, key)
@@ -296,6 +298,7 @@ class Peer:
 
     def _admitted(self, entry: Entry) -> None:
         logger.info("peer=%s admits %s, %s", self._node.id, entry.peer, entry.name)
+        self._keep_habits()  # before it takes part: without its key what it has sealed is none
         bandwidth = (entry.bandwidth or math.inf) if entry.accepts else 0.0
         self._driver.say(Admitted(entry.peer, weight(entry, self._manifest), bandwidth))
 
@@ -361,7 +364,9 @@ class Peer:
 
     def _keep_habits(self) -> None:
         others = [e.addresses for e in self._gate.roster.entries()]
-        self._habits.places = tuple(a for addresses in others for a in addresses)[:16]
+        now = [a for addresses in others for a in addresses]
+        # Who is alone keeps where others were: they may be looking for it there.
+        self._habits.places = tuple(dict.fromkeys((*now, *self._habits.places)))[:PLACES]
         self._habits.keys = self._gate.sealing.keys
         _write(self.folder / folders.HABITS, json.dumps(asdict(self._habits)).encode())
 

@@ -123,6 +123,24 @@ def test_all_are_killed_at_once_and_go_on(folder: Path) -> None:
 
 
 @pytest.mark.long
+def test_all_are_killed_and_the_rest_find_each_other_without_the_founder(folder: Path) -> None:
+    """Each looked where the invite said, at the founder's, and was alone for ever; and who had been
+    alone for a beat had forgotten where the others were."""
+    with Swarm(folder, first=3) as swarm:
+        swarm.up("a", "b", "c")
+        reach(swarm, 3, "a", "b", "c")
+        for name in "abc":
+            swarm.peers[name].popen.kill()
+        before = swarm.round
+        for name in "abc":
+            swarm.peers[name].kill()
+        for name in "bc":  # at once
+            swarm.start(name)
+        reach(swarm, before + 2, "b", "c")
+        agreed(swarm)
+
+
+@pytest.mark.long
 def test_a_late_joiner_has_the_model_and_one_that_gives_other_bits_harms_nobody(
     folder: Path,
 ) -> None:
