@@ -63,10 +63,13 @@ def _machine(command: F) -> F:
     help="Of every peer: topics (comes with Python), text:FILE, digits, ... or MODULE:OBJECT.",
 )  # fmt: skip
 @click.option(
-    "--steps", "local_steps", default=50, show_default=True,
+    "--steps", "local_steps", type=click.IntRange(1), default=50, show_default=True, metavar="H",
     help="Local steps between two averages (H), of a peer as fast as this one.",
 )  # fmt: skip
-@click.option("--batch", default=16, show_default=True, help="Examples in a step.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=16, show_default=True, metavar="EXAMPLES",
+    help="Examples in a step.",
+)  # fmt: skip
 @click.option("--lr", default=1e-3, show_default=True, help="AdamW's step size.")
 @click.option(
     "--outer", default="nesterov:lr=0.7,momentum=0.9", show_default=True,
@@ -76,7 +79,10 @@ def _machine(command: F) -> F:
     "--codec", default="fp32", show_default=True,
     help="How averages travel: int8, or up=topk:0.01+ef,down=int8: see `fl-server codecs`.",
 )  # fmt: skip
-@click.option("--rounds", default=0, help="Averages until it ends.  [default: no end]")
+@click.option(
+    "--rounds", type=click.IntRange(0), default=0, metavar="AVERAGES",
+    help="Averages until it ends.  [default: no end]",
+)  # fmt: skip
 @click.option(
     "--first", type=click.IntRange(1), default=1, show_default=True, metavar="PEERS",
     help="Members that the first round waits for.",

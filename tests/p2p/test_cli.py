@@ -54,6 +54,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return str(told["error"]["code"])
 
 
+@pytest.mark.parametrize("option", ["--steps=0", "--batch=0", "--rounds=-1", "--first=0"])
+def test_a_count_that_founds_no_run_is_told_at_once(
+    option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """After torch was imported it was told by a name that is no option's."""
+    folder = tmp_path / "peer"
+    assert console.run(cli, ["init", option, "--folder", str(folder), "--json"])
+    assert f"Invalid value for '{option.split('=')[0]}'" in capsys.readouterr().out
+    assert not folder.exists()
+
+
 def test_a_wrong_or_truncated_invite_is_told_before_anything_is_made(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
