@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atoll.client.heldout import Validator
 from atoll.client.trainer import Task, Tensors, Trained, Trainer
+from atoll.protocols.bounds import MAX_COUNT
 from atoll.protocols.errors import RAISED, AtollError, ClientError
 from atoll.protocols.events import Then
 
@@ -65,12 +66,11 @@ def train(trainer: Trainer, task: Task) -> Trained:
         if not isinstance(value, Tensor):
             hint = "give torch Tensors, e.g. by torch.from_numpy"
             raise _broken(f"train() returned {name!r} as {_kind(value)}", hint)
-    if type(made.steps) is not int or type(made.examples) is not int:
-        made = replace(
-            made,
-            steps=_whole("train() gave steps", made.steps),
-            examples=_whole("train() gave examples", made.examples),
-        )
+    made = replace(
+        made,
+        steps=_whole("train() gave steps", made.steps),
+        examples=_whole("train() gave examples", made.examples),
+    )
     if made.steps > task.steps or (made.steps < task.steps and not heard):
         what = f"train() was asked for {task.steps} steps and ran {made.steps}"
         raise _broken(what, "run exactly task.steps, unless task.asked() says to stop")
@@ -113,10 +113,7 @@ def judge(
 
 def examples(trainer: Trainer) -> int:
     """Its weight in an average, at least 1; where it says none, 1. ClientError FL-C104."""
-    found = _whole("examples", getattr(trainer, "examples", 1))
-    if found < 0:
-        raise _broken(f"examples={found}", "give how many it holds")
-    return found or 1
+    return _whole("examples", getattr(trainer, "examples", 1)) or 1
 
 
 @contextmanager
@@ -131,7 +128,11 @@ def _told(method: str) -> Iterator[None]:
 
 
 def _whole(name: str, value: object) -> int:
-    return _as(index, name, value, "a whole number")
+    """One that a message can say."""
+    found = _as(index, name, value, "a whole number")
+    if not 0 <= found <= MAX_COUNT:
+        raise _broken(f"{name}={found}"[:80], "give a number from 0 to 2**53")
+    return found
 
 
 def _numbers(method: str, metrics: Mapping[str, object]) -> dict[str, float]:

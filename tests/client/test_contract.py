@@ -57,6 +57,9 @@ def given(tensors: Any = W, steps: Any = 2, examples: Any = 64, metrics: Any = N
         (given(tensors={"w": torch.zeros(3).numpy()}), "train() returned 'w' as a ndarray"),
         (given(steps=2.0), "train() gave steps=2.0"),
         (given(examples=None), "train() gave examples=None"),
+        (given(examples=-1), "train() gave examples=-1"),  # was a ValueError of protobuf's
+        (given(examples=10**30), f"train() gave examples={10**30}"),
+        (given(steps=-1), "train() gave steps=-1"),
         (given(steps=3), "train() was asked for 2 steps and ran 3"),
         (given(steps=1), "train() was asked for 2 steps and ran 1"),
         (given(metrics={"loss": "low"}), "train() gave loss='low'"),
@@ -132,6 +135,19 @@ def test_errors_of_ours_and_ctrl_c_pass_as_they_are() -> None:
 def test_what_it_holds_is_its_weight() -> None:
     assert contract.examples(Mine()) == contract.examples(Mine(examples=0)) == 1
     assert contract.examples(Mine(examples=7)) == 7
-    for wrong in (None, "many", -5):
+    for wrong in (None, "many", -5, 10**18):
         with pytest.raises(ClientError, match=f"FL-C104: the trainer's examples={wrong!r}"):
             contract.examples(Mine(examples=wrong))
+
+
+@pytest.mark.parametrize("count", [0, -1, 10**18, 10**30])
+def test_a_validator_with_an_impossible_number_of_examples_is_told_of_it(count: int) -> None:
+    """The server ended the session of one, and waited for the other in every merge."""
+
+    class Odd:
+        def judge(self, *_: Any) -> tuple[float, int, None]:
+            return 1.0, count, None
+
+    with pytest.raises(ClientError, match=r"FL-C104: the trainer's validator\.judge\(\) gave") as odd:
+        contract.judge(Odd(), {}, False, True)
+    assert str(count) in odd.value.message
