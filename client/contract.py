@@ -4,6 +4,7 @@ Whoever wrote it reads one line that says which method did what (FL-C104), in a 
 test and on a server alike, and never of a bug of ours.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from atoll.client.heldout import Validator
 from atoll.client.trainer import Task, Tensors, Trained, Trainer
-from atoll.protocols.bounds import MAX_COUNT
+from atoll.protocols.bounds import MAX_COUNT, MAX_METRICS, METRIC
 from atoll.protocols.errors import RAISED, AtollError, ClientError
 from atoll.protocols.events import Then
 
@@ -114,6 +115,18 @@ def judge(
 def examples(trainer: Trainer) -> int:
     """Its weight in an average, at least 1; where it says none, 1. ClientError FL-C104."""
     return _whole("examples", getattr(trainer, "examples", 1)) or 1
+
+
+def said(method: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What of its metrics a client says: the finite ones, a diverged model's loss being none.
+    ClientError FL-C104 where a name cannot travel, or they are too many."""
+    if len(metrics) > MAX_METRICS:
+        raise _broken(f"{method}() gave {len(metrics)} metrics", f"give {MAX_METRICS} at most")
+    for name in metrics:
+        if not METRIC.fullmatch(name):
+            hint = "name it by letters, digits and . _ / -, 64 at most"
+            raise _broken(f"{method}() gave a metric {name!r}"[:120], hint)
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 @contextmanager

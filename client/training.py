@@ -15,6 +15,7 @@ from atoll.client.line import BROKEN, Line, fetch_by
 from atoll.client.work import Dropped, Workbench
 from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import BlobInfo
+from atoll.protocols.bounds import MAX_COUNT
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.events import Then
 from atoll.protocols.hand import Hand
@@ -179,7 +180,7 @@ class Training:
             )
             found = {}  # as one without test data: the server waits for an answer
         count = found.pop("examples", 0.0)
-        examples = int(count) if 0 < count < float("inf") else 0
+        examples = int(count) if 0 < count <= MAX_COUNT else 0
         told = wire_pb2.Evaluation(version=version, metrics=found, examples=examples)
         if (now := self._line()) is not None:
             now.say(evaluation=told)

@@ -134,7 +134,7 @@ class Workbench:
         if self.private is not None:  # what the model is worth here would tell of this data
             return {"examples": 0.0}
         self.load(sent, fetch)
-        return contract.evaluate(self.trainer)
+        return contract.said("evaluate", contract.evaluate(self.trainer))
 
     def _seal(
         self,
@@ -183,7 +183,7 @@ class Workbench:
     def _told(self, trained: Trained) -> dict[str, float]:
         """What is said beside an update; with noise, only what the noise has cost so far."""
         if self.private is None:
-            return dict(trained.metrics)
+            return contract.said("train", trained.metrics)
         self.outbox.spend()  # before it can leave: a killed client has rather paid too much
         cost = self.private.cost(self.outbox.memory.sent)
         return {"epsilon": cost} if cost < float("inf") else {}

@@ -1,5 +1,6 @@
 """The contract: what a trainer does amiss is told as its own, by the method that did it."""
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -148,6 +149,31 @@ def test_a_validator_with_an_impossible_number_of_examples_is_told_of_it(count: 
         def judge(self, *_: Any) -> tuple[float, int, None]:
             return 1.0, count, None
 
-    with pytest.raises(ClientError, match=r"FL-C104: the trainer's validator\.judge\(\) gave") as odd:
+    with pytest.raises(
+        ClientError, match=r"FL-C104: the trainer's validator\.judge\(\) gave"
+    ) as odd:
         contract.judge(Odd(), {}, False, True)
     assert str(count) in odd.value.message
+
+
+def test_metrics_are_said_where_a_server_would_read_them() -> None:
+    """One that was not finite cost the client its place in the run."""
+    found = {"loss": math.nan, "norm": math.inf, "f1/macro": 0.5}
+    assert contract.said("train", found) == {"f1/macro": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"val loss": 1.0}, "evaluate() gave a metric 'val loss'"),
+        ({"": 1.0}, "evaluate() gave a metric ''"),
+        (dict.fromkeys(map(str, range(300)), 1.0), "evaluate() gave 300 metrics"),
+    ],
+    ids=["name", "no name", "many"],
+)
+def test_metrics_that_no_message_takes_are_told_as_the_trainers(
+    metrics: Mapping[str, float], said: str
+) -> None:
+    with pytest.raises(ClientError) as caught:
+        contract.said("evaluate", metrics)
+    assert (caught.value.code, caught.value.message) == ("FL-C104", f"the trainer's {said}")

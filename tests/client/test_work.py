@@ -251,6 +251,21 @@ def test_evaluating_loads_the_version_and_trains_nothing() -> None:
     assert (trainer.loads, trainer.tasks) == (1, [])
 
 
+def test_a_metric_that_is_not_finite_is_left_out() -> None:
+    """The server refuses a message with one, and it came again from the outbox."""
+
+    class Diverging(Adding):
+        def train(self, task: Task) -> Trained:
+            return replace(super().train(task), metrics={"loss": float("nan"), "n": 1.0})
+
+        def evaluate(self) -> Mapping[str, float]:
+            return {"loss": float("inf")}
+
+    made = bench(Diverging())
+    assert do(made, order()).metrics == {"n": 1.0}
+    assert made.evaluate(Sent(1, *packed(START)), no_fetch) == {}
+
+
 class Fetching:
     """A server's bulk side."""
 
