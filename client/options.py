@@ -47,13 +47,15 @@ def look(options: Options) -> None:
 def _alone(options: Options) -> None:
     """A trainer of one's own brings what it needs: what would not be looked at is refused."""
     usual = Options(options.name)
-    for part in ("model", "data", "partition", "device"):
+    brings = "brings its own model and data"
+    parts = {"model": brings, "data": brings, "partition": brings, "device": brings}
+    for part, why in {**parts, "validate": "judges where it has a validator, and else not"}.items():
         given = getattr(options, part)
         if given != getattr(usual, part):
             raise UsageError(
                 "FL-S102",
                 f"--{part} {given} beside --trainer {options.trainer}",
-                f"a trainer brings its own model and data: leave --{part} out",
+                f"a trainer {why}: leave --{part} out",
             )
 
 

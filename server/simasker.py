@@ -4,6 +4,7 @@ The same machine decides as in a real run: who is asked, and how much each answe
 """
 
 import copy
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from atoll.server.trainers import Trainers
 
 
+logger = logging.getLogger(__name__)
+
+
 class SimAsker:
     """An `Asker`. Who has been given an order can be asked, until it dies."""
 
@@ -59,6 +63,7 @@ class SimAsker:
         self._validators = validators
         self._attacks = attacks or {}
         self._batch_statistics = rule.buffers == "recompute"
+        self._warned = False
 
     @classmethod
     def of(cls, rule: AskingRule, trainers: "Trainers") -> Self:
@@ -95,7 +100,10 @@ class SimAsker:
                     todo.extend(self._machine.handle(heard, 0.0))
                 case Done(_, counts):
                     return [Answer(count, slopes.get(count.client)) for count in counts]
-                case Failed():
+                case Failed(_, reason):
+                    if not self._warned:
+                        logger.warning("nothing is learned in a merge: %s", reason)
+                    self._warned = True  # once: the history has `validators: 0` for the others
                     return None
                 case Wait():
                     pass  # all answer at once

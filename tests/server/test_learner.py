@@ -24,6 +24,7 @@ from atoll.server.simulator import simulate
 from atoll.server.spec import RunSpec
 from atoll.server.trainers import VALIDATORS, Trainers
 from atoll.server.training import Training
+from tests.conftest import Logged
 
 BLOBS = "synthetic:examples=400,classes=4,features=3"
 
@@ -185,7 +186,7 @@ def test_trainers_of_a_users_own_judge_where_they_can(monkeypatch: pytest.Monkey
     assert [stats["validators"] for stats in merged] == [2, 2]
 
 
-def test_hostile_clients_turn_what_they_say_of_a_model_too() -> None:
+def test_hostile_clients_turn_what_they_say_of_a_model_too(logged: Logged) -> None:
     names = ["a", "b", "c"]
     trainers = Trainers(names, "linear", BLOBS, proxy=VALIDATORS, attacks={"c": "sign-flip:2"})
     rule = aggregator("fedlaw:no_proxy=validators")
@@ -210,6 +211,10 @@ def test_hostile_clients_turn_what_they_say_of_a_model_too() -> None:
     asker.came("a")
     asker.begin()
     assert asker.ask(nan, none, False) is None  # they say nothing that is no number
+    assert logged.text == (  # of two merges; of the first alone
+        "nothing is learned in a merge: 0 validators answered, 2 are needed; "
+        "1 of the clients can be asked\n"
+    )
 
 
 def test_another_process_holds_out_the_same_examples() -> None:
