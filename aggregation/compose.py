@@ -19,7 +19,7 @@ OF_THE_RUN = {  # what a run gives that was asked for, and how to ask
     "proxy_data": "give --proxy DATA, or aggregator parameters that do without",
     "validators": "their gradients on what they hold out carry no noise: leave --local-dp out, "
     "give --proxy DATA, or take no_proxy=coherence",
-    "plain_sgd": "leave out --local-optimizer and --local-momentum",
+    "plain_sgd": "take --local-optimizer sgd, and leave out --local-momentum",
 }
 Offers = Callable[[], Iterable[Facts]]  # the parts there are, built in and installed
 

@@ -119,7 +119,7 @@ def start(
     split_address(address)
     _check_seconds("--patience", patience)
     partspec.parse(partition)
-    validate = _share(validate, local_dp)
+    _check_share(validate, local_dp)
     level = logging.DEBUG if console.verbosity() > 1 else logging.INFO
     logging.basicConfig(
         level=level if console.verbosity() else logging.WARNING,
@@ -139,8 +139,9 @@ def start(
         from atoll.protocols import loops
 
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        share = 0.0 if local_dp and not trainer else validate  # it would never be asked
         options = Options(
-            name, model, data, trainer, partition, shard, device, sleep_per_step, validate
+            name, model, data, trainer, partition, shard, device, sleep_per_step, share
         )
         look(options)
         client = Client(
@@ -265,8 +266,8 @@ def _offline(model: str, data: str, trainer: str, device: str):  # type: ignore[
     return torch_trainer(options, model or "mlp", data or "digits", LocalConfig(device=device))
 
 
-def _share(validate: float | None, local_dp: str) -> float | None:
-    """What is held out; nothing where a gradient on it would have to carry noise. FL-S108."""
+def _check_share(validate: float | None, local_dp: str) -> None:
+    """UsageError FL-S108."""
     if validate is not None and not 0 <= validate <= 0.5:
         raise UsageError("FL-S108", f"--validate {validate:g}", "give a share from 0 to 0.5")
     if validate and local_dp:
@@ -275,7 +276,6 @@ def _share(validate: float | None, local_dp: str) -> float | None:
             f"--validate {validate:g} beside --local-dp {local_dp}",
             "a gradient on what is held out carries no noise: leave one of them out",
         )
-    return 0.0 if local_dp else validate
 
 
 def _check_seconds(option: str, seconds: float | None) -> None:

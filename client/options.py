@@ -48,14 +48,15 @@ def _alone(options: Options) -> None:
     """A trainer of one's own brings what it needs: what would not be looked at is refused."""
     usual = Options(options.name)
     brings = "brings its own model and data"
-    parts = {"model": brings, "data": brings, "partition": brings, "device": brings}
-    for part, why in {**parts, "validate": "judges where it has a validator, and else not"}.items():
+    why = dict.fromkeys(("model", "data", "partition", "device"), brings)
+    why["validate"] = "judges models where it has a `validator`, and only there"
+    for part, does in why.items():
         given = getattr(options, part)
         if given != getattr(usual, part):
             raise UsageError(
                 "FL-S102",
                 f"--{part} {given} beside --trainer {options.trainer}",
-                f"a trainer {why}: leave --{part} out",
+                f"a trainer {does}: leave --{part} out",
             )
 
 

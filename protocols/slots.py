@@ -81,6 +81,10 @@ def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str,
             )
         try:
             return made(**params)
+        except UsageError as error:  # out of its range: the line may have five parts with a `seed`
+            if error.code != "FL-S102" or spec in error.message:
+                raise
+            raise UsageError(error.code, f"{slot} {spec!r}: {error.message}", error.hint) from error
         except TypeError as error:
             if not params and _can_be_called(made):
                 raise  # nothing that was given is wrong

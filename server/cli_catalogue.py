@@ -112,6 +112,8 @@ def _facts(part: "Part") -> list[str]:
         lines.append(f"needs {told['min_results']} updates for a version")
     if "min_results" in told["by_parameters"]:
         lines.append("needs so many updates for a version as its parameters say")
+    if "needs" in told["by_parameters"]:
+        lines.append("needs of the run what its parameters say")
     lines += [f"from {told['package']}"] if told["package"] else []
     return lines + list(told["papers"])
 

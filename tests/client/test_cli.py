@@ -32,6 +32,7 @@ def test_enrolment_says_that_it_is_to_come(capsys: pytest.CaptureFixture[str]) -
         ("start", "127.0.0.1:7447", "--validate", "0.6"),
         ("start", "127.0.0.1:7447", "--validate", "-0.1"),
         ("start", "127.0.0.1:7447", "--validate", "nan"),
+        ("start", "127.0.0.1:7447", "--validate", "0.1", "--local-dp", "clip=1,noise=1"),
         ("bench", "--seconds", "nan"),
         ("bench", "--seconds", "-1"),
         ("bench", "--seconds", "inf"),

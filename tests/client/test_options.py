@@ -118,9 +118,16 @@ def test_what_is_there_is_neither_made_nor_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"model": "mlp"}, {"data": "digits"}, {"partition": "dirichlet:0.5"}, {"device": "cpu"}],
+    [
+        {"model": "mlp"},
+        {"data": "digits"},
+        {"partition": "dirichlet:0.5"},
+        {"device": "cpu"},
+        {"validate": 0.0},  # and it judged all the same
+        {"validate": 0.2},
+    ],
 )
-def test_what_a_trainer_would_not_be_told_is_refused(given: dict[str, str]) -> None:
+def test_what_a_trainer_would_not_be_told_is_refused(given: dict[str, object]) -> None:
     """It was ignored without a word."""
     with pytest.raises(UsageError, match="beside --trainer mine:Mine") as caught:
         look(Options("a", trainer="mine:Mine", **given))  # type: ignore[arg-type]

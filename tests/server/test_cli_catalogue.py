@@ -119,6 +119,7 @@ def test_what_it_refuses_and_what_its_parameters_decide_are_told(
     shown = told(capsys, "aggregators", "trimmed-mean")
     assert "  refuses sparse updates, of which most values are 0\n" in shown
     assert "  needs so many updates for a version as its parameters say\n" in shown
+    assert "  needs of the run what its" in told(capsys, "aggregators", "fedlaw")
     assert "\n\n" not in told(capsys, "aggregators", "median")  # no table of no parameters
 
 
