@@ -139,10 +139,10 @@ def start(
         from atoll.protocols import loops
 
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-        share = 0.0 if local_dp and not trainer else validate  # it would never be asked
         options = Options(
-            name, model, data, trainer, partition, shard, device, sleep_per_step, share
-        )
+            name, model, data, trainer, partition, shard, device, sleep_per_step,
+            0.0 if local_dp and not trainer else validate,  # it would never be asked
+        )  # fmt: skip
         look(options)
         client = Client(
             address,

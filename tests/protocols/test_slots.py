@@ -80,6 +80,23 @@ def test_parameters_are_listed_with_their_defaults_annotated_or_not() -> None:
     assert caught.value.hint == "parameters: x, *rest, y=3, z=4"
 
 
+def test_a_value_out_of_range_is_told_with_the_part_it_was_given_to() -> None:
+    """A command has five parts with parameters, and several have a `seed` or an `lr`."""
+
+    def half(f: float) -> None:
+        raise UsageError("FL-S102", f"f={f:g}", "choose at most 0.49")
+
+    def whole(f: float) -> None:
+        raise UsageError("FL-S104", f"f={f:g} here", "")
+
+    with pytest.raises(UsageError) as caught:
+        slots.call("aggregator", "krum:f=0.6", half, {"f": 0.6})
+    assert caught.value.message == "aggregator 'krum:f=0.6': f=0.6"
+    assert (caught.value.code, caught.value.hint) == ("FL-S102", "choose at most 0.49")
+    with pytest.raises(UsageError, match=r"^f=0.6 here$"):
+        slots.call("aggregator", "krum:f=0.6", whole, {"f": 0.6})
+
+
 def test_an_object_that_is_not_called_takes_no_parameters() -> None:
     assert slots.resolve("x", "version", BUILTIN) is sys.version_info
     with pytest.raises(UsageError, match="takes no parameters") as caught:

@@ -199,7 +199,8 @@ def test_a_simulation_from_python_is_judged_with_the_same_sentence(
     )
     local = LocalConfig(optimizer="adam")
     scaffold = Training.of(["a", "b"], algorithm="scaffold", local=local)
-    with pytest.raises(UsageError, match="plain SGD steps"):
+    with pytest.raises(UsageError, match="plain SGD steps") as caught:
         simulate(few, paces, 1.0, learning=scaffold)
+    assert "take --local-optimizer sgd" in caught.value.hint  # diloco has another unless it is told
     simulate(FedCompass(), paces, 1.0, learning=Training.of(["a", "b"], aggregation="median"))
     assert "strategy fedcompass may bring fewer" in logged.text
