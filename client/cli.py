@@ -139,10 +139,9 @@ def start(
         from atoll.protocols import loops
 
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-        options = Options(
-            name, model, data, trainer, partition, shard, device, sleep_per_step,
-            0.0 if local_dp and not trainer else validate,  # it would never be asked
-        )  # fmt: skip
+        share = 0.0 if local_dp and not trainer else validate  # it would never be asked
+        parts = name, model, data, trainer, partition, shard, device, sleep_per_step, share
+        options = Options(*parts)
         look(options)
         client = Client(
             address,

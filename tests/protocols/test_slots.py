@@ -93,7 +93,7 @@ def test_a_value_out_of_range_is_told_with_the_part_it_was_given_to() -> None:
         slots.call("aggregator", "krum:f=0.6", half, {"f": 0.6})
     assert caught.value.message == "aggregator 'krum:f=0.6': f=0.6"
     assert (caught.value.code, caught.value.hint) == ("FL-S102", "choose at most 0.49")
-    with pytest.raises(UsageError, match=r"^f=0.6 here$"):
+    with pytest.raises(UsageError, match=r"FL-S104: f=0.6 here$"):
         slots.call("aggregator", "krum:f=0.6", whole, {"f": 0.6})
 
 
