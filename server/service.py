@@ -78,6 +78,8 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             if reader.done() and (error := reader.exception()) is not None:
                 if isinstance(error, AtollError):
                     reason = str(error)
+                    if error.code == "FL-W101":
+                        logger.warning("client=%s is cut off: %s", session.client, reason)
                     await self._abort(context, error)
                 raise error
         finally:

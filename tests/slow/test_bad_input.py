@@ -21,6 +21,7 @@ from atoll.client.trainer import Task, Trained
 from atoll.protocols import wire_pb2
 from atoll.protocols.errors import ClientError
 from atoll.server.rules import Rules
+from tests.conftest import Logged
 
 if TYPE_CHECKING:
     from tests.slow.conftest import Federation, Guest, Raw
@@ -228,12 +229,15 @@ def test_a_result_of_an_unknown_order_costs_the_work_and_nothing_else(
     assert raw.hear("refusal").code == "FL-W102"
 
 
-def test_a_message_of_nonsense_ends_the_stream_of_its_client(running: "Federation") -> None:
+def test_a_message_of_nonsense_ends_the_stream_of_its_client(
+    running: "Federation", logged: Logged
+) -> None:
     raw = running.raw()
     raw.hello("bad")
     order = raw.hear("order")
     raw.say(result=result(order, zeros(order), metrics={"loss": float("nan")}))
     assert raw.refused() == "FL-W101"
+    assert "client=bad is cut off: FL-W101: malformed message: metric loss=nan" in logged.text
 
 
 @pytest.mark.parametrize(
