@@ -47,7 +47,10 @@ def parameters(text: str, spec: str) -> dict[str, Value]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise _no_parameter(spec, item)
-        params[key.strip().replace("-", "_")] = to_value(value.strip())
+        name = key.strip().replace("-", "_")
+        if name in params:  # the last would hold: `clip=1,noise=1,noise=0` has no noise
+            raise UsageError("FL-S102", f"{spec!r}: {name} stands twice", f"give {name} once")
+        params[name] = to_value(value.strip())
     return params
 
 

@@ -47,6 +47,14 @@ def test_a_parameter_without_name_or_value_is_refused(spec: str) -> None:
     assert caught.value.code == "FL-S102"
 
 
+@pytest.mark.parametrize("spec", ["fedavg:steps=1,steps=2", "fedavg:over-select=1,over_select=2"])
+def test_a_parameter_given_twice_is_refused(spec: str) -> None:
+    """The last one held, without a word: `--dp clip=1,noise=1,noise=0`."""
+    with pytest.raises(UsageError, match="stands twice") as caught:
+        slots.split(spec)
+    assert caught.value.code == "FL-S102"
+
+
 def test_a_builtin_is_made_with_its_parameters() -> None:
     from atoll.aggregation.fedavg import FedAvg
 
