@@ -170,6 +170,7 @@ class Validators:
             case Left(client):
                 self.here.pop(client, None)
                 self.away.discard(client)
+                self.refused.pop(client, None)
                 return self._without(client)
             case Began():
                 self.merges, self.panel, self.open = self.merges + 1, None, False
@@ -247,7 +248,8 @@ class Validators:
             self.panel = [c for c in self.panel if c not in self.waiting]
         if len(self.answers) >= self.quorum:
             return [Done(self.question, counted(self.answers))]
-        told = f"{len(self.answers)} validators answered, {self.quorum} are needed"
+        came = len(self.answers)
+        told = f"{came} validator{'s' * (came != 1)} answered, {self.quorum} are needed"
         whys = [reason, *(f"{c}: {r}" for c, r in sorted(self.refused.items())[:3])]
         return [Failed(self.question, "; ".join(why for why in (told, *whys) if why))]
 

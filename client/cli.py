@@ -91,7 +91,7 @@ _DEVICE = click.option(
     help="Ask for one that the run allows: int8, or up=int8,down=fp32.  [default: the run's]",
 )  # fmt: skip
 @click.option(
-    "--local-dp", default="", metavar="SPEC",
+    "--local-dp", default="", metavar="SPEC", callback=console.not_empty,
     help="Noise of this client's own, whatever the server asks for: clip=0.3,noise=2.",
 )  # fmt: skip
 @click.option(

@@ -72,6 +72,7 @@ class Part:
         runs = local_dp(info.local_dp) if info.local_dp else None
         private = stricter(self._private, runs)
         validator = getattr(trainer, "validator", None) if info.validate else None
+        self.answering = None  # another run's may have been
         if validator is not None and private is None:  # a gradient there would carry no noise
             self.answering = Answering(self._name, info.manifest, validator, self._line)
         judges = (messages.VALIDATE,) if self.answering is not None else ()

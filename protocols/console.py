@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from atoll.protocols import helptext
 from atoll.protocols.errors import AtollError, ServerError, UsageError
@@ -34,6 +35,14 @@ INTERRUPTED = 130
 # ANSI sequences whole, then what is left of C0, C1 and the marks that turn text around
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]+")
+
+
+def not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
+    """For an option whose absence means something: `--dp "$UNSET"` is not the same."""
+    given = context.get_parameter_source(option.name or "")
+    if not value and given is ParameterSource.COMMANDLINE:
+        raise click.BadParameter("it is empty: say what you mean, or leave the option out")
+    return value
 
 
 def json_option(command: F) -> F:

@@ -111,7 +111,8 @@ def demo(
     proxy = proxy or (data if wants_proxy(aggregator) else "")
     passed += ["--proxy", proxy] if proxy else []
     dp, local_dp = private(noise)
-    passed += ["--dp", dp, "--local-dp", local_dp]
+    passed += ["--dp", dp] if dp else []
+    passed += ["--local-dp", local_dp] if local_dp else []
     passed += ["--lr", str(lr)] if lr is not None else _good_settings(data, algorithm, strategy)
     spec = DemoSpec(
         clients, speeds or tuple((1.0, 1.0, 2.0, 4.0)[i % 4] for i in range(clients)),

@@ -240,7 +240,6 @@ class Driver:
         if self._urgent or calls or self._due:
             await self._settle()
         elif self._unsaid:
-            self.journal.stage([one.payload for one in inputs if one.payload is not None])
             self._late.within(LAZY)
         for call in calls:
             call()
@@ -294,12 +293,8 @@ class Driver:
             followed = self._follow(said)
         finally:
             await writing
-        told = [one for one in (*said, *followed) if one.heard is not None]
-        for one in told:
-            self._act(one)
-        await asyncio.sleep(0)  # what was sent leaves before the books are written
-        for one in told:
-            self._note(one)
+        for one in (*said, *followed):
+            self._say(one)
         if followed:
             self._late.within(BEHIND)
         self._since_snapshot += len(said)
@@ -335,22 +330,20 @@ class Driver:
         self._due = True
         self._queue.put(None)
 
-    def _act(self, one: _Decided) -> None:
+    def _say(self, one: _Decided) -> None:
         """An input is written: carry out what was decided about it."""
-        for effect in one.effects:
-            self._perform(effect)
-        if one.input.then is not None:
-            one.input.then()
-
-    def _note(self, one: _Decided) -> None:
-        """For the history, and for the rules that may end the run."""
+        if one.heard is None:
+            return
         event, now = one.input.event, one.input.now
         if isinstance(event, Evaluated):
             self.rules.evaluated(event.version, event.metrics, now)
         elif isinstance(event, Merged):
             self.rules.merged(event.stats)
-        if one.heard is not None:
-            one.heard()
+        one.heard()
+        for effect in one.effects:
+            self._perform(effect)
+        if one.input.then is not None:
+            one.input.then()
         if isinstance(event, Merged | Evaluated | TimerFired):
             self._check_rules(now)
 

@@ -140,7 +140,6 @@ class Journal:
         self._decided: list[tuple[str, int]] = []
         self._written = self.seq
         self._writing: Batch | None = None
-        self._staged: dict[str, tuple[object, ...]] = {}  # rows of payloads, by update
         self._dropped: list[tuple[int | None]] = []  # segments of payloads it forgets
         self._lost = False  # a batch could not be written: nothing that followed from it may be
 
@@ -196,17 +195,10 @@ class Journal:
             self.base.execute("BEGIN IMMEDIATE")
             self._many(EVENT, [entry.row(self.run) for entry in batch.entries])
             self._many(DECIDED, batch.decided)
-            self._many(PAYLOAD, [self._row_of(p) for p in batch.payloads])
+            self._many(PAYLOAD, [self._row(p) for p in batch.payloads])
             for update in batch.forget:
                 self._dropped += self.base.execute(FORGET, (update,)).fetchall()
             self._many(META, batch.meta)
-
-    def stage(self, payloads: Iterable[Payload]) -> None:
-        """Begin with payloads that a later batch will have, while nothing is being written. Where
-        the disk does not take one, that batch says so."""
-        with contextlib.suppress(OSError):
-            for payload in payloads:
-                self._staged[payload.id] = self._row_of(payload)
 
     def seal(self) -> None:
         """The second half: what was written is durable."""
@@ -231,10 +223,8 @@ class Journal:
         """Whether something waits to be written with the next inputs."""
         return bool(self._entered or self._decided) and not self._lost
 
-    def _row_of(self, payload: Payload) -> tuple[object, ...]:
-        """A row of `payload`; its bytes are in the log where they came with it."""
-        if payload.id in self._staged:
-            return self._staged.pop(payload.id)
+    def _row(self, payload: Payload) -> tuple[object, ...]:
+        """A row of `payload`, whose bytes, where they came with it, are put into the log."""
         if payload.data is None:
             return payload.id, self.run, _info(payload), None, None
         place = self._log.put(payload.data)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from atoll.protocols import console
 from atoll.protocols.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ MIX = (
 )  # fmt: skip
 
 PRIVATE = (
-    click.option("--dp", default="", metavar="SPEC",
+    click.option("--dp", default="", metavar="SPEC", callback=console.not_empty,
                  help="Differential privacy by the server: clip=0.3,noise=1; "
                  "see docs/privacy.md."),
-    click.option("--local-dp", default="", metavar="SPEC",
+    click.option("--local-dp", default="", metavar="SPEC", callback=console.not_empty,
                  help="Noise on every client, for a server nobody trusts: clip=0.3,noise=2."),
     click.option("--max-epsilon", type=float, default=None,
                  help="End before --dp or --local-dp has cost any client more."),

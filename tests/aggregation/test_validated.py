@@ -164,7 +164,7 @@ def test_one_that_is_back_is_asked_again() -> None:
     assert answer(machine, "b") == []  # two are needed
     assert machine.handle(Came("a", True), 102.0) == [Send("a", 1)]
     machine.handle(Silent("a"), 103.0)
-    told = "1 validators answered, 2 are needed"
+    told = "1 validator answered, 2 are needed"
     assert machine.handle(Came("a", False), 104.0) == [Failed(1, told)]  # not willing any more
 
 
@@ -189,11 +189,14 @@ def test_who_leaves_or_is_refused_makes_the_answers_fewer() -> None:
     assert ask(machine)[1:] == [Send("a", 2), Send("d", 2)]  # b is not asked until it comes anew
     machine.handle(Answered("a", 2, V), 0.0)
     assert machine.handle(Left("d"), 0.0) == [
-        Failed(2, "1 validators answered, 2 are needed; b: NaN")
+        Failed(2, "1 validator answered, 2 are needed; b: NaN")
     ]
     machine.handle(Came("b", True), 0.0)
     machine.handle(Began(), 0.0)
     assert ask(machine)[1:] == [Send("a", 3), Send("b", 3)]
+    machine.handle(Refused("b", "NaN"), 0.0)
+    machine.handle(Left("b"), 0.0)
+    assert not machine.refused  # of clients that are gone nothing stays
 
 
 def test_who_has_no_number_to_say_is_asked_again_in_the_next_merge() -> None:

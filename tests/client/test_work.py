@@ -172,7 +172,7 @@ def test_the_first_report_says_that_the_model_is_here() -> None:
 
 def test_asked_to_send_a_client_sends_what_it_has() -> None:
     made = bench(Adding())
-    result = do(made, order(steps=9), asks(None, "send"))
+    result = do(made, order(steps=9), asks(None, "send", "send"))
     assert result.steps == 2
     assert torch.equal(update(made, result).read("trainable"), torch.full((8,), -0.5))
 
@@ -180,7 +180,7 @@ def test_asked_to_send_a_client_sends_what_it_has() -> None:
 def test_asked_to_drop_nothing_is_kept() -> None:
     made = bench(Adding())
     with pytest.raises(Dropped):
-        do(made, order(steps=9), asks(None, "drop", "drop"))
+        do(made, order(steps=9), asks(None, "drop", "drop", "drop"))
     with pytest.raises(Dropped):  # told so after its last step
         do(made, order(steps=1), asks(None, "drop"))
     assert made.outbox.waiting() == ()

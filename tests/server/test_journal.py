@@ -174,25 +174,10 @@ def test_a_full_disk_takes_all_of_a_batch_or_nothing(tmp_path: Path) -> None:
     book.close()
 
 
-def test_a_payload_may_be_begun_before_its_batch(tmp_path: Path) -> None:
-    book = journal(tmp_path)
-    book.stage([payload("o0.0"), payload("o1.0", None)])
-    book.stage([payload("o0.0", b"not looked at")])
-    assert list(book.payloads()) == []
-    book.append(EVENTS[:1], payloads=[payload("o0.0"), payload("o1.0", None)])
-    assert (tmp_path / "1.payloads").stat().st_size == 4
-    book.abandon()
-    again = journal(tmp_path)
-    assert [(p.id, p.data) for p in again.payloads()] == [("o0.0", b"1234"), ("o1.0", None)]
-    again.close()
-
-
 def test_where_the_disk_takes_no_payload_its_batch_says_so(tmp_path: Path) -> None:
     book = journal(tmp_path)
-    with largest_file(0):
-        book.stage([payload("o0.0")])
-        with pytest.raises(ServerError, match="large") as full:
-            book.append(EVENTS[:1], payloads=[payload("o0.0")])
+    with largest_file(0), pytest.raises(ServerError, match="large") as full:
+        book.append(EVENTS[:1], payloads=[payload("o0.0")])
     assert full.value.code == "FL-S203"
     book.append(EVENTS[:1], payloads=[payload("o0.0")])
     assert [p.data for p in book.payloads()] == [b"1234"]

@@ -131,3 +131,13 @@ def test_a_client_name_is_checked_before_anything_is_connected(
     given = ["start", "127.0.0.1:9", "--name", name, "--json"]
     assert console.run(client, given) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "FL-S108"
+
+
+@pytest.mark.parametrize("option", ["--dp", "--local-dp"])
+def test_an_empty_promise_of_noise_is_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--dp "$UNSET"` ran without noise."""
+    assert console.run(server, ["simulate", "--null", option, "", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert f"Invalid value for '{option}'" in told["error"]["message"]
