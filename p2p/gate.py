@@ -88,6 +88,7 @@ class Gate:
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._unseen: dict[str, int] = {}  # member -> looks in which the directory lacked it
         self._changed = asyncio.Event()
+        self._closed = False
 
     async def open(self) -> None:
         await self._renew()
@@ -97,6 +98,8 @@ class Gate:
         self._spawn(self._living())
 
     async def close(self) -> None:
+        self._closed = True  # what is cancelled as its wait ends may never hear of it
+        self._changed.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -259,7 +262,7 @@ class Gate:
 
     async def _living(self) -> None:
         turn, noted = 0, 0.0
-        while True:
+        while not self._closed:
             now = time.time()
             if now - self.me.at > RENEW or now < self.me.at - roster.AHEAD:
                 await self._renew()
@@ -274,7 +277,8 @@ class Gate:
                 turn += 1
             self._node.bootstrap = self._places()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._beat)
+                async with asyncio.timeout(self._beat):
+                    await self._changed.wait()
                 await asyncio.sleep(0.1)
             self._changed.clear()
 

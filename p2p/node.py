@@ -64,6 +64,7 @@ class Node:
         self._answers: dict[str, Answer] = {}
         self._streams: dict[str, Stream] = {}
         self._watch: asyncio.Task[None] | None = None
+        self._stopping = False
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -85,6 +86,7 @@ class Node:
         self._watch = asyncio.create_task(self._watching())
 
     async def stop(self) -> None:
+        self._stopping = True
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -197,9 +199,10 @@ class Node:
     async def _watching(self) -> None:
         """A daemon that has died or does not answer is replaced."""
         silent = 0
-        while True:
+        while not self._stopping:
             try:
-                await asyncio.wait_for(self.daemon.gone.wait(), PING_SECONDS)
+                async with asyncio.timeout(PING_SECONDS):
+                    await self.daemon.gone.wait()
             except TimeoutError:
                 silent = 0 if await self._answers_ping() else silent + 1
                 if silent < FROZEN:
@@ -228,7 +231,8 @@ class Node:
 
     async def _answers_ping(self) -> bool:
         try:
-            await asyncio.wait_for(self._up_p2p().list_peers(), PING_SECONDS)
+            async with asyncio.timeout(PING_SECONDS):
+                await self._up_p2p().list_peers()
         except Exception:  # noqa: BLE001  # whatever it is, it is no answer
             return False
         return True
@@ -378,7 +382,8 @@ def _look_at(identity: Path) -> None:
 async def _within(seconds: float, work: Awaitable[T], who: str) -> T:
     """RemoteError FL-P203 where it takes longer or fails."""
     try:
-        return await asyncio.wait_for(work, seconds)
+        async with asyncio.timeout(seconds):  # wait_for may swallow that it is cancelled
+            return await work
     except TimeoutError as error:
         raise _no_answer(who, f"nothing for {seconds:g} s") from error
     except (StopAsyncIteration, RemoteError):
