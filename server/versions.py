@@ -181,10 +181,13 @@ class VersionStore:
         shutil.rmtree(version.folder, ignore_errors=True)  # the same, made before the last crash
         os.rename(folder, version.folder)
 
-    def prune(self, keep: Collection[int]) -> None:
-        """Forget all versions but `keep` (see `kept`). Whoever holds one can go on reading it."""
+    def prune(self, keep: Collection[int], among: Collection[int] | None = None) -> None:
+        """Forget all versions but `keep` (see `kept`). Whoever holds one can go on reading it.
+
+        `among`: those that `keep` was chosen from; what has been sealed since then stays."""
         with self._lock:
-            gone = sorted((self._live.keys() | self._stored) - set(keep))
+            known = self._live.keys() | self._stored
+            gone = sorted((known if among is None else known & set(among)) - set(keep))
             for number in gone:
                 self._live.pop(number, None)
             files = [number for number in gone if number in self._stored]

@@ -151,7 +151,7 @@ class Workshop:
         if self.best is not None:
             stay.add(self.best)
         if not stay.issuperset(numbers):
-            self.store.prune(stay)
+            self.store.prune(stay, numbers)  # the merging thread may have sealed another one
 
     def _numbers(self, version: int) -> Numbers:
         return self.store.open(version).facts.numbers

@@ -174,6 +174,24 @@ def test_the_best_stays_pinned_until_it_is_kept_as_such(shop: Workshop) -> None:
     assert shop.store.numbers() == [0, 1, 4, 5]
 
 
+def test_a_version_that_is_sealed_while_old_ones_are_chosen_stays(shop: Workshop) -> None:
+    """It was made in the merging thread meanwhile, and was gone when it was to be judged."""
+    for number in range(1, 6):
+        hold(shop, f"o{number}.0", 1.0)
+        merge(shop, number, f"o{number}.0")
+        shop.save(number)
+    shop.settle()
+    hold(shop, "o6.0", 1.0)
+
+    class Meanwhile(dict[str, int]):
+        def values(self) -> Any:
+            merge(shop, 6, "o6.0")
+            return super().values()
+
+    shop.prune(Meanwhile())
+    assert shop.store.numbers() == [0, 4, 5, 6]
+
+
 def test_a_version_is_made_again_with_the_same_bytes(shop: Workshop) -> None:
     hold(shop, "o1.0", 0.3)
     hold(shop, "o2.0", 0.7)
