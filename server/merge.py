@@ -135,7 +135,8 @@ class Merger:
         live = [item for item in items if item[0].id not in dropped]
         while True:
             try:
-                stats = self._once(base, draft, live, use_outer, known, told)
+                step = _Step(self, base, draft, live, use_outer, known, told)
+                stats = self._once(base, step)
             except (NotFiniteError, RemoteError):  # or bytes that no codec made
                 whole = {update.id: "the merged model would not be finite" for update, _ in live}
                 dropped.update(spoilt(self.manifest, live) or whole)
@@ -154,19 +155,8 @@ class Merger:
         why = "its client's privacy budget is spent"
         return {u.id: why for (u, _), no in zip(items, refused, strict=True) if no}
 
-    def _once(
-        self,
-        base: Version,
-        draft: Draft,
-        items: Sequence[Item],
-        use_outer: bool,
-        known: int,
-        told: Mapping[str, float],
-    ) -> dict[str, float]:
-        proxy = self._proxy()
-        if proxy is not None and not told:
-            proxy.begin(buffers_to_be(self.buffers, base, items))
-        step = _Step(self, base, draft, items, use_outer, known, told)
+    def _once(self, base: Version, step: "_Step") -> dict[str, float]:
+        proxy, draft, items = self._proxy(), step.draft, step.items
         squares: dict[int, float] = {}
         count = self.manifest.counts["trainable"]
         largest = step.plan.largest
@@ -230,6 +220,9 @@ class _Step:
         known: int,
         told: Mapping[str, float],
     ) -> None:
+        proxy = merger._proxy()
+        if proxy is not None and not told:
+            proxy.begin(buffers_to_be(merger.buffers, base, items))
         self.merger, self.draft, self.items, self.told = merger, draft, items, told
         self.outer = merger.outer if use_outer else PLAIN
         self.moved = bool(items) or merger.noisy(base)

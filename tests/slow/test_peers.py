@@ -107,16 +107,22 @@ def test_a_peer_that_kills_itself_at_any_moment_comes_back_as_itself(
         swarm.until(lambda: again.told("beat") and dying in group(swarm, swarm.round))
 
 
+def kill_at_once(swarm: Swarm, names: str) -> int:
+    """SIGKILL for all before any is waited for; the round they had come to."""
+    for name in names:
+        swarm.peers[name].popen.kill()
+    before = swarm.round
+    for name in names:
+        swarm.peers[name].kill()
+    return before
+
+
 @pytest.mark.long
 def test_all_are_killed_at_once_and_go_on(folder: Path) -> None:
     with Swarm(folder, first=3) as swarm:
         swarm.up("a", "b", "c")
         reach(swarm, 3, "a", "b", "c")
-        for name in "abc":
-            swarm.peers[name].popen.kill()
-        before = swarm.round
-        for name in "abc":
-            swarm.peers[name].kill()
+        before = kill_at_once(swarm, "abc")
         swarm.up("a", "b", "c")
         reach(swarm, before + 2, "a", "b", "c")
         agreed(swarm)
@@ -129,11 +135,7 @@ def test_all_are_killed_and_the_rest_find_each_other_without_the_founder(folder:
     with Swarm(folder, first=3) as swarm:
         swarm.up("a", "b", "c")
         reach(swarm, 3, "a", "b", "c")
-        for name in "abc":
-            swarm.peers[name].popen.kill()
-        before = swarm.round
-        for name in "abc":
-            swarm.peers[name].kill()
+        before = kill_at_once(swarm, "abc")
         for name in "bc":  # at once
             swarm.start(name)
         reach(swarm, before + 2, "b", "c")
