@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 from atoll.client import session as machine
+from atoll.client import session_events as said
 from atoll.client import transfer
 from atoll.client.keep import Keep
 from atoll.client.line import BROKEN, Line
@@ -84,14 +85,14 @@ class Client:
         self._line: Line | None = None
         self._talk: asyncio.Task[None] | None = None  # the life of the newest control stream
         self._orders: dict[str, messages.Order] = {}
-        self._events: deque[machine.Event] = deque()  # posted while another one is handled
+        self._events: deque[said.Event] = deque()  # posted while another one is handled
         self._handling = False
         self._training = Training(
             self.name, self.report, self._post, lambda: self._line, self._running
         )
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._quit: asyncio.Future[machine.Quit] | None = None
+        self._quit: asyncio.Future[said.Quit] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self) -> Report:
@@ -114,13 +115,13 @@ class Client:
 
     def _leave(self) -> None:
         self._say(goodbye=wire_pb2.Goodbye(reason="stopped by its owner"))
-        self._post(machine.Ended("stopped by its owner", done=True))
+        self._post(said.Ended("stopped by its owner", done=True))
 
     async def serve(self) -> Report:
         """As `run`, in a running loop."""
         self._loop = asyncio.get_running_loop()
         self._quit = self._loop.create_future()
-        self._post(machine.Started(self._outbox.waiting()))
+        self._post(said.Started(self._outbox.waiting()))
         try:
             leaving = await self._quit
         finally:
@@ -147,31 +148,31 @@ class Client:
 
     # ---- what the machine says -----------------------------------------------------------------
 
-    def _perform(self, action: machine.Action) -> None:
+    def _perform(self, action: said.Action) -> None:
         match action:
-            case machine.Connect(at):
+            case said.Connect(at):
                 self._hang_up()
                 self._spawn(self._tick(at))
-            case machine.Wake(at):
+            case said.Wake(at):
                 self._spawn(self._tick(at))
-            case machine.Greet(holding):
+            case said.Greet(holding):
                 self._talk = self._spawn(self._converse(holding))
-            case machine.Work(order):
+            case said.Work(order):
                 self._training.begin(self._orders.pop(order), self._line)
-            case machine.Interrupt(order, then):
+            case said.Interrupt(order, then):
                 self._training.interrupt(order, then)
-            case machine.Deliver(update):
+            case said.Deliver(update):
                 self._deliver(update)
-            case machine.Complain(order, code, message):
+            case said.Complain(order, code, message):
                 self._say(failure=wire_pb2.Failure(order=order, code=code, message=message))
-            case machine.Acknowledge(update):
+            case said.Acknowledge(update):
                 if update not in self._settling:
                     self._acknowledge(update)
-            case machine.Settle(update, fate):
+            case said.Settle(update, fate):
                 self.report.used += fate == "used"
                 self.report.discarded += fate != "used"
                 self._settling.begin(self._training.bench, update, fate)
-            case machine.Quit():
+            case said.Quit():
                 assert self._quit is not None
                 self._quit.set_result(action)
 
@@ -185,7 +186,7 @@ class Client:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _post(self, event: machine.Event) -> None:
+    def _post(self, event: said.Event) -> None:
         """Let the machine hear of it, in the loop's thread: now, or after the one it is at."""
         self._events.append(event)
         if self._handling:
@@ -221,7 +222,7 @@ class Client:
 
     async def _tick(self, at: float) -> None:
         await asyncio.sleep(max(0.0, at - asyncio.get_running_loop().time()))
-        self._post(machine.Tick(at))
+        self._post(said.Tick(at))
 
     # ---- the control stream --------------------------------------------------------------------
 
@@ -266,14 +267,12 @@ class Client:
     def _lost(self, reason: str) -> None:
         if self._session.failures == 0 and self._session.phase != "over":
             logger.info("client=%s has no server (%s), trying again", self.name, reason)
-        self._post(machine.Lost(reason))
+        self._post(said.Lost(reason))
 
     def _reject(self, error: AtollError, order: str) -> None:
         retry = getattr(error, "retry_seconds", None)
         self._post(
-            machine.Rejected(
-                error.code, error.message, error.hint, order, retry is None, retry or 0.0
-            )
+            said.Rejected(error.code, error.message, error.hint, order, retry is None, retry or 0.0)
         )
 
     async def _prepare(self, channel: Any) -> set[str]:
@@ -287,11 +286,11 @@ class Client:
             response_deserializer=wire_pb2.InspectReply.FromString,
         )
         reply = await call(wire_pb2.InspectRequest(what="run"), timeout=30.0)
-        self._post(machine.Answered())
+        self._post(said.Answered())
         info = RunInfo.of(json.loads(reply.data))
         stale = self._outbox.waiting() if self._outbox.memory.run != info.id else ()
         for order, update in stale:
-            self._post(machine.Told(order, update, "discarded"))
+            self._post(said.Told(order, update, "discarded"))
         self._outbox.enter(info.id)
         self._keep.enter(info.id)
         if self._keep.lost:
@@ -306,12 +305,12 @@ class Client:
             case "order":
                 self._ordered(messages.order_from_wire(message.order))
             case "ask":
-                self._post(machine.Asked(*messages.ask_from_wire(message.ask)))
+                self._post(said.Asked(*messages.ask_from_wire(message.ask)))
             case "receipt":
-                self._post(machine.Received(message.receipt.update))
+                self._post(said.Received(message.receipt.update))
             case "outcome":
                 told = messages.outcome_from_wire(message.outcome)
-                self._post(machine.Told(told.order, told.update, told.fate))
+                self._post(said.Told(told.order, told.update, told.fate))
             case "evaluate":
                 self._spawn(self._training.evaluate(line, message.evaluate))
             case "question":
@@ -326,11 +325,11 @@ class Client:
                 reason = bounds.text(bye.reason)
                 if not bye.done:
                     logger.info("client=%s has no server (%s), trying again", self.name, reason)
-                self._post(machine.Ended(reason, bye.done, bye.retry_seconds))
+                self._post(said.Ended(reason, bye.done, bye.retry_seconds))
 
     def _ordered(self, order: messages.Order) -> None:
         self._orders[order.id] = order
-        self._post(machine.Ordered(order.id))
+        self._post(said.Ordered(order.id))
 
     def _welcomed(self, line: Line, welcome: wire_pb2.Welcome) -> None:
         assert self._training.bench is not None
@@ -343,7 +342,7 @@ class Client:
         self._line = line
         self._spawn(self._beat(line, welcome.heartbeat_seconds))
         logger.info("client=%s is in the run at %s", self.name, self.address)
-        self._post(machine.Welcomed())
+        self._post(said.Welcomed())
 
     async def _beat(self, line: Line, seconds: float) -> None:
         while self._line is line:
@@ -369,11 +368,11 @@ class Client:
 
         try:
             await asyncio.get_running_loop().run_in_executor(self._bulk, send)
-            self._post(machine.Received(result.update))
+            self._post(said.Received(result.update))
         except AtollError as error:
             if self._line is not line:
                 return  # the next welcome delivers it again
             if error.code in BROKEN:
-                self._post(machine.Lost(error.message))
+                self._post(said.Lost(error.message))
             else:
                 self._reject(error, result.order if error.code == "FL-W102" else "")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from atoll.client import session as machine
+from atoll.client import session_events as said
 from atoll.client.line import BROKEN, Line, fetch_by
 from atoll.client.work import Dropped, Workbench
 from atoll.protocols import messages, wire_pb2
@@ -62,7 +62,7 @@ class Training:
         self,
         name: str,
         report: Report,
-        post: Callable[[machine.Event], None],
+        post: Callable[[said.Event], None],
         line: Callable[[], Line | None],
         loop: Callable[[], asyncio.AbstractEventLoop],
     ) -> None:
@@ -105,7 +105,7 @@ class Training:
         assert self.bench is not None
         job = self._job = Job(order, line)
         if job.order.sent.here:
-            self._post(machine.Fetched(job.order.id))
+            self._post(said.Fetched(job.order.id))
         working = self._hand.do(functools.partial(self._train, self.bench, job))
         working.add_done_callback(functools.partial(self._worked, job))
 
@@ -115,9 +115,9 @@ class Training:
             result = working.result()
             self._report.orders += 1
             self._report.steps += result.steps
-            self._post(machine.Finished(order, result.update))
+            self._post(said.Finished(order, result.update))
         except Dropped:
-            self._post(machine.Dropped(order))
+            self._post(said.Dropped(order))
         except AtollError as error:
             self._failed(job, error)
         except Exception as error:  # a bug, ours or a trainer's, must not leave the order open
@@ -131,11 +131,11 @@ class Training:
         order = job.order.id
         if error.code in BROKEN:  # its model could not be fetched: it will be sent again
             if job.line is not None and self._line() is job.line:
-                self._post(machine.Lost(error.message))
-            self._post(machine.Dropped(order))
+                self._post(said.Lost(error.message))
+            self._post(said.Dropped(order))
         else:
             logger.info("client=%s order=%s %s", self._name, order, error, exc_info=error)
-            self._post(machine.Failed(order, error.code, error.message))
+            self._post(said.Failed(order, error.code, error.message))
 
     def _train(self, bench: Workbench, job: Job) -> messages.Result:
         loop = self._loop()
@@ -143,13 +143,13 @@ class Training:
         def report(step: int) -> None:
             job.step = step
             if step == 0 and not job.order.sent.here:
-                loop.call_soon_threadsafe(self._post, machine.Fetched(job.order.id))
+                loop.call_soon_threadsafe(self._post, said.Fetched(job.order.id))
 
         def fetch(info: BlobInfo, dest: memoryview) -> None:
             fetch_by(job.line, info, dest)
 
         def snapped(result: messages.Result) -> None:
-            finished = machine.Finished(job.order.id, result.update, final=False)
+            finished = said.Finished(job.order.id, result.update, final=False)
             loop.call_soon_threadsafe(self._post, finished)
 
         return bench.do(job.order, fetch, job.look, report, snapped)
@@ -172,7 +172,7 @@ class Training:
         except Exception as error:  # training goes on
             if getattr(error, "code", "") in BROKEN:
                 if self._line() is line:
-                    self._post(machine.Lost(str(error)))
+                    self._post(said.Lost(str(error)))
                 return
             where = not isinstance(error, AtollError) or logger.isEnabledFor(logging.INFO)
             logger.warning(

@@ -60,6 +60,7 @@ MACHINES = [
     "aggregation/staleness.py",
     "aggregation/strategy.py",
     "client/session.py",
+    "client/session_events.py",
     "protocols/blobs.py",
     "protocols/events.py",
     "protocols/manifest.py",

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.client.session import (
-    HELD,
+from atoll.client.session import HELD, Session
+from atoll.client.session_events import (
     Acknowledge,
     Action,
     Answered,
@@ -29,7 +29,6 @@ from atoll.client.session import (
     Quit,
     Received,
     Rejected,
-    Session,
     Settle,
     Started,
     Tick,
