@@ -1,6 +1,7 @@
 """The real-time driver: the same decisions as virtual time, everything written down first."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -518,6 +519,43 @@ def test_a_receipt_comes_once_its_input_is_durable_and_handled(tmp_path: Path) -
 
         asyncio.run(post())
     assert seen == [(2, True)]
+
+
+def test_while_the_disk_is_at_it_nobody_is_told_anything(tmp_path: Path) -> None:
+    """A receipt or an order that is out before its input is durable is a promise nobody keeps."""
+    said: list[str] = []
+    begun, free = threading.Event(), threading.Event()
+
+    class Saying(Answering):
+        def deliver(self, order: Order) -> None:
+            said.append(order.client)
+            self.driver.stop("enough")
+
+    with driven(tmp_path, FedAvg(min_clients=1, steps=1), Saying()) as driver:
+        seal = driver.journal.seal
+
+        def slowly() -> None:
+            begun.set()
+            assert free.wait(10)
+            seal()
+
+        driver.journal.seal = slowly  # type: ignore[method-assign]
+
+        async def watched() -> list[str]:
+            driver.attach()
+            driver.post(JOINED, then=lambda: said.append("receipt"))
+            running = asyncio.create_task(driver.serve())
+            while not begun.is_set():  # noqa: ASYNC110  # another thread says so
+                await asyncio.sleep(0)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            early = list(said)
+            free.set()
+            await running
+            return early
+
+        assert asyncio.run(watched()) == []
+    assert said == ["a", "receipt"]
 
 
 def test_what_the_world_no_longer_needs_goes_with_the_next_inputs(tmp_path: Path) -> None:
