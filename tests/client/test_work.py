@@ -11,12 +11,14 @@ from torch import Tensor
 
 from atoll.client.algorithm import local_algorithm
 from atoll.client.holding import Beside
+from atoll.client.keep import Keep
 from atoll.client.outbox import Outbox
 from atoll.client.trainer import Task, Trained
 from atoll.client.work import Dropped, Workbench
 from atoll.protocols import tensors
 from atoll.protocols.blobs import INLINE, BlobInfo
 from atoll.protocols.codecs import codec
+from atoll.protocols.codecspec import ErrorFeedback
 from atoll.protocols.errors import AtollError, ClientError, RemoteError
 from atoll.protocols.events import Then
 from atoll.protocols.manifest import Manifest, TensorSpec
@@ -428,3 +430,19 @@ def test_a_trainer_that_makes_nothing_besides_is_told_so() -> None:
     given = replace(order(), extras=(beside(control=[0.0] * 8),))
     with pytest.raises(ClientError, match=r"FL-C103.*'dc'"):
         do(bench(Silent()), given)
+
+
+def test_private_state_is_written_before_the_result_that_it_belongs_to(tmp_path: Path) -> None:
+    """Killed between the two, the order is trained again; the other way round it would be lost."""
+    seen: list[bool] = []
+
+    class Looking(Outbox):
+        def put(self, result: Result, view: memoryview) -> None:
+            seen.append((tmp_path / "keep" / f"{result.update}.pending").exists())
+            super().put(result, view)
+
+    outbox, keep = Looking(tmp_path), Keep(tmp_path / "keep")
+    made = Workbench(Adding(), MANIFEST, codec("fp32"), codec("fp32"), outbox, keep)
+    made.agree(codec("topk:0.5"), codec("fp32"), ErrorFeedback())
+    do(made, order())
+    assert seen == [True]

@@ -1,5 +1,6 @@
 """The journal: all of a batch or nothing, in the order in which it came, and back as it was."""
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -101,6 +102,28 @@ def test_a_payload_that_came_and_went_with_one_batch_is_not_kept(tmp_path: Path)
     book = journal(tmp_path)
     book.append(EVENTS[:1], payloads=[payload("o0.0")], forget=["o0.0", "o9.0"])
     assert list(book.payloads()) == []
+    book.close()
+
+
+def test_bytes_are_on_the_disk_before_the_rows_that_name_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut between the two would leave a receipt for bytes that never arrived."""
+    book = Journal(tmp_path / "journal.sqlite", "run", durable=True)
+    reader = sqlite3.connect(tmp_path / "journal.sqlite")
+    seen: list[tuple[str, int]] = []
+
+    def synced(fd: int) -> None:
+        named = reader.execute("SELECT count(*) FROM payload").fetchone()[0]
+        seen.append((os.readlink(f"/proc/self/fd/{fd}"), named))
+
+    monkeypatch.setattr(os, "fdatasync", synced)
+    book.append(EVENTS[:1])
+    assert seen == []  # nothing but rows: SQLite's own
+    book.append(EVENTS[1:2], payloads=[payload("o0.0")])
+    assert seen == [(str(tmp_path / "1.payloads"), 0)]
+    assert reader.execute("SELECT count(*) FROM payload").fetchone() == (1,)
+    reader.close()
     book.close()
 
 

@@ -179,7 +179,8 @@ def test_saving_syncs_files_and_folders_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    for call in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, call, lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
     versions = store(tmp_path)
     version = stepped(versions, 1)
     versions.save(version, durable=False)
@@ -188,6 +189,11 @@ def test_saving_syncs_files_and_folders_once(
     versions.save(version)
     files = [tmp_path / "1" / name for name in (MODEL, OUTER, FACTS)]
     assert synced == [str(path) for path in (*files, tmp_path / "1", tmp_path)]
+    del synced[:]
+    small = store(tmp_path, 1 << 20)  # in memory until it is saved
+    small.save(stepped(small, 2))
+    files = [tmp_path / "2.tmp" / name for name in (MODEL, OUTER, f"{FACTS}.part")]
+    assert synced == [str(path) for path in (*files, tmp_path / "2", tmp_path)]
 
 
 def damage(path: Path, at: int = -1) -> None:
