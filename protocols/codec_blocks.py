@@ -5,9 +5,9 @@ the first 1/n of a block in the lowest bits of its bytes, the next in the bits a
 reading and writing run along memory. The last block is as short as what is left, rounded up to 8
 values.
 
-Reading and writing work tile by tile in one core's cache, on whatever device the values lie.
-Elementwise operations that IEEE rounds exactly, maxima, and sums by halving: so the bytes of the
-same values, and the values of the same bytes, are the same on every device.
+Reading and writing work tile by tile in one core's cache. Elementwise operations that IEEE rounds
+exactly, maxima, and sums by halving: so the bytes of the same values, and the values of the same
+bytes, are the same on every machine.
 """
 
 from abc import ABC, abstractmethod
@@ -58,20 +58,19 @@ class BlockCodec(ABC):
 
     def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
         out = room(self, values, out)
-        nothing = values.new_empty(0)
-        return self.encode_read(lambda lo, hi, _: values[lo:hi], values.numel(), out, nothing)
+        return self._encode(lambda lo, hi, _: values[lo:hi], values.numel(), out, torch.empty(0))
 
-    def encode_read(
-        self, read: Decoder, count: int, out: memoryview, spare: Tensor | None = None
-    ) -> memoryview:
+    def encode_read(self, read: Decoder, count: int, out: memoryview) -> memoryview:
         """Encode `count` values that `read` gives tile by tile, so that they need not lie anywhere.
 
-        Same bytes as `encode`. `spare` is what `read` gets as scratch.
+        Same bytes as `encode`.
         """
-        if spare is None:
-            spare = torch.empty(min(SPAN, count))
+        return self._encode(read, count, out, torch.empty(min(SPAN, count)))
+
+    def _encode(self, read: Decoder, count: int, out: memoryview, spare: Tensor) -> memoryview:
+        """`spare` is what `read` gets as scratch."""
         scales, codes, tail = self._parts(out, count)
-        scratch = torch.empty(min(SPAN, count), device=spare.device)
+        scratch = torch.empty(min(SPAN, count))
         step = max(1, SPAN // self.block)
         for lo in range(0, len(codes), step):
             hi = min(lo + step, len(codes))
@@ -79,7 +78,7 @@ class BlockCodec(ABC):
             area = scratch[: rows.numel()].view(hi - lo, -1)
             self.write(rows, scales[lo:hi], codes[lo:hi], area, self.block)
         if tail.numel():
-            row = torch.zeros(1, tail.shape[1] * 8 // self.bits, device=spare.device)
+            row = torch.zeros(1, tail.shape[1] * 8 // self.bits)
             last = read(len(codes) * self.block, count, spare)
             row[0, : last.numel()] = last
             self.write(row, scales[-1:], tail, torch.empty_like(row), last.numel())

@@ -5,8 +5,8 @@ the time before, made orthonormal, then Q = M^T P; both are sent, and P Q^T is w
 is the client's own state ("q"), so that the iteration goes on from update to update. With `+ef`, as
 in the paper. Tensors of one axis, and those that would not shrink, are sent as they are, rounded.
 
-Matrix products differ in their last bits from device to device, so two devices may pack the same
-values into different bytes. What the bytes mean is computed elementwise, in one order: it has the
+Matrix products differ in their last bits from machine to machine, so two may pack the same values
+into different bytes. What the bytes mean is computed elementwise, in one order: it has the
 same bits everywhere.
 """
 
@@ -105,12 +105,12 @@ class PowerSGD:
                 into.copy_(own)
                 continue
             matrix, size = own.view(part.rows, part.cols), part.cols * part.rank
-            q = before[at : at + size].view(part.cols, part.rank).to(values.device)
+            q = before[at : at + size].view(part.cols, part.rank)
             p = torch.linalg.qr(matrix @ q).Q
             q = matrix.T @ p
             into[: part.rows * part.rank].copy_(p.reshape(-1))
             into[part.rows * part.rank :].copy_(q.reshape(-1))
-            after.append(q.reshape(-1).cpu())
+            after.append(q.reshape(-1))
             at += size
         return out, {Q: torch.cat(after)}
 

@@ -83,7 +83,7 @@ class RandomK:
         if not count:
             return out, after
         out[:HEAD] = draw.to_bytes(HEAD, "little")
-        places = self.places(draw, 0, self.runs(count), count).to(values.device)
+        places = self.places(draw, 0, self.runs(count), count)
         sent = values[places]
         if self.unbiased:
             sent = sent * self._widths(0, self.runs(count), count).to(sent)
@@ -118,7 +118,7 @@ class RandomK:
 
 def _checksum(values: Tensor) -> int:
     """Of some of them, which is enough to tell two updates apart."""
-    some = values[::61].cpu().clone(memory_format=torch.contiguous_format)
+    some = values[::61].clone(memory_format=torch.contiguous_format)
     return zlib.crc32(as_bytes(some))
 
 
@@ -130,7 +130,7 @@ def _mix(number: int) -> int:
 
 
 def _mix_all(numbers: Tensor) -> Tensor:
-    """`_mix` of int64 numbers below 2^32; what overflows is masked away, on every device alike."""
+    """`_mix` of int64 numbers below 2^32; what overflows is masked away."""
     numbers = (numbers ^ numbers >> 16) * 0x7FEB352D & MASK
     numbers = (numbers ^ numbers >> 15) * 0x846CA68B & MASK
     return numbers ^ numbers >> 16

@@ -5,7 +5,7 @@ SparseLoCo (Sarfi et al. 2025, https://arxiv.org/abs/2508.15706): `topk:0.015625
 of 4096, 145 times smaller. What is left out is lost unless `+ef` keeps it.
 
 A section is lookup tables (2 bits only), values, places; the values of a chunk in the order of
-their places. Of values of equal magnitude the first are taken, on every device.
+their places. Of values of equal magnitude the first are taken, on every machine.
 """
 
 from typing import ClassVar
@@ -177,7 +177,7 @@ class _Picks:
 def largest(rows: Tensor, kept: int) -> Tensor:
     """Ascending int64 places of the `kept` largest magnitudes of each row, (rows, kept).
 
-    Which of several equal ones a library takes differs from device to device, so rows where that
+    Which of several equal ones a library takes differs from machine to machine, so rows where that
     matters are done again: the first of them. NaN counts as the largest.
     """
     sizes = rows.abs()
@@ -208,7 +208,7 @@ def _by_heaps(heaps: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     maxima = heaps.amax(1)
     lead, taken = torch.topk(maxima, kept, dim=1, sorted=False)
     bound = lead.amin(1, keepdim=True)
-    steps = torch.arange(0, each * count, count, device=heaps.device)
+    steps = torch.arange(0, each * count, count)
     among = (taken[:, None, :] + steps[:, None]).view(rows, each * kept)
     sizes = heaps.view(rows, each * count).gather(1, among)
     top, at = torch.topk(sizes, kept, dim=1, sorted=False)

@@ -78,7 +78,8 @@ class Codec(Protocol):
     def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
         """Flat float32 `values` as bytes; into `out`, of exactly `size(count)` bytes, if given.
 
-        The same values give the same bytes. NaN and Inf are not hidden: they come back as
+        They lie on the CPU, wherever they were trained (see `tensors.flatten` and `delta`), so that
+        the same values give the same bytes. NaN and Inf are not hidden: they come back as
         something that is not finite.
         """
 

@@ -1,4 +1,4 @@
-"""Halving: sums whose bits do not depend on the device, the number of threads or the vector unit.
+"""Halving: sums whose bits do not depend on the machine, the number of threads or the vector unit.
 
 Adding the second half of a row onto the first, again and again, is elementwise addition only, which
 IEEE rounds the same everywhere; a library's own sum is not.

@@ -196,7 +196,7 @@ def extra_groups(
             missing = [number for number in says if number not in said]
             flat = torch.tensor([] if missing else [said[number] for number in says])
         else:
-            flat = vectors.get(name, torch.empty(0))
+            flat = vectors.get(name, torch.empty(0)).cpu()
         if flat.numel() != count:
             raise ClientError(
                 "FL-C103",
