@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from atoll.p2p import bulk, direct, gate, post
+from atoll.p2p import bulk, direct, gate, newcomers, post
 from atoll.p2p.lies import NONE, lies
 from atoll.protocols.errors import RemoteError
 
@@ -59,7 +59,7 @@ def deeds(
     true = post.write(rng.choice(letters["weight"]))
     found += [
         ("garbage", name, said)
-        for name in (post.NAME, gate.HELLO, gate.MANIFEST, direct.NAME)
+        for name in (post.NAME, gate.HELLO, newcomers.MANIFEST, direct.NAME)
         for said in (noise, deep, b"", true.replace(b"1.0", b"NaN"), true[:-7])
     ]
     found += [("oversize", post.NAME, b" " * n) for n in (300 << 10, 900 << 10)]
