@@ -18,11 +18,12 @@ from dataclasses import replace
 from typing import Any
 
 from atoll.p2p import roster
+from atoll.p2p.calls import CALL_SECONDS, Answer, Stream
 from atoll.p2p.identity import Identity
 from atoll.p2p.invite import ADDRESSES, Invite
 from atoll.p2p.manifest import verify
 from atoll.p2p.newcomers import Desk, by_peer, directory_key
-from atoll.p2p.node import CALL_SECONDS, Answer, Node, Stream
+from atoll.p2p.node import Node
 from atoll.p2p.roster import Entry, Roster
 from atoll.p2p.sealing import Sealing
 from atoll.protocols.errors import RemoteError

@@ -11,9 +11,10 @@ import hmac
 from collections.abc import Sequence
 
 from atoll.p2p import roster
+from atoll.p2p.calls import CALL_SECONDS
 from atoll.p2p.invite import Invite
 from atoll.p2p.manifest import verify
-from atoll.p2p.node import CALL_SECONDS, Node
+from atoll.p2p.node import Node
 from atoll.p2p.roster import Entry
 from atoll.protocols.errors import PeerError, RemoteError
 
