@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from atoll.p2p import bulk, direct, gate, post
+from atoll.p2p import bulk, direct, gate, newcomers, post
 from atoll.p2p.lies import NONE, lies
 from atoll.protocols.errors import RemoteError
 
@@ -59,7 +59,7 @@ def deeds(
     true = post.write(rng.choice(letters["weight"]))
     found += [
         ("garbage", name, said)
-        for name in (post.NAME, gate.HELLO, gate.MANIFEST, direct.NAME)
+        for name in (post.NAME, gate.HELLO, newcomers.MANIFEST, direct.NAME)
         for said in (noise, deep, b"", true.replace(b"1.0", b"NaN"), true[:-7])
     ]
     found += [("oversize", post.NAME, b" " * n) for n in (300 << 10, 900 << 10)]
@@ -74,7 +74,7 @@ async def _say(node: Any, to: str, name: str, said: bytes) -> None:
     from google.protobuf.wrappers_pb2 import BytesValue
     from hivemind.p2p import PeerID
 
-    from atoll.p2p.node import _unwrap, _within
+    from atoll.p2p.calls import unwrap, within
 
     p2p, peer = node._up_p2p(), PeerID.from_base58(to)
     message = BytesValue(value=said)
@@ -82,5 +82,5 @@ async def _say(node: Any, to: str, name: str, said: bytes) -> None:
         async for _ in node.stream(to, name, said, 2.0):
             pass
         return
-    answer = await _within(3.0, p2p.call_protobuf_handler(peer, name, message, BytesValue), to)
-    _unwrap(bytes(answer.value))
+    answer = await within(3.0, p2p.call_protobuf_handler(peer, name, message, BytesValue), to)
+    unwrap(bytes(answer.value))

@@ -15,8 +15,9 @@ from atoll.protocols.blobs import INLINE, BlobInfo
 from atoll.protocols.codecs import Codec
 from atoll.protocols.errors import ClientError, RemoteError
 from atoll.protocols.manifest import Manifest
-from atoll.protocols.messages import Order, Sent
+from atoll.protocols.messages import Order
 from atoll.protocols.payload import Payload, check, parse, read_extras
+from atoll.protocols.sent import Sent
 
 Fetch = Callable[[BlobInfo, memoryview], None]
 

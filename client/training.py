@@ -19,6 +19,7 @@ from atoll.protocols.bounds import MAX_COUNT
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.events import Then
 from atoll.protocols.hand import Hand
+from atoll.protocols.sent import sent_from_wire
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class Training:
         """
         bench = self.bench
         assert bench is not None
-        judging = self._hand.do(lambda: bench.evaluate(messages.sent_from_wire(asked), line.fetch))
+        judging = self._hand.do(lambda: bench.evaluate(sent_from_wire(asked), line.fetch))
         return self._judged(line, asked.version, judging)
 
     async def _judged(

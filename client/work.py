@@ -26,8 +26,9 @@ from atoll.protocols.codecspec import ErrorFeedback
 from atoll.protocols.errors import ClientError
 from atoll.protocols.events import Then
 from atoll.protocols.manifest import TRAVELLING, Manifest
-from atoll.protocols.messages import Order, Result, Sent
+from atoll.protocols.messages import Order, Result
 from atoll.protocols.payload import Payload, finite
+from atoll.protocols.sent import Sent
 
 
 class Dropped(Exception):  # noqa: N818  # not an error: the order was closed

@@ -11,7 +11,8 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from atoll.p2p.node import CALL_SECONDS, Node, Stream
+from atoll.p2p.calls import CALL_SECONDS, Stream
+from atoll.p2p.node import Node
 from atoll.protocols import frames
 from atoll.protocols.blobs import CHUNK, Blob
 from atoll.protocols.errors import RemoteError

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from atoll.p2p import ports
-from atoll.p2p.gate import by_peer
 from atoll.p2p.invite import Invite
+from atoll.p2p.newcomers import by_peer, fetch_manifest, reached_by
 from atoll.p2p.node import Node
 from atoll.protocols import console
 from atoll.protocols.errors import AtollError, PeerError, RemoteError
@@ -112,8 +112,6 @@ def _addresses(addresses: list[str]) -> Check:
 
 async def _run(node: Node, invite: Invite, addresses: Sequence[str]) -> list[Check]:
     """The way to the run's members, the way back to `addresses`, and the clock."""
-    from atoll.p2p.gate import fetch_manifest
-
     found, answered = [], False
     for peer in by_peer(invite.addresses):
         try:
@@ -144,8 +142,6 @@ async def _run(node: Node, invite: Invite, addresses: Sequence[str]) -> list[Che
 
 async def _way_back(node: Node, invite: Invite, peer: str, addresses: Sequence[str]) -> list[Check]:
     """None where the member cannot say: it does not take the invite's secret."""
-    from atoll.p2p.gate import reached_by
-
     try:
         for address in addresses:
             if await reached_by(node, invite, peer, address):

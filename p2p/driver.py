@@ -1,15 +1,14 @@
 """Driver: a peer's machines on real time: the rendezvous, its all-reduces, its model and its disk.
 
 One task owns the rendezvous and everybody else posts to its queue. What binds the peer is on its
-disk before anything that follows from it is said. The model is changed by one task too, in the
-order of the rendezvous' words, so that no vote ever waits for an outer step.
+disk before anything that follows from it is said. The model is changed by another task
+(`holding.py`), and local work (`labour.py`) is begun in its order, from the model it left.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from atoll.aggregation.allreduce import Done, Fail, PartReady, Plan
 from atoll.aggregation.rendezvous import Rendezvous
@@ -18,7 +17,6 @@ from atoll.aggregation.rendezvous_events import (
     Apply,
     BeatDue,
     Bound,
-    Digested,
     Download,
     Downloaded,
     Drop,
@@ -28,66 +26,33 @@ from atoll.aggregation.rendezvous_events import (
     Load,
     MeanFailed,
     MeanMade,
-    NotDownloaded,
     PeerAction,
     PeerEvent,
     Reduce,
     Say,
     Stand,
     Started,
-    StepsDone,
     TrainOn,
     Value,
     Wake,
 )
 from atoll.aggregation.seals import Seals
-from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.p2p.contribution import Contribution, packer
-from atoll.p2p.donor import Shelved, download
 from atoll.p2p.exchange import Exchange
 from atoll.p2p.former import Former
+from atoll.p2p.holding import Holding
+from atoll.p2p.labour import Labour, Training
 from atoll.p2p.memory import Memory
 from atoll.p2p.post import Letter, Part, Post
 from atoll.p2p.reducing import Fetch
-from atoll.p2p.tally import Tally, Trained
+from atoll.p2p.tally import Tally
 from atoll.p2p.terms import Terms
-from atoll.p2p.work import Facts
 from atoll.protocols.blobs import Blob
 from atoll.protocols.errors import RemoteError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 QUEUE = 10_000  # events that wait; what others say beyond is lost, as on a network
-AGAIN = 1.0  # seconds between work that must not count and the next
 
 logger = logging.getLogger(__name__)
-
-
-class Training(Protocol):
-    """What does the local work, as `work.Work`."""
-
-    @property
-    def engine(self) -> SyncEngine: ...
-    @property
-    def facts(self) -> Facts: ...
-    async def train(self, steps: int) -> Trained: ...
-    def bench(self, seconds: float) -> float: ...  # local steps a second; blocks
-    def close(self) -> None: ...
-
-
-@dataclass
-class _Ready:
-    chain: str
-    given: Contribution
-
-
-@dataclass
-class _Jobs:
-    """Changes to the model, in order."""
-
-    queue: asyncio.Queue[Callable[[], Awaitable[None]]] = field(default_factory=asyncio.Queue)
-    saved: asyncio.Event = field(default_factory=asyncio.Event)  # the model is on disk
 
 
 class Driver:
@@ -109,30 +74,29 @@ class Driver:
     ) -> None:
         """`steps()`: local steps of this peer in a round. `fetch`: as `bulk.fetch`, of a blob."""
         self.me, self.terms, self.tally = me, terms, Tally()
-        self._work, self._memory, self._steps = work, memory, steps
-        self._post, self._fetch, self._watch, self._seals = post, fetch, watch, seals
+        self._work, self._memory, self._seals = work, memory, seals
+        self._post, self._watch = post, watch
         loop = asyncio.get_running_loop()
         self.clock = loop.time
         self._events: asyncio.Queue[PeerEvent] = asyncio.Queue()
         up, down = terms.ways.up[0], terms.ways.down[0]
-        self._up, self._codec = up, packer(down)
+        self._codec = packer(down)
         self.exchange = Exchange(
             me, work.engine.state.anchor.numel(), up=up, down=down, fetch=fetch, clock=self.clock,
             tell=lambda peer, attempt, ready: post.send(peer, Part.of(attempt, ready)),
             over=self._over, most=terms.most,
         )  # fmt: skip
-        self.shelved = Shelved(self.clock)
-        self._ready: _Ready | None = None
-        self._residual: Tensor | None = None
-        self._loaded: tuple[str, SyncState] | None = None
-        self._training: asyncio.Task[None] | None = None
+        self.holding = Holding(
+            me, work.engine, memory, self.tally,
+            fetch=fetch, say=self.say, spawn=self._spawn, tidy=self._tidy,
+        )  # fmt: skip
+        self._labour = Labour(
+            me, work, self.tally, up, steps=steps, say=self.say, ended=self._ended
+        )  # fmt: skip
         self._tasks: set[asyncio.Task[None]] = set()
-        self._jobs = _Jobs()
         self._failed: asyncio.Future[None] = loop.create_future()
         self._machine: Rendezvous
         self._bound: Bound
-        self._chain = ""  # the model as of the last `Apply` or `Load`
-        self._wanted = ""  # that is being downloaded
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -158,20 +122,18 @@ class Driver:
             self._machine = Rendezvous.again(self.me, size, kept.bound, patience)
         self._machine.root = self.terms.start
         self._machine.most, self._machine.seals = self.terms.share, self._seals
-        self._bound, self._chain = self._machine.bound(), self._machine.stand.chain
+        self._bound = self._machine.bound()
         self.tally.round = max(0, self._machine.stand.epoch)
         return True
 
     async def run(self) -> None:
         """PeerError where its disk fails."""
-        model = self._work.engine.state
-        if self._machine.stand.epoch > 0:
-            await asyncio.to_thread(self._memory.keep_model, self._machine.stand.chain, model)
-        self._jobs.saved.set()
+        stand, model = self._machine.stand, self._work.engine.state
+        await self.holding.start(stand)
         await self._bind(self._bound, anyway=True)
-        await self._digest(self._machine.stand, model)
+        await self.holding.digest(stand, model)
         self.say(Started())
-        jobs = asyncio.create_task(self._change())
+        jobs = asyncio.create_task(self.holding.change())
         turn = asyncio.create_task(self._turn())
         try:
             await self._any(turn, jobs)
@@ -181,7 +143,8 @@ class Driver:
         finally:
             self.tally.state = "left" if self._machine.parted else "ended"
             self._watch(self.tally)
-            tasks = [jobs, turn, *self._tasks, *([self._training] if self._training else [])]
+            training = [self._labour.task] if self._labour.task else []
+            tasks = [jobs, turn, *self._tasks, *training]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -200,8 +163,7 @@ class Driver:
 
     async def _settle(self) -> None:
         """What was decided is applied and kept, what was said is out."""
-        await self._jobs.queue.join()
-        await self._jobs.saved.wait()
+        await self.holding.settled()
         await self._post.flush(1.0)
 
     def leave(self) -> None:
@@ -221,7 +183,7 @@ class Driver:
     async def find(self, peer: str, name: str) -> Blob:
         """For a shelf: what this peer gives to another."""
         if name.startswith("state/"):
-            return self.shelved.find(name)
+            return self.holding.shelved.find(name)
         return await self.exchange.find(peer, name)
 
     def others(self) -> dict[str, dict[str, object]]:
@@ -249,7 +211,7 @@ class Driver:
             for action in actions:
                 self._do(action)
             if isinstance(event, Downloaded):
-                self._loaded = None  # taken by now, or not wanted any more
+                self.holding.let_go()
             if isinstance(event, BeatDue):
                 self.exchange.beat()
                 self.tally.missing = tuple(self._machine.missing(self.clock()))
@@ -277,8 +239,8 @@ class Driver:
             return
         if bound.stand != self._bound.stand:
             # The new model can be made again from the one before, which must be there for that.
-            await self._jobs.saved.wait()
-            self._jobs.saved.clear()
+            await self.holding.saved.wait()
+            self.holding.saved.clear()
         self._bound = bound
         await asyncio.to_thread(self._memory.bind, self.terms.run, self.me, bound)
 
@@ -295,11 +257,11 @@ class Driver:
             case Apply(value, used):
                 self._apply(value, used)
             case Download(stand, donors, bits):
-                self._spawn(self._download(stand, donors, bits))
+                self._spawn(self.holding.download(stand, donors, bits))
             case Load(stand):
                 self._load(stand)
             case TrainOn(stand):
-                self._jobs.queue.put_nowait(lambda: self._train_on(stand))
+                self.holding.then(lambda: self._train_on(stand))
             case Abort(reason):
                 self.tally.aborts += 1
                 self.tally.why = reason
@@ -322,10 +284,10 @@ class Driver:
     def _reduce(self, chain: str, ballot: tuple[int, str], plan: Plan, deadline: float) -> None:
         mine: Contribution | None = None
         if dict(plan.contributors()).get(self.me):
-            if self._ready is None or self._ready.chain != chain:
+            mine = self._labour.ready(chain)
+            if mine is None:
                 self.say(MeanFailed(chain, f"{self.me} has no work to give", ballot))
                 return
-            mine = self._ready.given
         self.exchange.begin(_attempt(chain, ballot), plan, deadline, mine)
 
     def _over(self, attempt: str, end: Done | Fail) -> None:
@@ -354,17 +316,10 @@ class Driver:
 
     # ---- the model -----------------------------------------------------------------------------
 
-    async def _change(self) -> None:
-        while True:
-            job = await self._jobs.queue.get()
-            await job()
-            self._jobs.queue.task_done()
-
     def _apply(self, value: Value, used: bool) -> None:
         mean, stand = self.exchange.mean(value.digest), self._machine.stand
-        self._chain = stand.chain
         parts, payloads = self.exchange.sent(value.digest)
-        ready, self._ready = self._ready, None
+        given = self._labour.take()
         self.exchange.turn(value.digest)
         self.tally.group, self.tally.weights = value.group, value.weights
         self.tally.rounds_joined += used
@@ -375,93 +330,28 @@ class Driver:
             len(value.group),
             mean.digest[:12],
         )
-
-        async def job() -> None:
-            if used and ready is not None and parts:
-                self._residual = await asyncio.to_thread(ready.given.left_out, parts, payloads)
-            try:
-                state = await asyncio.to_thread(self._work.engine.commit, mean.values)
-            except ValueError as error:
-                logger.warning("peer=%s round=%d changes nothing: %s", self.me, stand.epoch, error)
-                state = self._work.engine.state
-            await self._digest(stand, state)
-            self._spawn(self._save(stand, state))
-
-        self._jobs.queue.put_nowait(job)
+        if used and given is not None and parts:
+            self.holding.then(lambda: self._labour.left_out(given, parts, payloads))
+        self.holding.commit(stand, mean.values)
 
     def _load(self, stand: Stand) -> None:
-        assert self._loaded is not None, "nothing was downloaded"
-        chain, model = self._loaded
-        assert chain == stand.chain, "another model was downloaded"
-        if chain == self._chain:  # only its bits were others: work and attempts go on
-            self.tally.healed += 1
-        else:
+        if self.holding.load(stand):
             self.exchange.turn()
-            self._ready, self._chain = None, chain
+            self._labour.take()
             self.tally.downloads += 1
+        else:  # only its bits were others: work and attempts go on
+            self.tally.healed += 1
 
-        async def job() -> None:
-            self._work.engine.load(model)
-            await self._digest(stand, model)
-            self._jobs.saved.set()  # before it was offered
-
-        self._jobs.queue.put_nowait(job)
-
-    async def _digest(self, stand: Stand, model: SyncState) -> None:
-        bits = await asyncio.to_thread(lambda: model.digest)
-        self.shelved.put(stand.chain, model)
-        self.tally.digest, self.tally.digested = bits, stand.epoch
-        self.say(Digested(stand.chain, bits))
-
-    async def _save(self, stand: Stand, model: SyncState) -> None:
-        await asyncio.to_thread(self._memory.keep_model, stand.chain, model)
-        self._jobs.saved.set()
+    async def _tidy(self, stand: Stand) -> None:
+        """The model of `stand` is on the disk: what is not needed to come back goes."""
         if self._bound.stand == stand:
-            old = self._memory.old(self._bound, {self._wanted, *self.exchange.digests()})
+            old = self._memory.old(self._bound, {self.holding.wanted, *self.exchange.digests()})
             await asyncio.to_thread(self._memory.remove, old)
 
-    async def _download(self, stand: Stand, donors: tuple[str, ...], bits: str) -> None:
-        self.tally.state, self._wanted = "downloading", stand.chain
-
-        async def fetch(peer: str, name: str, dest: memoryview) -> None:
-            await self._fetch(peer, name, dest, False)
-
-        like = self._work.engine.state
-        logger.info("peer=%s downloads round %d from %d", self.me, stand.epoch, len(donors))
-        found = await download(fetch, like, stand.chain, stand.epoch, donors, bits)
-        if found.model is None:
-            self.say(NotDownloaded(stand.chain, tuple(found.doubted)))
-            return
-        await asyncio.to_thread(self._memory.keep_model, stand.chain, found.model)
-        logger.info("peer=%s has round %d", self.me, stand.epoch)
-        self._loaded = stand.chain, found.model
-        self.say(Downloaded(stand.chain))
-
-    # ---- training ------------------------------------------------------------------------------
-
     async def _train_on(self, stand: Stand) -> None:
-        if self._training is not None:
-            self._training.cancel()
-            await asyncio.gather(self._training, return_exceptions=True)
-            self._training = None
+        await self._labour.stop()
         if not self.terms.rounds or stand.epoch < self.terms.rounds:
-            self._training = asyncio.create_task(self._train(stand))
-            self._training.add_done_callback(self._ended)
-
-    async def _train(self, stand: Stand) -> None:
-        self.tally.state = "training"
-        while True:
-            done = await self._work.train(self._steps())
-            self.tally.count(done)
-            if done.factor > 0:
-                break
-            logger.warning("peer=%s round=%d: its work is not finite", self.me, stand.epoch)
-            await asyncio.sleep(AGAIN)
-        given = await asyncio.to_thread(Contribution, done.delta, self._up, self._residual)
-        length = await asyncio.to_thread(lambda: given.length)
-        self._ready = _Ready(stand.chain, given)
-        self.tally.state = "averaging"
-        self.say(StepsDone(stand.chain, length))
+            self._labour.begin(stand)
 
 
 def _attempt(chain: str, ballot: tuple[int, str]) -> str:

@@ -1,15 +1,14 @@
 """Gate: who may speak to this peer, and how it gets to know the others.
 
-Every handler is behind it: a caller that has not shown the run's secret is refused. Peers say hello
-to each other with their own entry and with those they know, in pairs and again and again, so the
-roster spreads also where the directory (hivemind's DHT) fails or is in two halves; the directory is
-only where a newcomer finds more of them sooner. Nothing there is believed (`roster.py`).
+Every handler is behind it: a caller that has not shown the run's secret is refused (whoever is new
+shows it with each question, to `newcomers.py`). Peers say hello to each other with their own entry
+and with those they know, in pairs and again and again, so the roster spreads also where the
+directory (hivemind's DHT) fails or is in two halves; the directory is only where a newcomer finds
+more of them sooner. Nothing there is believed (`roster.py`).
 """
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import itertools
 import logging
 import time
@@ -19,15 +18,17 @@ from dataclasses import replace
 from typing import Any
 
 from atoll.p2p import roster
+from atoll.p2p.calls import CALL_SECONDS, Answer, Stream
 from atoll.p2p.identity import Identity
 from atoll.p2p.invite import ADDRESSES, Invite
 from atoll.p2p.manifest import verify
-from atoll.p2p.node import CALL_SECONDS, Answer, Node, Stream
+from atoll.p2p.newcomers import Desk, by_peer, directory_key
+from atoll.p2p.node import Node
 from atoll.p2p.roster import Entry, Roster
 from atoll.p2p.sealing import Sealing
-from atoll.protocols.errors import PeerError, RemoteError
+from atoll.protocols.errors import RemoteError
 
-HELLO, MANIFEST, REACH = "atoll.hello", "atoll.manifest", "atoll.reach"
+HELLO = "atoll.hello"
 BEAT = 2.0  # seconds between two rounds of hellos and looks into the directory
 SECONDS = 5.0  # that one of those may take
 RENEW = 60.0  # seconds after which the own entry is written anew
@@ -81,11 +82,12 @@ class Gate:
             self.sealing.public,
             0.0,
         )
-        self._node, self._invite, self._signed, self._beat = node, invite, signed, beat
+        self._node, self._invite, self._beat = node, invite, beat
         self._letter, self._former = b"", tuple(places)
         self._tasks: set[asyncio.Task[None]] = set()
         self._greeting: set[str] = set()
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._desk = Desk(node, invite, signed, self._slots)
         self._unseen: dict[str, int] = {}  # member -> looks in which the directory lacked it
         self._changed = asyncio.Event()
         self._closed = False
@@ -93,8 +95,7 @@ class Gate:
     async def open(self) -> None:
         await self._renew()
         await self._node.serve(HELLO, self._hello)
-        await self._node.serve(MANIFEST, self._give_manifest)
-        await self._node.serve(REACH, self._reach)
+        await self._desk.open()
         self._spawn(self._living())
 
     async def close(self) -> None:
@@ -243,21 +244,6 @@ class Gate:
         answer = await self._node.call(peer, HELLO, self._letters(), SECONDS)
         self._take(answer, peer)
 
-    async def _give_manifest(self, peer: str, said: bytes) -> bytes:
-        if not roster.proven(self._invite, peer, said[:128].decode(errors="replace")):
-            raise roster.no_proof(peer)
-        return self._signed
-
-    async def _reach(self, peer: str, said: bytes) -> bytes:
-        """Whether this peer can connect to an address: who is not here yet wants to know."""
-        shown, _, address = said[:1024].decode(errors="replace").partition("\n")
-        if not roster.proven(self._invite, peer, shown):
-            raise roster.no_proof(peer)
-        if not roster.leads(address, address.rpartition("/")[2]):
-            raise RemoteError("FL-P305", f"no address: {address[:80]!r}", "send one of a peer")
-        async with self._slots:
-            return b"yes" if await self._node.meet([address]) else b"no"
-
     # ---- the life of it ------------------------------------------------------------------------
 
     async def _living(self) -> None:
@@ -332,71 +318,3 @@ class Gate:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def reached_by(node: Node, invite: Invite, peer: str, address: str) -> bool:
-    """Whether the member `peer` can connect to `address`, of a peer that it is not connected to.
-
-    RemoteError FL-P203 where it does not answer, FL-P304 where it does not take our proof.
-    """
-    said = f"{roster.proof(invite, node.id)}\n{address}".encode()
-    return await node.call(peer, REACH, said, 2 * CALL_SECONDS) == b"yes"
-
-
-async def fetch_manifest(node: Node, invite: Invite) -> bytes:
-    """The run's manifest with its signature, from any member that answers.
-
-    PeerError FL-P202 where none does, FL-P304 where they do not take our proof, FL-P306 where what
-    they give is not the invite's.
-    """
-    said = roster.proof(invite, node.id).encode()
-    failed: list[RemoteError | PeerError] = []
-    asked: set[str] = set()
-
-    async def ask(peer: str) -> bytes | None:
-        asked.add(peer)
-        try:
-            signed = await node.call(peer, MANIFEST, said, SECONDS)
-            verify(signed, invite.manifest, invite.founder)
-            return signed
-        except (RemoteError, PeerError) as error:
-            failed.append(error)
-            return None
-
-    for peer in by_peer(invite.addresses):
-        if signed := await ask(peer):
-            return signed
-    with contextlib.suppress(RemoteError, TimeoutError):
-        async with asyncio.timeout(SECONDS):
-            records = await node.look(directory_key(invite))
-        for record in list(records.values())[: roster.MEMBERS]:
-            entry = roster.read(record, invite)
-            if isinstance(entry, Entry) and entry.peer not in asked | {node.id}:
-                await node.meet(entry.addresses) if entry.addresses else None
-                if signed := await ask(entry.peer):
-                    return signed
-    telling = [e for e in failed if e.code in ("FL-P304", "FL-P306")]
-    if telling:
-        raise PeerError(telling[0].code, telling[0].message, telling[0].hint)
-    why = failed[0].message if failed else "nobody is known"
-    raise PeerError(
-        "FL-P202",
-        f"no member of the run gives its manifest: {why}",
-        "does a peer of this run still run? ask for a newer invite: fl-peer invite",
-    )
-
-
-def directory_key(invite: Invite) -> str:
-    """Where members are written; who does not hold the secret cannot guess it."""
-    what = f"atoll-directory-v1\n{invite.run}\n{invite.manifest}".encode()
-    return "atoll/" + hmac.new(invite.secret, what, hashlib.sha256).hexdigest()[:32]
-
-
-def by_peer(addresses: Sequence[str]) -> dict[str, list[str]]:
-    """Multiaddrs by the peer they end in; those that name none are left out."""
-    found: dict[str, list[str]] = {}
-    for address in addresses:
-        _, named, peer = address.rpartition("/p2p/")
-        if named and peer:
-            found.setdefault(peer, []).append(address)
-    return found

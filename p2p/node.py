@@ -1,8 +1,8 @@
 """Node: one peer on the network, in our own event loop: identity, calls, and the shared directory.
 
-hivemind's `P2P` and `DHTNode`, and none of its forked classes. Every call has a timeout: hivemind
-puts none on its own, and waits for ever for a daemon that is gone. What is said is bytes; what they
-mean, and who may say it, is the caller's affair (`roster.py`).
+hivemind's `P2P` and `DHTNode`, and none of its forked classes, over a daemon that is watched and
+replaced. What is said is bytes; what they mean, and who may say it, is the caller's affair
+(`roster.py`).
 """
 
 import asyncio
@@ -10,27 +10,19 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from google.protobuf.message import DecodeError
-from google.protobuf.wrappers_pb2 import BytesValue
-
+from atoll.p2p import calls
+from atoll.p2p.calls import CALL_SECONDS, Answer, Stream, no_answer, within
 from atoll.p2p.daemon import Daemon, unreachable
 from atoll.p2p.folder import disk
 from atoll.p2p.identity import Identity
 from atoll.protocols.errors import PeerError, RemoteError
 
-T = TypeVar("T")
-Answer = Callable[[str, bytes], Awaitable[bytes]]  # (peer, what it says) -> what it hears
-Stream = Callable[[str, bytes], AsyncIterator[bytes]]
-
-MOST = 1 << 20  # bytes said in one call: an answer over 4 MiB would make its caller wait for ever
 RECORD = 4 << 10  # bytes of a record in the directory
-CALL_SECONDS = 20.0
 PING_SECONDS = 3.0  # between two looks at the daemon, and for its answer
-REFUSED = b"\x01"  # begins a message that says why there is no answer
 FROZEN = 2  # looks without an answer after which it is taken for frozen
 
 logger = logging.getLogger(__name__)
@@ -97,7 +89,7 @@ class Node:
         if not self.listen:
             return []
         p2p = self._up_p2p()
-        found = await _within(CALL_SECONDS, p2p.get_visible_maddrs(latest=True), "the daemon")
+        found = await within(CALL_SECONDS, p2p.get_visible_maddrs(latest=True), "the daemon")
         return [str(address) for address in found]
 
     @property
@@ -115,9 +107,9 @@ class Node:
             peer = PeerID.from_base58(addresses[0].rpartition("/p2p/")[2])
             bare = [Multiaddr(one.rpartition("/p2p/")[0]) for one in addresses]
             client = self._up_p2p()._client  # hivemind has no public way to connect
-            await _within(CALL_SECONDS, client.connect(peer, bare), f"peer {peer}")
+            await within(CALL_SECONDS, client.connect(peer, bare), f"peer {peer}")
             pinged = self._up_dht().protocol.call_ping(peer)
-            return await _within(CALL_SECONDS, pinged, f"peer {peer}") is not None
+            return await within(CALL_SECONDS, pinged, f"peer {peer}") is not None
         except (RemoteError, ValueError):  # nobody there, or no address at all
             return False
 
@@ -130,7 +122,7 @@ class Node:
         request = PingRequest(peer=protocol.node_info)
         began = time.time()
         asked = protocol.get_stub(PeerID.from_base58(peer)).rpc_ping(request, timeout=CALL_SECONDS)
-        answer = await _within(CALL_SECONDS, asked, f"peer {peer}")
+        answer = await within(CALL_SECONDS, asked, f"peer {peer}")
         return float(answer.dht_time) - (began + time.time()) / 2
 
     async def _up(self, bootstrap: Sequence[str]) -> None:
@@ -145,12 +137,12 @@ class Node:
             prefix = {"_UNIX_SOCKET_PREFIX": f"/unix{self._daemon.sockets}/"}
             mine: Any = type("P2PInFolder", (P2P,), prefix)
             control = Multiaddr(self._daemon.control)
-            self._p2p = await _within(CALL_SECONDS, mine.replicate(control), "the daemon")
+            self._p2p = await within(CALL_SECONDS, mine.replicate(control), "the daemon")
             self.id = self._p2p.peer_id.to_base58()
             for name, answer in self._answers.items():
-                await self._register(name, answer)
+                await calls.serve(self._p2p, name, answer)
             for name, stream in self._streams.items():
-                await self._register_stream(name, stream)
+                await calls.serve_stream(self._p2p, name, stream)
             self._dht = await self._directory(DHTNode, Multiaddr, bootstrap)
             self.listen = await self._ports()  # where others know it, after a restart too
         except BaseException:
@@ -175,7 +167,7 @@ class Node:
         known = [address(b) for b in bootstrap] or None
         try:
             made = kind.create(p2p=self._p2p, initial_peers=known, client_mode=not self.listen)
-            return await _within(CALL_SECONDS, made, "the swarm")
+            return await within(CALL_SECONDS, made, "the swarm")
         except Exception as error:  # hivemind raises what it finds
             if isinstance(error, asyncio.CancelledError | AssertionError):
                 raise
@@ -242,89 +234,29 @@ class Node:
     async def serve(self, name: str, answer: Answer) -> None:
         """Answer calls of `name`. A RemoteError that it raises reaches the caller."""
         self._answers[name] = answer
-        await self._register(name, answer)
+        await calls.serve(self._up_p2p(), name, answer)
 
     async def serve_stream(self, name: str, stream: Stream) -> None:
-        """Answer with many messages, none of which begins with REFUSED; the caller ends the stream
-        (`bulk.py` says why)."""
+        """Answer with many messages, none of which begins with `calls.REFUSED`; the caller ends the
+        stream (`bulk.py` says why)."""
         self._streams[name] = stream
-        await self._register_stream(name, stream)
+        await calls.serve_stream(self._up_p2p(), name, stream)
 
     async def call(self, peer: str, name: str, said: bytes, seconds: float = CALL_SECONDS) -> bytes:
         """What `peer` answers. RemoteError FL-P203 where it does not, or what it refused with."""
-        if len(said) > MOST:
-            raise ValueError(f"{len(said)} bytes in one call, at most {MOST}: send them in bulk")
-        from hivemind.p2p import PeerID
+        return await calls.call(self._up_p2p(), peer, name, said, seconds)
 
-        p2p = self._up_p2p()
-        asked = p2p.call_protobuf_handler(
-            PeerID.from_base58(peer), name, BytesValue(value=said), BytesValue
-        )
-        answer = await _within(seconds, asked, f"peer {peer}")
-        return _unwrap(bytes(answer.value))
-
-    async def stream(
+    def stream(
         self, peer: str, name: str, said: bytes, seconds: float = CALL_SECONDS
     ) -> AsyncGenerator[bytes, None]:
         """Its messages, each within `seconds` of the one before. Close it when you have all.
         RemoteError FL-P203, or what the peer refused with."""
-        from hivemind.p2p import PeerID
-
-        p2p = self._up_p2p()
-        asked = p2p.iterate_protobuf_handler(
-            PeerID.from_base58(peer), name, BytesValue(value=said), BytesValue
-        )
-        messages = await _within(seconds, asked, f"peer {peer}")
-        try:
-            while True:
-                try:
-                    found = await _within(seconds, anext(messages), f"peer {peer}")
-                except StopAsyncIteration:
-                    return
-                if found.value[:1] == REFUSED:
-                    _unwrap(found.value)
-                yield found.value
-        finally:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(messages.aclose(), 2.0)
+        return calls.stream(self._up_p2p(), peer, name, said, seconds)
 
     def _up_p2p(self) -> Any:
         if self._p2p is None:
-            raise _no_answer("this peer's daemon", "it is being restarted")
+            raise no_answer("this peer's daemon", "it is being restarted")
         return self._p2p
-
-    async def _register(self, name: str, answer: Answer) -> None:
-        async def handle(request: BytesValue, context: Any) -> BytesValue:
-            peer = context.remote_id.to_base58()
-            try:
-                said = _wrap(await answer(peer, request.value))
-            except RemoteError as error:
-                said = _refusal(error)
-            except Exception:
-                logger.exception("peer=%s call=%s failed", peer, name)
-                said = _refusal(RemoteError("FL-P203", "the peer failed", "see its log"))
-            return BytesValue(value=said)
-
-        added = self._up_p2p().add_protobuf_handler(name, handle, BytesValue)
-        await _within(CALL_SECONDS, added, "the daemon")
-
-    async def _register_stream(self, name: str, stream: Stream) -> None:
-        async def handle(requests: Any, context: Any) -> AsyncIterator[BytesValue]:
-            peer = context.remote_id.to_base58()
-            async for request in requests:
-                try:
-                    async for message in stream(peer, request.value):
-                        yield BytesValue(value=message)
-                except RemoteError as error:
-                    yield BytesValue(value=_refusal(error))
-                # Who closes first may cut off what the other has not read: the reader closes.
-                await asyncio.sleep(CALL_SECONDS)
-                return
-
-        added = self._up_p2p().add_protobuf_handler(
-            name, handle, BytesValue, stream_input=True, stream_output=True
-        )
-        await _within(CALL_SECONDS, added, "the daemon")
 
     # ---- the directory -------------------------------------------------------------------------
 
@@ -334,12 +266,12 @@ class Node:
             raise ValueError(f"a record of {len(record)} bytes, at most {RECORD}")
         until = time.time() + seconds  # hivemind's records end by the clock on the wall
         stored = self._up_dht().store(key, record, until, subkey=subkey)
-        return bool(await _within(CALL_SECONDS, stored, "the swarm"))
+        return bool(await within(CALL_SECONDS, stored, "the swarm"))
 
     async def look(self, key: str) -> Mapping[str, bytes]:
         """The records under `key`, by subkey. Garbage is left out; {} where there is none."""
         asked = self._up_dht().get(key, latest=True)
-        found = await _within(CALL_SECONDS, asked, "the swarm")
+        found = await within(CALL_SECONDS, asked, "the swarm")
         if found is None or not hasattr(found.value, "items"):
             return {}
         return {
@@ -352,7 +284,7 @@ class Node:
 
     def _up_dht(self) -> Any:
         if self._dht is None:
-            raise _no_answer("this peer's daemon", "it is being restarted")
+            raise no_answer("this peer's daemon", "it is being restarted")
         return self._dht
 
 
@@ -377,42 +309,3 @@ def _look_at(identity: Path) -> None:
             f"{identity} holds no key of a peer: {error}",
             "put the right one back, or remove it: the peer joins anew under another name",
         ) from error
-
-
-async def _within(seconds: float, work: Awaitable[T], who: str) -> T:
-    """RemoteError FL-P203 where it takes longer or fails."""
-    try:
-        async with asyncio.timeout(seconds):  # wait_for may swallow that it is cancelled
-            return await work
-    except TimeoutError as error:
-        raise _no_answer(who, f"nothing for {seconds:g} s") from error
-    except (StopAsyncIteration, RemoteError):
-        raise
-    except DecodeError as error:
-        raise _no_answer(who, f"malformed answer: {error}") from error
-    except Exception as error:  # hivemind raises a dozen kinds, and EOFError and OSError
-        raise _no_answer(who, f"{type(error).__name__}: {error}") from error
-
-
-def _no_answer(who: str, why: str) -> RemoteError:
-    return RemoteError("FL-P203", f"{who} does not answer: {why}", "it is tried again")
-
-
-def _wrap(answer: bytes) -> bytes:
-    if len(answer) >= MOST:
-        raise ValueError(f"an answer of {len(answer)} bytes, at most {MOST - 1}")
-    return b"\x00" + answer
-
-
-def _refusal(error: RemoteError) -> bytes:
-    return REFUSED + "\n".join((error.code, error.message, error.hint)).encode()[:4096]
-
-
-def _unwrap(said: bytes) -> bytes:
-    if said[:1] == b"\x00":
-        return said[1:]
-    if said[:1] == REFUSED:
-        parts = said[1:].decode(errors="replace").split("\n")[:3]
-        if len(parts) == 3 and parts[0].isascii() and len(parts[0]) <= 16:
-            raise RemoteError(parts[0], parts[1][:500], parts[2][:500])
-    raise RemoteError("FL-P203", "a malformed answer", "is it a peer of this version?")

@@ -24,11 +24,13 @@ from atoll.p2p import bulk, direct, ports, post
 from atoll.p2p import folder as folders
 from atoll.p2p.daemon import LOOKING, unreachable
 from atoll.p2p.direct import Direct
-from atoll.p2p.driver import Driver, Training
-from atoll.p2p.gate import Gate, fetch_manifest
+from atoll.p2p.driver import Driver
+from atoll.p2p.gate import Gate
 from atoll.p2p.invite import Invite
+from atoll.p2p.labour import Training
 from atoll.p2p.manifest import Manifest, verify
 from atoll.p2p.memory import Memory
+from atoll.p2p.newcomers import fetch_manifest
 from atoll.p2p.node import Node
 from atoll.p2p.post import Post
 from atoll.p2p.roads import Roads

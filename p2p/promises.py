@@ -7,8 +7,7 @@ it, and no attempt with the work of two lives of one peer.
 from dataclasses import dataclass, field
 
 from atoll.aggregation.rendezvous_events import Stand
-
-Vector = list[float]
+from atoll.p2p.vectors import Vector
 
 
 @dataclass

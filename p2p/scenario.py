@@ -33,7 +33,8 @@ from atoll.aggregation.rendezvous_events import (
     Started,
     StepsDone,
 )
-from atoll.p2p.virtual import Outcome, Swarm
+from atoll.p2p.outcome import Outcome
+from atoll.p2p.virtual import Swarm
 from atoll.p2p.world import PeerModel, Weather
 
 LINE = "----\n"

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from atoll.p2p.virtual import Outcome, Swarm
+from atoll.p2p.outcome import Outcome
+from atoll.p2p.virtual import Swarm
 from atoll.p2p.world import PeerModel, Weather
 
 EPOCHS = 3  # that all must make, after the faults

@@ -1,8 +1,9 @@
 """Messages: what `wire.proto` says, as plain values, read strictly and written plainly.
 
-Nothing that came over a wire goes further than this file without having been bounded: numbers are
-finite and of the right size, names match, lists are short, sizes add up, and text that people read
-has no control characters (`bounds.py`). Whatever is wrong is RemoteError FL-W101 with the value.
+Nothing that came over a wire goes further than this file, with `sent.py` and `blobwire.py`, without
+having been bounded: numbers are finite and of the right size, names match, lists are short, sizes
+add up, and text that people read has no control characters (`bounds.py`). Whatever is wrong is
+RemoteError FL-W101 with the value.
 """
 
 import math
@@ -16,6 +17,7 @@ from atoll.protocols.blobwire import blob_from_wire, blob_to_wire, packed_sectio
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.links import AS_THE_RUN, Link
 from atoll.protocols.packed import Parts, nested
+from atoll.protocols.sent import Sent, sent_from_wire, sent_to_order
 
 SESSION_KEY = "atoll-session"  # metadata of every call beside Control
 VALIDATE = "validate"  # capability of clients that judge models in the middle of a merge
@@ -71,23 +73,6 @@ class Result:
             return self.question
         tail = f".s{self.snapshot}" if self.snapshot else ""
         return f"{self.order}.{self.attempt}{tail}"
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A version of the model on its way to a client: all of it, or what is to be added."""
-
-    version: int
-    model: BlobInfo | None
-    inline: bytes = b""  # of the model; empty: to be fetched
-    base: str = ""  # `base_encoding` of wire.proto; empty: `model` is all of it
-    differences: tuple[tuple[BlobInfo, bytes], ...] = ()  # each with its bytes, if inline
-
-    @property
-    def here(self) -> bool:
-        """Whether nothing has to be fetched."""
-        whole = self.model is None or len(self.inline) > 0
-        return whole and all(inline for _, inline in self.differences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,44 +206,6 @@ def order_from_wire(wire: wire_pb2.Order) -> Order:
         differences=sent.differences,
         extras=tuple(blob_from_wire(blob) for blob in wire.extras),
     )
-
-
-def sent_to_order(sent: Sent) -> wire_pb2.Order:
-    """The fields of an order that say how its model comes; the same for all who hold the same."""
-    return wire_pb2.Order(
-        model=None if sent.model is None else blob_to_wire(sent.model, sent.inline),
-        base_encoding=sent.base,
-        differences=[blob_to_wire(info, inline) for info, inline in sent.differences],
-    )
-
-
-def sent_to_evaluate(sent: Sent) -> wire_pb2.Evaluate:
-    return wire_pb2.Evaluate(
-        version=sent.version,
-        model=None if sent.model is None else blob_to_wire(sent.model, sent.inline),
-        base_encoding=sent.base,
-        differences=[blob_to_wire(info, inline) for info, inline in sent.differences],
-    )
-
-
-def sent_from_wire(wire: wire_pb2.Order | wire_pb2.Evaluate) -> Sent:
-    """How the model of an order, or of a version to be judged, comes."""
-    base = bounds.name("base_encoding", wire.base_encoding, bounds.BASE)
-    version = bounds.count("version", wire.version)
-    _, at, held = base.partition("@")
-    if not at:
-        if wire.differences:
-            raise bounds.malformed(f"{len(wire.differences)} differences to no base")
-        return Sent(version, *blob_from_wire(wire.model), base)
-    if wire.HasField("model") or int(held) + len(wire.differences) != version:
-        raise bounds.malformed(
-            f"version {version} as {len(wire.differences)} differences to {base}"
-        )
-    if len(wire.differences) > bounds.MAX_DIFFERENCES:
-        raise bounds.malformed(
-            f"{len(wire.differences)} differences, at most {bounds.MAX_DIFFERENCES} are taken"
-        )
-    return Sent(version, None, b"", base, tuple(map(blob_from_wire, wire.differences)))
 
 
 def result_to_wire(result: Result) -> wire_pb2.Result:

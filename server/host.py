@@ -24,6 +24,7 @@ from atoll.protocols.events import (
     UpdateReceived,
 )
 from atoll.protocols.membership import Membership
+from atoll.protocols.sent import sent_to_evaluate
 from atoll.server import plausible
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
@@ -339,7 +340,7 @@ class Host:
         for session in self.sessions.of.values():
             load = self.outgoing.load(session, version)
             if load is not None:
-                asked = messages.sent_to_evaluate(load.sent)
+                asked = sent_to_evaluate(load.sent)
                 session.send(wire_pb2.ServerMessage(evaluate=asked))
 
     def _panel_says(self, found: tuple[int, dict[str, float]] | None) -> None:

@@ -12,6 +12,7 @@ from atoll.protocols import blobwire, messages, tensors, wire_pb2
 from atoll.protocols.blobs import INLINE, Blob
 from atoll.protocols.errors import AtollError
 from atoll.protocols.messages import Result
+from atoll.protocols.sent import sent_to_order
 from atoll.server.chain import Load
 from atoll.server.links import Links
 from atoll.server.run import Order, Outcome, Run
@@ -58,7 +59,7 @@ class Outgoing:
         key = order.version, load.sent.base
         if key not in self._packed:  # once for all who start from it and hold the same
             self._packed = {k: p for k, p in self._packed.items() if k[0] == order.version}
-            self._packed[key] = messages.sent_to_order(load.sent).SerializeToString()
+            self._packed[key] = sent_to_order(load.sent).SerializeToString()
         try:
             extra, beside = self._besides(order)
         except AtollError as error:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from atoll.p2p.outcome import Outcome
 from atoll.p2p.storms import EPOCHS, main, storm, try_storm
-from atoll.p2p.virtual import Outcome, Swarm
+from atoll.p2p.virtual import Swarm
 from atoll.p2p.world import PeerModel, Weather
 
 FAST, ALL = 60, 10_000  # seeds

@@ -22,8 +22,9 @@ from atoll.protocols.codecspec import ErrorFeedback
 from atoll.protocols.errors import AtollError, ClientError, RemoteError
 from atoll.protocols.events import Then
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.messages import Order, Result, Sent
+from atoll.protocols.messages import Order, Result
 from atoll.protocols.payload import Payload, check, parse
+from atoll.protocols.sent import Sent
 
 MANIFEST = Manifest(
     (

@@ -8,6 +8,7 @@ from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.messages import ACK_FIELD, RESULT_FIELD
 from atoll.protocols.packed import MORE, nested, size, varint
+from atoll.protocols.sent import Sent, sent_to_order
 
 
 @given(st.integers(0, 2**64 - 1))
@@ -19,8 +20,8 @@ def test_a_varint_is_what_protobuf_writes(value: int) -> None:
 @pytest.mark.parametrize("length", [1, 100, 127, 128, 16383, 16384, INLINE])
 def test_an_order_put_together_is_what_protobuf_reads(length: int) -> None:
     info = BlobInfo("v3/fp32", length, b"s" * 32, (Section("trainable", "fp32", 1, length),))
-    sent = messages.Sent(3, info, b"x" * length)
-    model = messages.sent_to_order(sent).SerializeToString()
+    sent = Sent(3, info, b"x" * length)
+    model = sent_to_order(sent).SerializeToString()
     order = messages.Order("o1", 2, 3, 4, None, extra={"mu": 0.5}, deadline_seconds=6.0)
     packed = messages.packed_order(order, model)
     joined = b"".join(packed)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from atoll.client.holding import Holding
-from atoll.protocols import chains, messages, wire_pb2
+from atoll.protocols import chains, wire_pb2
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecs import codec
 from atoll.protocols.errors import ClientError, RemoteError
 from atoll.protocols.links import Allowed, Link
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.protocols.messages import Sent
+from atoll.protocols.sent import Sent, sent_from_wire, sent_to_order
 from atoll.server.links import Links
 from atoll.server.versions import VersionStore
 
@@ -82,9 +82,9 @@ class Client:
             assert size == load.size
         self.down += load.size
         self.wholes += load.sent.model is not None
-        wire = messages.sent_to_order(load.sent)
+        wire = sent_to_order(load.sent)
         wire.version = number
-        sent = messages.sent_from_wire(wire_pb2.Order.FromString(wire.SerializeToString()))
+        sent = sent_from_wire(wire_pb2.Order.FromString(wire.SerializeToString()))
         assert sent == load.sent
         payload = self.holding.take(sent, self.fetch, server.links.codecs[self.link.down])
         self.told = self.holding.held
@@ -255,7 +255,7 @@ def test_a_blob_that_is_not_kept_is_unknown(tmp_path: Path) -> None:
 )
 def test_a_model_that_cannot_be_put_together_is_malformed(order: wire_pb2.Order) -> None:
     with pytest.raises(RemoteError) as wrong:
-        messages.sent_from_wire(order)
+        sent_from_wire(order)
     assert wrong.value.code == "FL-W101"
 
 

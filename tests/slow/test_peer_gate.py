@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from atoll.p2p import roster
-from atoll.p2p.gate import HELLO, MANIFEST, Gate, directory_key, fetch_manifest
+from atoll.p2p.gate import HELLO, Gate
 from atoll.p2p.invite import Invite
+from atoll.p2p.newcomers import MANIFEST, directory_key, fetch_manifest
 from atoll.p2p.node import Node
 from atoll.p2p.roster import Entry
 from atoll.protocols.errors import PeerError, RemoteError

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from atoll.p2p import bulk, node
-from atoll.p2p.node import MOST, RECORD, Node
+from atoll.p2p.calls import MOST
+from atoll.p2p.node import RECORD, Node
 from atoll.protocols.blobs import Blob, BlobInfo
 from atoll.protocols.errors import AtollError, PeerError, RemoteError
 from atoll.protocols.frames import checksums
