@@ -129,6 +129,25 @@ def test_what_is_secret_is_this_users_alone(tmp_path: Path) -> None:
     assert error.value.code == "FL-P405"
 
 
+def test_who_said_goodbye_is_shown_as_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was silent, and never heard of, for the ten minutes in which the roster still has it."""
+    gone = {
+        "peer": "QmFive",
+        "name": "five",
+        "round": 3,
+        "ready": True,
+        "silent": None,
+        "left": True,
+    }
+    folder = peer_in(tmp_path / "peer", {**STATUS, "members": [*STATUS["members"], gone]})
+    assert console.run(cli, ["status", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["QmFive", "five", "3", "-", "left"]
+    assert lines[-2].split()[-2:] == ["never", "silent"]
+
+
 def test_status_shows_the_run_and_its_members(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
