@@ -22,6 +22,7 @@ from atoll.protocols.errors import PeerError
 DEFAULT = Path("atoll-peer")
 ABOUT, STATUS, LOCK, MODEL = "peer.json", "status.json", "lock", "model.safetensors"
 KEY, SIGNED, IDENTITY, HABITS = "founder.key", "manifest.signed", "identity.key", "habits.json"
+SEALS = "seals.json"  # the keys of members' seals
 TOLERATED = {LOCK, "lost+found"}  # in a directory in which a peer begins
 SAME_MACHINE = 64  # directories that are looked at for a free one
 
@@ -80,9 +81,23 @@ def put_private(path: Path, data: bytes) -> None:
     beside.unlink(missing_ok=True)
     with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    place(path)
+
+
+def place(path: Path) -> None:
+    """Make durable what lies beside `path` as `.tmp`, and give it its name. OSError."""
+    beside = path.with_name(f"{path.name}.tmp")
+    _sync(beside)
     beside.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    found = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(found)
+    finally:
+        os.close(found)
 
 
 def withdraw(folder: Path) -> None:
@@ -90,7 +105,7 @@ def withdraw(folder: Path) -> None:
     with contextlib.suppress(OSError):  # what went wrong before is worth more
         for path in [*folder.glob("*.tmp"), *folder.glob("*.sock")]:
             path.unlink(missing_ok=True)
-        for name in (IDENTITY, KEY, SIGNED, HABITS, ABOUT, LOCK):
+        for name in (IDENTITY, KEY, SIGNED, HABITS, SEALS, ABOUT, LOCK):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 

@@ -76,7 +76,7 @@ async def found(
             secrets.token_bytes(32),
         )  # fmt: skip
         folders.put_private(folder / folders.KEY, key.private_bytes_raw())
-        (folder / folders.SIGNED).write_bytes(manifest.sign(data, key))
+        folders.put_private(folder / folders.SIGNED, manifest.sign(data, key))
         habits = {"listen": list(listen), "places": [], "speed": paper.speed}
         (folder / folders.HABITS).write_text(json.dumps(habits))
         folders.write(
