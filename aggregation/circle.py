@@ -166,6 +166,18 @@ class Circle:
         ranks = {peer: goodbye.stand.rank for peer, goodbye in self.farewells.items()}
         return sorted(p for p, r in ranks.items() if r == mine or (r < mine and not here))
 
+    def _forget_gone(self) -> None:
+        """Goodbyes that count no more, else there were more of them at each promise, for ever.
+
+        One is kept while the roster has its peer, to which nothing need be said; while that is a
+        member, and not counted; and at the model where it left, for it may be in the group that
+        makes the next. To forget one is safe: its peer counts again, as for who never heard it.
+        """
+        here, known = self.stand.rank, {*self.roster, *self.members}
+        for peer, goodbye in sorted(self.farewells.items()):
+            if peer not in known and goodbye.stand.rank != here:
+                del self.farewells[peer]
+
     def _may_propose(self, peer: str, ballot: Ballot) -> bool:
         """Only members do, in their own name; who is a member all at one model know alike."""
         return ballot[1] == peer and peer in self.members and self._counts(ballot)
