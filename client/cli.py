@@ -143,11 +143,12 @@ def start(
         parts = name, model, data, trainer, partition, shard, device, sleep_per_step, share
         options = Options(*parts)
         look(options)
+        folder = folder or Path(f"atoll-client-{name}")
         client = Client(
             address,
-            maker(options),
+            maker(options, folder),
             name=name,
-            folder=folder or Path(f"atoll-client-{name}"),
+            folder=folder,
             seconds_per_step=(lambda made: measure(made).seconds_per_step) if bench else None,
             patience_seconds=float("inf") if patience is None else patience,
             first_seconds=FIRST if patience is None else patience,
