@@ -138,6 +138,22 @@ def pid(folder: Path) -> int | None:
     return found if found > 1 else None
 
 
+def free(folder: Path) -> None:
+    """PeerError FL-P406 where a peer runs there."""
+    if running(folder):
+        raise in_use(folder)
+
+
+def in_use(folder: Path) -> PeerError:
+    """FL-P406."""
+    who = pid(folder)
+    return PeerError(
+        "FL-P406",
+        f"{folder} is in use by another peer{f' (process {who})' if who else ''}",
+        f"stop it (fl-peer leave {folder}), or give another --folder",
+    )
+
+
 def status(folder: Path) -> dict[str, Any]:
     """What the peer said last; {} where it has not said anything."""
     try:

@@ -28,7 +28,7 @@ from atoll.aggregation.allreduce import Part
 from atoll.aggregation.rendezvous_events import Bound
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p.contribution import unpack
-from atoll.p2p.folder import SEALS, place
+from atoll.p2p.folder import SEALS, in_use, place
 from atoll.p2p.reducing import Mean
 from atoll.protocols import state
 from atoll.protocols.codecs import Codec
@@ -65,11 +65,7 @@ class Memory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
-            raise PeerError(
-                "FL-P406",
-                f"{self.folder} is in use by another peer",
-                "give each peer on this machine a directory of its own",
-            ) from error
+            raise in_use(self.folder) from error
         for torn in self.folder.glob("*.tmp"):
             torn.unlink(missing_ok=True)
         with _disk(self.folder):  # whom `fl-peer leave` tells
