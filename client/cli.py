@@ -156,9 +156,8 @@ def start(
             private=own_noise(local_dp) if local_dp else None,
         )
         report = loops.run(_until_left(client, as_json))
-    told = {"name": name, **vars(report)}
     console.emit(
-        told,
+        {"name": name, **vars(report)},
         as_json,
         f"{report.reason}: {report.orders} orders, {report.steps} local steps, "
         f"{report.used} updates used, {report.discarded} discarded",
