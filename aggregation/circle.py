@@ -119,9 +119,8 @@ class Circle:
     accepted: tuple[Ballot, Value] | None = None
     reducing: Ballot | None = None
     plan: Plan | None = None  # of `reducing`
-    made: dict[str, tuple[str, str]] = field(
-        default_factory=dict
-    )  # "count proposer" -> digest, seal
+    # "count proposer" -> digest, seal
+    made: dict[str, tuple[str, str]] = field(default_factory=dict)
     failed: dict[str, Failed] = field(default_factory=dict)  # in the same way
     held: set[str] = field(default_factory=set)  # digests of means that lie here
     asked: Accept | None = None  # to vote when its mean has come

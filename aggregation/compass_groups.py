@@ -61,9 +61,8 @@ def observe_two_part(
     member: Member, duration: float, train_seconds: float, steps: int, smoothing: float
 ) -> None:
     """The same, with what was not training (transfer, waiting) told apart from the steps."""
-    inside = (
-        train_seconds if 0.0 <= train_seconds <= duration else duration
-    )  # it is the client's word
+    plausible = 0.0 <= train_seconds <= duration  # it is the client's word
+    inside = train_seconds if plausible else duration
     rest, known = duration - inside, member.pace
     observe(member, inside, steps, smoothing)
     member.overhead = (1 - smoothing) * member.overhead + smoothing * rest if known else rest

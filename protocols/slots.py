@@ -25,9 +25,8 @@ from collections.abc import Callable, Iterator, Mapping
 from atoll.protocols.errors import RAISED, AtollError, UsageError
 
 Value = bool | int | float | str
-NUMBER = re.compile(
-    r"\w+(: '?(int|float)( \| None)?'?( =.*)?|=-?[\d.]+(e-?\d+)?)"
-)  # as Python writes one
+# A parameter that is a number, as Python writes one in a signature.
+NUMBER = re.compile(r"\w+(: '?(int|float)( \| None)?'?( =.*)?|=-?[\d.]+(e-?\d+)?)")
 WHOLE = re.compile(r"\w+: '?int( \| None)?'?( =.*)?")
 MEND = "mend it: -v shows where"
 
