@@ -40,6 +40,8 @@ class Record:
 
 @dataclass(slots=True)
 class Group:
+    """Clients that are to arrive together. Times in seconds of the run clock."""
+
     expected: float  # run clock: when all are to arrive (Ta)
     latest: float  # when it is merged without those who are missing (Tmax)
     created: float

@@ -61,6 +61,8 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class Left:
+    """It is gone, and nothing of it is waited for."""
+
     client: str
 
 
@@ -78,6 +80,8 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
+    """An answer that was checked; to an older question it is void."""
+
     client: str
     question: int
     verdict: Verdict
@@ -120,6 +124,8 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
+    """Say `Expired` at `at`, seconds, if the question is still open then."""
+
     question: int
     at: float
 
