@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from atoll.protocols.durable import place
 from atoll.protocols.errors import ClientError
 
 
@@ -23,18 +24,11 @@ def rewrite(path: Path, data: bytes, durable: bool = False) -> None:
     """Write beside and rename, so that a reader finds all of it or the former one. `durable`: also
     after a power cut. OSError."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside.write_bytes(data)
     if durable:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        place(path)
+    else:
+        beside.replace(path)
 
 
 @contextlib.contextmanager

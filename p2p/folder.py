@@ -10,13 +10,13 @@ lock              held while a peer runs
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atoll.protocols import state
+from atoll.protocols.durable import put_private
 from atoll.protocols.errors import PeerError
 
 DEFAULT = Path("atoll-peer")
@@ -73,31 +73,6 @@ def signed(folder: Path) -> bytes:
         return (folder / SIGNED).read_bytes() if (folder / KEY).exists() else b""
     except OSError as error:
         raise disk(folder, error) from error
-
-
-def put_private(path: Path, data: bytes) -> None:
-    """Whole or not at all, for this user alone. OSError."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-    place(path)
-
-
-def place(path: Path) -> None:
-    """Make durable what lies beside `path` as `.tmp`, and give it its name. OSError."""
-    beside = path.with_name(f"{path.name}.tmp")
-    _sync(beside)
-    beside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    found = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(found)
-    finally:
-        os.close(found)
 
 
 def withdraw(folder: Path) -> None:

@@ -11,7 +11,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
-from atoll.p2p.folder import put_private
+from atoll.protocols.durable import put_private
 
 RSA_KEY = b"\x08\x00\x12"  # protobuf: type RSA, then the key's bytes with their length
 SHA256_HASH = b"\x12\x20"  # multihash: sha2-256, 32 bytes

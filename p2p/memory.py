@@ -28,10 +28,11 @@ from atoll.aggregation.allreduce import Part
 from atoll.aggregation.rendezvous_events import Bound
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p.contribution import unpack
-from atoll.p2p.folder import SEALS, in_use, place
+from atoll.p2p.folder import SEALS, in_use
 from atoll.p2p.reducing import Mean
 from atoll.protocols import state
 from atoll.protocols.codecs import Codec
+from atoll.protocols.durable import place
 from atoll.protocols.errors import PeerError, RemoteError
 
 HEAD = 16 << 20  # bytes of a mean's list of parts

@@ -58,20 +58,6 @@ def test_what_binds_comes_back(memory: Memory) -> None:
     memory.close()
 
 
-@pytest.fixture
-def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Inodes of what was made durable, in order."""
-    seen: list[int] = []
-    really = os.fsync
-
-    def fsync(file: int) -> None:
-        seen.append(os.fstat(file).st_ino)
-        really(file)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    return seen
-
-
 def test_keys_of_seals_outlive_a_power_cut(memory: Memory, synced: list[int]) -> None:
     """They lay in a file that was written anew at each beat and never synced: torn, what those had
     sealed who were gone by then was nobody's word."""
