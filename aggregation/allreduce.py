@@ -150,6 +150,8 @@ class Tell:
 
 @dataclass(frozen=True, slots=True)
 class Done:
+    """All parts are held: the mean can be read."""
+
     digest: str  # over the parts' digests, in order; hex
 
 

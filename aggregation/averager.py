@@ -18,6 +18,8 @@ from atoll.aggregation.part_mean import part_mean
 
 @dataclass(frozen=True)
 class Averaged:
+    """A round's mean, and whose work is in it."""
+
     mean: Tensor  # flat, fp32: the same bits for all of the group; not to be written
     group: tuple[tuple[str, float], ...]  # (member, weight) of those who are in it, in their order
 
@@ -31,6 +33,8 @@ class NotAveragedError(Exception):
 
 
 class Averager(Protocol):
+    """Whoever carries a group's vectors to each other."""
+
     async def average(self, number: int, delta: Tensor, weight: float) -> Averaged:
         """The mean of round `number`. Weight 0: learn it without being in it. Submitted twice: the
         second counts. NotAveragedError where there is none."""

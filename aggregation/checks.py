@@ -26,6 +26,13 @@ def at_most(most: float, **values: float | None) -> None:
             raise UsageError("FL-S102", f"{name}={value}", f"choose at most {most}")
 
 
+def share(**values: float) -> None:
+    """Every value is from 0 on, and below 1: how much of something stays, which is never all."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise UsageError("FL-S102", f"{name}={value}", "choose at least 0, and less than 1")
+
+
 def finite(**values: float | None) -> None:
     """No value given is without end; None means "not set" and passes."""
     for name, value in values.items():
@@ -34,6 +41,7 @@ def finite(**values: float | None) -> None:
 
 
 def one_of(known: tuple[str, ...], **values: str) -> None:
+    """Every value is one of the words in `known`."""
     for name, value in values.items():
         if value not in known:
             raise UsageError("FL-S102", f"{name}={value!r}", f"choose {' or '.join(known)}")

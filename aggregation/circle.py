@@ -119,9 +119,8 @@ class Circle:
     accepted: tuple[Ballot, Value] | None = None
     reducing: Ballot | None = None
     plan: Plan | None = None  # of `reducing`
-    made: dict[str, tuple[str, str]] = field(
-        default_factory=dict
-    )  # "count proposer" -> digest, seal
+    # "count proposer" -> digest, seal
+    made: dict[str, tuple[str, str]] = field(default_factory=dict)
     failed: dict[str, Failed] = field(default_factory=dict)  # in the same way
     held: set[str] = field(default_factory=set)  # digests of means that lie here
     asked: Accept | None = None  # to vote when its mean has come
@@ -165,6 +164,18 @@ class Circle:
         mine = self.stand.rank
         ranks = {peer: goodbye.stand.rank for peer, goodbye in self.farewells.items()}
         return sorted(p for p, r in ranks.items() if r == mine or (r < mine and not here))
+
+    def _forget_gone(self) -> None:
+        """Goodbyes that count no more, else there were more of them at each promise, for ever.
+
+        One is kept while the roster has its peer, to which nothing need be said; while that is a
+        member, and not counted; and at the model where it left, for it may be in the group that
+        makes the next. To forget one is safe: its peer counts again, as for who never heard it.
+        """
+        here, known = self.stand.rank, {*self.roster, *self.members}
+        for peer, goodbye in sorted(self.farewells.items()):
+            if peer not in known and goodbye.stand.rank != here:
+                del self.farewells[peer]
 
     def _may_propose(self, peer: str, ballot: Ballot) -> bool:
         """Only members do, in their own name; who is a member all at one model know alike."""

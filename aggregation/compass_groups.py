@@ -40,6 +40,8 @@ class Record:
 
 @dataclass(slots=True)
 class Group:
+    """Clients that are to arrive together. Times in seconds of the run clock."""
+
     expected: float  # run clock: when all are to arrive (Ta)
     latest: float  # when it is merged without those who are missing (Tmax)
     created: float
@@ -61,9 +63,8 @@ def observe_two_part(
     member: Member, duration: float, train_seconds: float, steps: int, smoothing: float
 ) -> None:
     """The same, with what was not training (transfer, waiting) told apart from the steps."""
-    inside = (
-        train_seconds if 0.0 <= train_seconds <= duration else duration
-    )  # it is the client's word
+    plausible = 0.0 <= train_seconds <= duration  # it is the client's word
+    inside = train_seconds if plausible else duration
     rest, known = duration - inside, member.pace
     observe(member, inside, steps, smoothing)
     member.overhead = (1 - smoothing) * member.overhead + smoothing * rest if known else rest

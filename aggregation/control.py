@@ -88,6 +88,8 @@ class Ledger:
 
 
 class ControlTurn(DirectionTurn):
+    """One merge: c takes in the changes that the ledger counts."""
+
     def __init__(self, works: Sequence[Work], former: Numbers, known: int, half: "Control") -> None:
         ledger = Ledger(former, known)
         counted = ledger.take_own(works) if half.table else ledger.take(works)

@@ -23,6 +23,8 @@ DELTA = "trainable"  # the section of an update in which its delta lies
 
 
 class DynamicTurn(Turn):
+    """One merge: h takes in the deltas that the ledger counts, and the step goes along it too."""
+
     def __init__(self, works: Sequence[Work], former: Numbers, known: int, alpha: float) -> None:
         ledger = Ledger(former, known)
         counted = ledger.take(works, overlapping=True)
@@ -40,6 +42,8 @@ class DynamicTurn(Turn):
 
 @dataclass(frozen=True)
 class Dynamic(Half):
+    """`alpha`: how strongly clients are held to the server's model, as on the clients' side."""
+
     alpha: float = 0.1
 
     @property

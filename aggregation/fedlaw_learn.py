@@ -42,6 +42,8 @@ class How:
 
 
 class Learned(NamedTuple):
+    """What a merge is made with, and the loss before and after."""
+
     shares: list[float]  # of each update, sum 1
     gamma: float
     before: float  # proxy loss of the weighted mean

@@ -34,6 +34,8 @@ class Adam:
 
 @dataclass
 class Momentum:
+    """SGD with heavy-ball momentum, fresh in every merge."""
+
     beta: float = 0.9
     _velocity: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)
 

@@ -24,6 +24,8 @@ LEAST = 1e-6  # of gamma: it stays above 0 whatever a step does
 
 @dataclass(frozen=True, slots=True)
 class Exponential:
+    """ "exp": lambda = softmax(z), gamma = exp(s)."""
+
     def start(self, shares: Sequence[float]) -> Tensor:
         """(m + 1,) float64: z and last s, of lambda = shares and gamma = 1."""
         z = torch.tensor(shares, dtype=torch.float64).log()
@@ -47,6 +49,8 @@ class Exponential:
 
 @dataclass(frozen=True, slots=True)
 class Quadratic:
+    """ "quad": lambda = z^2 / sum of z^2, gamma = s^2."""
+
     def start(self, shares: Sequence[float]) -> Tensor:
         z = torch.tensor(shares, dtype=torch.float64).sqrt()
         return torch.cat([z, z.new_ones(1)])

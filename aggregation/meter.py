@@ -26,6 +26,8 @@ NEW = 1.25  # factor between what was said and what is worth saying
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
+    """Bulk that went one way."""
+
     size: float  # bytes
     began: float  # seconds
     ended: float

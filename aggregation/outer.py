@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from atoll.aggregation.checks import finite, positive, share
 from atoll.protocols import slots
 from atoll.protocols.codecs import TILE
 from atoll.protocols.errors import UsageError
@@ -101,7 +102,8 @@ class Sgd(Outer):
     lr: float = 1.0  # server step size
 
     def __post_init__(self) -> None:
-        _positive(lr=self.lr)
+        positive(lr=self.lr)
+        finite(lr=self.lr)
 
     def kernel(
         self, anchor: Tensor, delta: Tensor, state: Mapping[str, Tensor], steps: int, out: Tensor
@@ -119,8 +121,9 @@ class Momentum(Outer):
     momentum: float = 0.9  # share of the last step that is taken again
 
     def __post_init__(self) -> None:
-        _positive(lr=self.lr)
-        _below_one(momentum=self.momentum)
+        positive(lr=self.lr)
+        finite(lr=self.lr)
+        share(momentum=self.momentum)
 
     @property
     def vectors(self) -> Mapping[str, float]:
@@ -164,8 +167,9 @@ class Adam(Outer):
     flower: bool = False  # start and correct bias as Flower does
 
     def __post_init__(self) -> None:
-        _positive(lr=self.lr, tau=self.tau)
-        _below_one(beta1=self.beta1, beta2=self.beta2)
+        positive(lr=self.lr, tau=self.tau)
+        finite(lr=self.lr, tau=self.tau)
+        share(beta1=self.beta1, beta2=self.beta2)
 
     @property
     def vectors(self) -> Mapping[str, float]:
@@ -233,15 +237,3 @@ def outer(spec: str) -> Outer:
             "subclass atoll.aggregation.outer.Outer",
         )
     return typing.cast("Outer", found)
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise UsageError("FL-S102", f"{name}={value}", f"{name} must be above 0")
-
-
-def _below_one(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise UsageError("FL-S102", f"{name}={value}", f"{name} must be in [0, 1)")

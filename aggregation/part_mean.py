@@ -7,6 +7,7 @@ limits contributions (there by the whole vector).
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -54,9 +55,8 @@ def part_mean(
 def _limit(parts: Sequence[Tensor], most: float) -> list[float]:
     """What each part is multiplied by, so that none is longer than `most` medians."""
     norms = [norm(part) for part in parts]
-    ordered, middle = sorted(norms), len(norms) // 2
-    median = ordered[middle] if len(norms) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return [min(1.0, most * median / norm) if norm > 0 else 1.0 for norm in norms]
+    limit = most * statistics.median(norms)
+    return [min(1.0, limit / length) if length > 0 else 1.0 for length in norms]
 
 
 def norm(part: Tensor) -> float:

@@ -119,6 +119,8 @@ class Rendezvous(Proposer, Believer):
                 known.weight, known.bandwidth = weight, bandwidth
             case Removed(peer):
                 self.roster.pop(peer, None)
+                self.doubted.pop(peer, None)
+                self._forget_gone()
                 self.left = self.left or peer == self.me
             case Heard(peer, message):
                 if peer in self.roster and peer != self.me:
@@ -344,6 +346,7 @@ class Rendezvous(Proposer, Believer):
         if self.reducing is not None:
             yield Drop(self.stand.chain, self.reducing)
         self.stand, self.members, self.last = stand, members, last
+        self._forget_gone()
         self.history = worth_keeping(history)
         self.ready, self.accepted, self.reducing, self.ripe = False, None, None, None
         self.bits, self.length = "", 0.0

@@ -85,6 +85,8 @@ class Announce:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
+    """I want to lead this epoch: promise me to vote for nothing below this ballot."""
+
     chain: str
     ballot: Ballot
 
@@ -102,12 +104,16 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
+    """I have promised a higher ballot than yours."""
+
     chain: str
     ballot: Ballot  # a higher one that was promised
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
+    """Enough have promised: reduce by this plan."""
+
     chain: str
     ballot: Ballot
     plan: Plan
@@ -125,6 +131,8 @@ class Reduced:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
+    """The attempt came to no mean here; `missing` and `spoiled` as in `allreduce.Fail`."""
+
     chain: str
     ballot: Ballot
     reason: str
@@ -144,6 +152,8 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
+    """I have voted for the value of this ballot, and hold its mean."""
+
     chain: str
     ballot: Ballot
 
@@ -210,6 +220,8 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
+    """Another peer says something. Who it is from the transport says, not the message."""
+
     peer: str
     message: Message
 
@@ -365,6 +377,8 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
+    """Let `BeatDue` be heard at `at`, seconds of `now`."""
+
     at: float
 
 

@@ -17,9 +17,7 @@ from atoll.aggregation.mean import Mean
 MEAN = Mean()
 CHUNK = 1 << 14  # elements of a row in one block: K rows of it lie in the L2 cache
 
-Kernel = Callable[
-    [Tensor, int], Tensor
-]  # of a float64 block (rows, elements) and its first element
+Kernel = Callable[[Tensor, int], Tensor]  # of a float64 block, (rows, elements), and where it lies
 
 
 class Stack(Protocol):

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 LEAST = 2  # validators; one alone would decide everything
 MOST = 3.0  # times the middle one's examples
+NAMED = 3  # clients with one reason,
+REASONS = 6  # and reasons, where a merge goes unjudged
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class Left:
+    """It is gone, and nothing of it is waited for."""
+
     client: str
 
 
@@ -76,6 +80,8 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
+    """An answer that was checked; to an older question it is void."""
+
     client: str
     question: int
     verdict: Verdict
@@ -118,6 +124,8 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
+    """Say `Expired` at `at`, seconds, if the question is still open then."""
+
     question: int
     at: float
 
@@ -157,6 +165,7 @@ class Validators:
     question: int = 0  # the newest
     open: bool = False
     waiting: set[str] = field(default_factory=set)  # of the panel, who has not answered
+    lost: dict[str, str] = field(default_factory=dict)  # of this merge's panel -> why
     answers: dict[str, Verdict] = field(default_factory=dict)
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -171,9 +180,10 @@ class Validators:
                 self.here.pop(client, None)
                 self.away.discard(client)
                 self.refused.pop(client, None)
-                return self._without(client)
+                return self._without(client, "left")
             case Began():
                 self.merges, self.panel, self.open = self.merges + 1, None, False
+                self.quorum, self.lost = LEAST, {}
                 return []
             case Asked():
                 return self._ask(now)
@@ -184,21 +194,23 @@ class Validators:
                 self.answers[client] = verdict
                 return self._look()
             case Passed(client):
-                return self._without(client)
+                return self._without(client, "no finite loss of the model")
             case Refused(client, reason):
                 self.refused[client] = reason
-                return self._without(client)
+                return self._without(client, reason)
             case Expired(question):  # pragma: no branch
                 if not self.open or question != self.question:
                     return []
-                return self._close(f"no answer of {self._named()} within {self.seconds:g} s")
+                if self.panel is None:
+                    return self._close(f"nobody else came within {self.seconds:g} s")
+                return self._close("", f"no answer within {self.seconds:g} s")
 
     def _came(self, client: str, able: bool) -> list[Action]:
         self.here[client] = able
         self.away.discard(client)
         self.refused.pop(client, None)
         if self.open and self.panel is not None and client in self.waiting:
-            return [Send(client, self.question)] if able else self._without(client)
+            return [Send(client, self.question)] if able else self._without(client, "declines")
         return self._look() if self.panel is None else []
 
     def _ask(self, now: float) -> list[Action]:
@@ -223,10 +235,11 @@ class Validators:
         self.quorum = max(LEAST, -(-len(able) // 2))
         return [*(Send(c, self.question) for c in able), *self._look()]
 
-    def _without(self, client: str) -> list[Action]:
+    def _without(self, client: str, why: str) -> list[Action]:
         self.waiting.discard(client)
         if self.panel is not None and client in self.panel:
             self.panel.remove(client)
+            self.lost[client] = why
         return self._look()
 
     def _look(self) -> list[Action]:
@@ -240,21 +253,34 @@ class Validators:
             return self._close("")
         if self.waiting and (len(self.answers) < self.quorum or self.waiting & self.here.keys()):
             return []
-        return self._close("")
+        return self._close("", "its connection broke")
 
-    def _close(self, reason: str) -> list[Action]:
+    def _close(self, reason: str, late: str = "") -> list[Action]:
+        """`reason` why there can be too few, `late` why those waited for are so no more; "": they
+        could still have answered."""
         self.open = False
         if self.panel is not None:
             self.panel = [c for c in self.panel if c not in self.waiting]
+            self.lost |= dict.fromkeys(self.waiting, late) if late else {}
         if len(self.answers) >= self.quorum:
             return [Done(self.question, counted(self.answers))]
         came = len(self.answers)
         told = f"{came} validator{'s' * (came != 1)} answered, {self.quorum} are needed"
-        whys = [reason, *(f"{c}: {r}" for c, r in sorted(self.refused.items())[:3])]
-        return [Failed(self.question, "; ".join(why for why in (told, *whys) if why))]
+        whys = _grouped({**self.refused, **self.lost})
+        return [Failed(self.question, "; ".join(why for why in (told, reason, *whys) if why))]
 
-    def _named(self) -> str:
-        return ", ".join(sorted(self.waiting)[:5]) or "any client"
+
+def _grouped(reasons: Mapping[str, str]) -> list[str]:
+    """Clients by what is said of them, in order, of each the first few."""
+    groups: dict[str, list[str]] = {}
+    for client, reason in sorted(reasons.items()):
+        groups.setdefault(reason, []).append(client)
+    return [f"{_some(clients)}: {reason}" for reason, clients in list(groups.items())[:REASONS]]
+
+
+def _some(clients: Sequence[str]) -> str:
+    more = len(clients) - NAMED
+    return ", ".join(clients[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 # ---- how much an answer counts -------------------------------------------------------------------

@@ -40,11 +40,13 @@ MERGED, LEAVE, JOIN, UPDATE, TIMER = range(5)  # what happens first at one insta
 
 @dataclass
 class Order:
+    """One order of a client, and when its result is due."""
+
     id: str
     client: str
     steps: int
-    base: int
-    started: float
+    base: int  # version
+    started: float  # seconds
     seconds: float  # of training
     number: int = 0
     open: bool = True

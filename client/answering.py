@@ -17,9 +17,9 @@ from torch import Tensor
 from atoll.client import contract, transfer
 from atoll.client.heldout import Validator
 from atoll.client.line import BROKEN, Line
-from atoll.protocols import chains, messages, wire_pb2
+from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import BlobInfo, Section
-from atoll.protocols.codecs import all_finite, as_bytes
+from atoll.protocols.codecs import FP32, all_finite, as_bytes
 from atoll.protocols.errors import AtollError, ClientError, RefusedError
 from atoll.protocols.hand import Hand
 from atoll.protocols.manifest import TRAVELLING, Manifest
@@ -82,7 +82,7 @@ class Answering:
         if not question.inline:
             view = self._room(info)
             line.fetch(info, view)
-        model = parse(self._manifest, info.sections, view, chains.FP32, "model")
+        model = parse(self._manifest, info.sections, view, FP32, "model")
         groups: dict[str, Tensor] = {
             g: model.read(g) if model.has(g) else torch.empty(0, dtype=dtype_of(g))
             for g in TRAVELLING
@@ -98,14 +98,14 @@ class Answering:
 
     def _room(self, info: BlobInfo) -> memoryview:
         """For a model. RemoteError FL-W104 where it cannot be one."""
-        check(self._manifest, info.sections, info.size, chains.FP32, "model")
+        check(self._manifest, info.sections, info.size, FP32, "model")
         if len(self._model) != info.size:
             self._model = memoryview(bytearray(info.size))
         return self._model
 
     def _with(self, line: Line, result: Result, gradient: memoryview) -> Result | None:
         """The answer with its gradient inside, or None where that has been uploaded."""
-        section = Section("trainable", chains.FP32.name, len(gradient) // 4, len(gradient))
+        section = Section("trainable", FP32.name, len(gradient) // 4, len(gradient))
         info = BlobInfo(f"u/{result.question}", len(gradient), b"", (section,))
         if len(gradient) <= line.inline_limit:
             return replace(result, payload=info, inline=bytes(gradient))

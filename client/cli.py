@@ -143,11 +143,12 @@ def start(
         parts = name, model, data, trainer, partition, shard, device, sleep_per_step, share
         options = Options(*parts)
         look(options)
+        folder = folder or Path(f"atoll-client-{name}")
         client = Client(
             address,
-            maker(options),
+            maker(options, folder),
             name=name,
-            folder=folder or Path(f"atoll-client-{name}"),
+            folder=folder,
             seconds_per_step=(lambda made: measure(made).seconds_per_step) if bench else None,
             patience_seconds=float("inf") if patience is None else patience,
             first_seconds=FIRST if patience is None else patience,
@@ -155,9 +156,8 @@ def start(
             private=own_noise(local_dp) if local_dp else None,
         )
         report = loops.run(_until_left(client, as_json))
-    told = {"name": name, **vars(report)}
     console.emit(
-        told,
+        {"name": name, **vars(report)},
         as_json,
         f"{report.reason}: {report.orders} orders, {report.steps} local steps, "
         f"{report.used} updates used, {report.discarded} discarded",

@@ -12,7 +12,7 @@ from torch import Tensor
 from atoll.client.room import map_new
 from atoll.protocols import chains
 from atoll.protocols.blobs import INLINE, BlobInfo
-from atoll.protocols.codecs import Codec
+from atoll.protocols.codecs import FP32, Codec
 from atoll.protocols.errors import ClientError, RemoteError
 from atoll.protocols.manifest import Manifest
 from atoll.protocols.messages import Order
@@ -40,12 +40,12 @@ class Holding:
         """
         base = chains.heard(sent.base)
         view = self._whole(sent, fetch) if base is None else self._after(*base, sent, fetch, down)
-        return Payload(chains.whole(self.manifest), view, chains.FP32)
+        return Payload(chains.whole(self.manifest), view, FP32)
 
     def _whole(self, sent: Sent, fetch: Fetch) -> memoryview:
         info, self.held = sent.model, None
         assert info is not None, "all of a model is sent as one blob"
-        check(self.manifest, info.sections, info.size, chains.FP32, "model")
+        check(self.manifest, info.sections, info.size, FP32, "model")
         if sent.inline and not sent.base:
             return memoryview(sent.inline)  # not overwritten by a later one
         if self._model is None:

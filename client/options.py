@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from atoll.client.data import Data, find_data, load_data
+from atoll.client.heldout import held_share
 from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import BUILTIN, takes
 from atoll.client.specs import make_trainer
@@ -68,28 +70,29 @@ def local_config(given: dict[str, bool | int | float | str], device: str) -> Loc
         raise UsageError("FL-S102", f"local configuration {given}: {error}", "see docs") from error
 
 
-def maker(options: Options) -> Callable[[RunInfo], Trainer]:
-    """Makes the trainer once the run is known: the client's own choices go before the run's."""
+def maker(options: Options, folder: Path | None = None) -> Callable[[RunInfo], Trainer]:
+    """Makes the trainer once the run is known: the client's own choices go before the run's.
+
+    `folder`: the client's, which knows what it held out in its former lives.
+    """
 
     def make(run: RunInfo) -> Trainer:
         if options.trainer:
             return own_trainer(options.trainer, options.name, options.shard, run.seed)
+        data = options.data or _bundled(run.data)
+        shard = "/".join(map(str, options.shard))
+        of = options.name, data, options.partition, shard, str(run.seed)
         return torch_trainer(
             options,
             model=options.model or _installed(run.model),
-            data=options.data or _bundled(run.data),
+            data=data,
             local=local_config(run.local, options.device),
             algorithm=run.algorithm,
             seed=run.seed,
-            validate=share(options.validate, run.validate),
+            validate=held_share(folder, options.validate, run.validate, run.id, of),
         )
 
     return make
-
-
-def share(own: float | None, wish: float) -> float:
-    """Of its examples that a client holds out: nothing where the run would not ask about them."""
-    return wish if own is None or not wish else own
 
 
 def torch_trainer(

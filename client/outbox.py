@@ -16,7 +16,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from atoll.client.room import disk, map_new
+from atoll.client.room import disk, map_new, rewrite
 from atoll.client.slots import ROOM, Slots
 from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import INLINE
@@ -117,7 +117,7 @@ class Outbox:
         if self.folder is not None:
             text = json.dumps(vars(self.memory))
             with disk(self.folder):
-                _replace(self.folder / "client.json", text.encode(), durable)
+                rewrite(self.folder / "client.json", text.encode(), durable)
 
     def waiting(self) -> tuple[tuple[str, str], ...]:
         """(order, update) of each result, oldest first."""
@@ -137,7 +137,7 @@ class Outbox:
             self._slot[result.update] = self._slots.put(packed)
         elif self.folder is not None:
             with disk(self.folder):
-                _replace(self.folder / f"{result.update}{SUFFIX}", packed)
+                rewrite(self.folder / f"{result.update}{SUFFIX}", packed)
         if small:
             self._packed[result.update] = packed
         self._bytes[result.update] = view
@@ -205,21 +205,3 @@ class Outbox:
         if small:
             self._packed[result.update] = packed
         return result.update
-
-
-def _replace(path: Path, data: bytes, durable: bool = False) -> None:
-    """Write beside and rename, so that a reader finds all of it or the former one. `durable`: also
-    after a power cut."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(beside, path)
-    if durable:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

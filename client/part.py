@@ -14,7 +14,7 @@ from atoll.client.outbox import Outbox
 from atoll.client.trainer import Trainer
 from atoll.client.work import Workbench
 from atoll.protocols import chains, messages, wire_pb2
-from atoll.protocols.codecs import Fp32
+from atoll.protocols.codecs import FP32
 from atoll.protocols.errors import ClientError
 from atoll.protocols.events import ClientInfo
 from atoll.protocols.manifest import Manifest
@@ -78,7 +78,7 @@ class Part:
         judges = (messages.VALIDATE,) if self.answering is not None else ()
         can = (BATCH, *capabilities(self.asked), *judges)
         self._info = ClientInfo(examples, pace, can)
-        return Workbench(trainer, info.manifest, Fp32(), Fp32(), self._outbox, self._keep, private)
+        return Workbench(trainer, info.manifest, FP32, FP32, self._outbox, self._keep, private)
 
     def hello(self, bench: Workbench, holding: tuple[str, ...]) -> wire_pb2.Hello:
         """What it says of itself; `holding` are the orders in hand."""

@@ -33,7 +33,7 @@ IN_WORDS = {  # fields of DataInfo, the one that says most first
     "vocabulary": "set of characters",
     "classes": "number of classes",
 }
-OWN = re.compile(r"[,:](take|missing)=(\w+)")
+OWN = re.compile(r"[,:](take|missing)=([^,]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,14 @@ class Wanted:
         given = dict(OWN.findall(spec))
         take, missing = given.get("take", str(TAKEN)), given.get("missing", "no")
         if take != "all" and not (take.isdecimal() and int(take) >= 2):
-            raise DataError("FL-D103", f"proxy data: take={take}", "write take=N, or take=all")
+            raise DataError(
+                "FL-D103",
+                f"proxy data: take={take!r}",
+                "write take=N with N of at least 2, or take=all",
+            )
         if missing not in ("no", "ok"):
             raise DataError(
-                "FL-D103", f"proxy data: missing={missing}", "write missing=ok, or drop it"
+                "FL-D103", f"proxy data: missing={missing!r}", "write missing=ok, or drop it"
             )
         number = None if take == "all" else int(take)
         return cls(OWN.sub("", spec), number, missing == "ok")

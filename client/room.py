@@ -1,4 +1,4 @@
-"""Room: files whose place on the disk is taken before anything is written into them."""
+"""Room: a client's files: all of one is there or the former, and a mapped one has its place."""
 
 import contextlib
 import mmap
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from atoll.protocols.durable import place
 from atoll.protocols.errors import ClientError
 
 
@@ -17,6 +18,17 @@ def map_new(path: Path, size: int) -> memoryview:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         return memoryview(mmap.mmap(file.fileno(), size))
+
+
+def rewrite(path: Path, data: bytes, durable: bool = False) -> None:
+    """Write beside and rename, so that a reader finds all of it or the former one. `durable`: also
+    after a power cut. OSError."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(data)
+    if durable:
+        place(path)
+    else:
+        beside.replace(path)
 
 
 @contextlib.contextmanager

@@ -170,7 +170,9 @@ def take_options(source: str, options: Options, known: tuple[str, ...]) -> Optio
             raise DataError(
                 "FL-D103",
                 f"{source} has no option {name!r}",
-                f"its options: {', '.join(known)}" if known else "it has none",
+                f"leave {name} out; its options: {', '.join(known)}"
+                if known
+                else f"leave {name} out: {source} has no options",
             )
     return options
 

@@ -58,17 +58,9 @@ def _screen(told: dict[str, Any]) -> str:
         f"down {console.size(told.get('bytes_in', 0))}   {console.duration(age)} ago",
         f"run {told['run']}   model {told.get('digest', '')[:16] or '-'}",
     ]
-    rows = [("PEER", "NAME", "ROUND", "HEARD", "STATE")]
+    rows: list[tuple[str, ...]] = [("PEER", "NAME", "ROUND", "HEARD", "STATE")]
     near = near_members(told)
-    for member in told.get("members", ()):
-        me = member["peer"] == told["peer"]
-        silent = member.get("silent")
-        heard = "-" if me else "never" if silent is None else console.duration(silent)
-        at = told["round"] if me else member.get("round", "-")
-        what = "this peer" if me else ("ready" if member.get("ready") else "training")
-        if not me and member["peer"] not in near:
-            what = "silent"
-        rows.append((member["peer"][-8:], console.clean(member["name"]), str(at), heard, what))
+    rows += [_row(member, told, near) for member in told.get("members", ())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines += [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -79,6 +71,19 @@ def _screen(told: dict[str, Any]) -> str:
     if told.get("why"):
         lines.append(f"last round put off: {told['why']}")
     return console.clean_lines("\n".join(lines))
+
+
+def _row(member: dict[str, Any], told: dict[str, Any], near: list[str]) -> tuple[str, ...]:
+    silent = member.get("silent")
+    heard = "never" if silent is None else console.duration(silent)
+    at, what = member.get("round", "-"), "ready" if member.get("ready") else "training"
+    if member["peer"] == told["peer"]:
+        at, heard, what = told["round"], "-", "this peer"
+    elif member.get("left"):  # the roster has it until its entry is too old
+        heard, what = "-", "left"
+    elif member["peer"] not in near:
+        what = "silent"
+    return member["peer"][-8:], console.clean(member["name"]), str(at), heard, what
 
 
 @click.command()

@@ -155,6 +155,7 @@ def join(
     papers = read(text)
     listen = _listen(port, host, no_listen)
     place = folders.for_run(folder, papers.run)
+    folders.free(place)  # before its papers are written anew
     fresh = folders.empty(place)
     _begin(stop_with_stdin)
     about = folders.About(
@@ -165,8 +166,9 @@ def join(
     console.say(f"looking for a member of the run at {places}, for {LOOKING:g} s at most …")
     try:
         _take_part(place, as_json)
-    except BaseException:
-        if fresh and not (place / folders.SIGNED).exists():  # it never was in the run
+    except BaseException as error:
+        another = isinstance(error, PeerError) and error.code == "FL-P406"  # it is that one's now
+        if fresh and not another and not (place / folders.SIGNED).exists():  # never in the run
             folders.withdraw(place)
         raise
 
@@ -178,6 +180,7 @@ def join(
 def start(folder: Path, stop_with_stdin: bool, as_json: bool) -> None:
     """Go on as the peer in FOLDER, with what it remembers."""
     folders.read(folder)
+    folders.free(folder)
     _begin(stop_with_stdin)
     _take_part(folder, as_json)
 

@@ -194,6 +194,7 @@ class Driver:
                 "round": known.stand.epoch,
                 "ready": known.ready,
                 "silent": round(now - known.heard, 1) if known.heard > 0 else None,  # seconds
+                "left": peer in self._machine.farewells,
             }
             for peer, known in sorted(roster.items())
             if peer != self.me

@@ -10,18 +10,19 @@ lock              held while a peer runs
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atoll.protocols import state
+from atoll.protocols.durable import put_private
 from atoll.protocols.errors import PeerError
 
 DEFAULT = Path("atoll-peer")
 ABOUT, STATUS, LOCK, MODEL = "peer.json", "status.json", "lock", "model.safetensors"
 KEY, SIGNED, IDENTITY, HABITS = "founder.key", "manifest.signed", "identity.key", "habits.json"
+SEALS = "seals.json"  # the keys of members' seals
 TOLERATED = {LOCK, "lost+found"}  # in a directory in which a peer begins
 SAME_MACHINE = 64  # directories that are looked at for a free one
 
@@ -74,23 +75,12 @@ def signed(folder: Path) -> bytes:
         raise disk(folder, error) from error
 
 
-def put_private(path: Path, data: bytes) -> None:
-    """Whole or not at all, for this user alone. OSError."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 def withdraw(folder: Path) -> None:
     """Forget what a peer wrote that never came to take part; the directory too, if it is empty."""
     with contextlib.suppress(OSError):  # what went wrong before is worth more
         for path in [*folder.glob("*.tmp"), *folder.glob("*.sock")]:
             path.unlink(missing_ok=True)
-        for name in (IDENTITY, KEY, SIGNED, HABITS, ABOUT, LOCK):
+        for name in (IDENTITY, KEY, SIGNED, HABITS, SEALS, ABOUT, LOCK):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 
@@ -121,6 +111,22 @@ def pid(folder: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return found if found > 1 else None
+
+
+def free(folder: Path) -> None:
+    """PeerError FL-P406 where a peer runs there."""
+    if running(folder):
+        raise in_use(folder)
+
+
+def in_use(folder: Path) -> PeerError:
+    """FL-P406."""
+    who = pid(folder)
+    return PeerError(
+        "FL-P406",
+        f"{folder} is in use by another peer{f' (process {who})' if who else ''}",
+        f"stop it (fl-peer leave {folder}), or give another --folder",
+    )
 
 
 def status(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from atoll.p2p.invite import ADDRESSES, Invite, write
 from atoll.p2p.node import Node
 from atoll.p2p.work import Work, facts
 from atoll.protocols.codecspec import parse_ways
+from atoll.protocols.durable import put_private
 from atoll.protocols.errors import UsageError
 from atoll.protocols.ids import ulid
 
@@ -75,8 +76,8 @@ async def found(
             tuple(places[:ADDRESSES]), paper.run, manifest.digest(data), public,
             secrets.token_bytes(32),
         )  # fmt: skip
-        folders.put_private(folder / folders.KEY, key.private_bytes_raw())
-        (folder / folders.SIGNED).write_bytes(manifest.sign(data, key))
+        put_private(folder / folders.KEY, key.private_bytes_raw())
+        put_private(folder / folders.SIGNED, manifest.sign(data, key))
         habits = {"listen": list(listen), "places": [], "speed": paper.speed}
         (folder / folders.HABITS).write_text(json.dumps(habits))
         folders.write(

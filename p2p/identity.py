@@ -11,6 +11,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
+from atoll.protocols.durable import put_private
+
 RSA_KEY = b"\x08\x00\x12"  # protobuf: type RSA, then the key's bytes with their length
 SHA256_HASH = b"\x12\x20"  # multihash: sha2-256, 32 bytes
 LARGEST = 1024  # bytes of a public key: RSA of 4096 bits has 550
@@ -45,6 +47,19 @@ class Identity:
 
     def sign(self, data: bytes) -> bytes:
         return self._key.sign(data, padding.PKCS1v15(), hashes.SHA256())
+
+
+def make(file: Path) -> None:
+    """A new one, durable before anybody can know it: one that comes back as another peer has
+    broken what it promised. OSError."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    der = key.private_bytes(
+        serialization.Encoding.DER,
+        serialization.PrivateFormat.TraditionalOpenSSL,
+        serialization.NoEncryption(),
+    )
+    put_private(file, RSA_KEY + _varint(len(der)) + der)
+    file.chmod(0o400)
 
 
 def id_of(public: bytes) -> str:

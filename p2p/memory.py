@@ -3,6 +3,7 @@
     state.json               what binds it (`rendezvous_events.Bound`), and of which run and peer
     model-CHAIN.safetensors  the model of one commit with its outer state
     mean-DIGEST.bin          a mean that it holds: voted for, or applied to the model before
+    seals.json               the keys of members' seals, also of those gone
 
 Each is written beside its name, made durable and then renamed. A model need not be there when the
 state names it: the one before and the mean between them make it again, bit for bit.
@@ -15,7 +16,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import IO
 
@@ -27,9 +28,11 @@ from atoll.aggregation.allreduce import Part
 from atoll.aggregation.rendezvous_events import Bound
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p.contribution import unpack
+from atoll.p2p.folder import SEALS, in_use
 from atoll.p2p.reducing import Mean
 from atoll.protocols import state
 from atoll.protocols.codecs import Codec
+from atoll.protocols.durable import place
 from atoll.protocols.errors import PeerError, RemoteError
 
 HEAD = 16 << 20  # bytes of a mean's list of parts
@@ -63,11 +66,7 @@ class Memory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
-            raise PeerError(
-                "FL-P406",
-                f"{self.folder} is in use by another peer",
-                "give each peer on this machine a directory of its own",
-            ) from error
+            raise in_use(self.folder) from error
         for torn in self.folder.glob("*.tmp"):
             torn.unlink(missing_ok=True)
         with _disk(self.folder):  # whom `fl-peer leave` tells
@@ -107,6 +106,20 @@ class Memory:
             )
         return kept
 
+    def keep_keys(self, keys: Mapping[str, str]) -> None:
+        """Of members' seals, hex by peer, the one heard of longest ago first."""
+        text = json.dumps(dict(keys)).encode()
+        self._write(SEALS, lambda file: file.write(text))
+
+    def keys(self) -> dict[str, str]:
+        """{} where none can be read: those of the living are heard again."""
+        try:
+            told = json.loads((self.folder / SEALS).read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        whole = isinstance(told, dict) and all(isinstance(key, str) for key in told.values())
+        return told if whole else {}
+
     def retire(self) -> None:
         """After a goodbye: this peer never comes back under its name, which is the first to go."""
         with _disk(self.folder):
@@ -140,7 +153,7 @@ class Memory:
         path = self.folder / f"model-{chain}.safetensors"
         with _disk(path):
             save_file(tensors, f"{path}.tmp", metadata=about)
-            _place(path)
+            place(path)
 
     def model(self, chain: str) -> SyncState | None:
         """None where it is not here, or not what was written."""
@@ -199,19 +212,7 @@ class Memory:
         with _disk(path):
             with open(f"{path}.tmp", "wb") as file:
                 write(file)
-            _place(path)
-
-
-def _place(path: Path) -> None:
-    """Make durable what lies beside `path`, and give it its name."""
-    with open(f"{path}.tmp", "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+            place(path)
 
 
 @contextlib.contextmanager

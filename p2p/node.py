@@ -8,7 +8,6 @@ replaced. What is said is bytes; what they mean, and who may say it, is the call
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from atoll.p2p import calls
 from atoll.p2p.calls import CALL_SECONDS, Answer, Stream, no_answer, within
 from atoll.p2p.daemon import Daemon, unreachable
 from atoll.p2p.folder import disk
-from atoll.p2p.identity import Identity
+from atoll.p2p.identity import Identity, make
 from atoll.protocols.errors import PeerError, RemoteError
 
 RECORD = 4 << 10  # bytes of a record in the directory
@@ -62,15 +61,12 @@ class Node:
 
     async def start(self) -> None:
         """PeerError FL-P201 (no daemon), FL-P202 (none of `bootstrap` answers) or FL-P405."""
-        from hivemind.p2p import P2P
-
         identity = self.folder / "identity.key"
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.folder.chmod(0o700)
             if not identity.exists():
-                P2P.generate_identity(f"{identity}.tmp")  # not half of one where the disk is full
-                os.replace(f"{identity}.tmp", identity)
+                make(identity)
         except OSError as error:
             raise disk(self.folder, error) from error
         _look_at(identity)

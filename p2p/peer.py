@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,6 @@ class _Habits:
     listen: tuple[str, ...] = ()  # where others know it
     places: tuple[str, ...] = ()  # where members were
     speed: float = 0.0
-    keys: dict[str, str] = field(default_factory=dict)  # of members' seals, also of those gone
 
 
 class Peer:
@@ -111,6 +110,8 @@ class Peer:
         self._habits = _Habits()
         self._meter, self._metered = Meter(), 0  # the round as of its last turn
         self._telling: set[asyncio.Task[None]] = set()
+        self._news: asyncio.Queue[Admitted | Removed] = asyncio.Queue()  # for the driver
+        self._keys: dict[str, str] = {}  # of members' seals, as they lie on the disk
         self._node: Node
         self._gate: Gate
         self._direct: Direct
@@ -165,7 +166,8 @@ class Peer:
             on_removed=self._removed,
             places=self._habits.places,
         )  # fmt: skip
-        for member, key in self._habits.keys.items():  # one that is dead seals no more
+        self._keys = await asyncio.to_thread(self._memory.keys)
+        for member, key in self._keys.items():  # one that is dead seals no more
             self._gate.sealing.know(member, key)
         letters = Post(
             self._gate.call,
@@ -189,7 +191,7 @@ class Peer:
         logger.info("peer=%s node and training are up", self._node.id)
         if not await self._driver.recall():
             return False
-        self._admitted(self._gate.me)
+        self._driver.say(self._member(self._gate.me))
         await bulk.Shelf(self._gate, self._find, self._meter.gave).open()
         await self._gate.serve(post.NAME, letters.answer)
         if self._node.listen:
@@ -267,6 +269,7 @@ class Peer:
             "run": driver.run(),
             "leave": self._leaving.wait(),
             "lost": self._node.lost.wait(),
+            "admit": self._admit(),
         }
         tasks = {name: asyncio.create_task(work) for name, work in ends.items()}
         try:
@@ -275,6 +278,8 @@ class Peer:
                 raise PeerError(
                     "FL-P201", "the peer daemon is gone and does not start again", "see its log"
                 )
+            if tasks["admit"].done():
+                await tasks["admit"]  # its disk fails
             driver.leave()
             await tasks["run"]
         finally:
@@ -300,13 +305,24 @@ class Peer:
 
     def _admitted(self, entry: Entry) -> None:
         logger.info("peer=%s admits %s, %s", self._node.id, entry.peer, entry.name)
-        self._keep_habits()  # before it takes part: without its key what it has sealed is none
+        self._news.put_nowait(self._member(entry))
+
+    async def _admit(self) -> None:
+        """Tell the driver who is a member, in order. PeerError FL-P405."""
+        while True:
+            news, keys = await self._news.get(), dict(self._gate.sealing.keys)
+            if keys != self._keys:  # before it takes part: without its key its seals are none
+                await asyncio.to_thread(self._memory.keep_keys, keys)
+                self._keys = keys
+            self._driver.say(news)
+
+    def _member(self, entry: Entry) -> Admitted:
         bandwidth = (entry.bandwidth or math.inf) if entry.accepts else 0.0
-        self._driver.say(Admitted(entry.peer, weight(entry, self._manifest), bandwidth))
+        return Admitted(entry.peer, weight(entry, self._manifest), bandwidth)
 
     def _removed(self, peer: str) -> None:
         self._direct.forget(peer)
-        self._driver.say(Removed(peer))
+        self._news.put_nowait(Removed(peer))
 
     @property
     def bytes_in(self) -> int:
@@ -352,7 +368,7 @@ class Peer:
     async def _tell_bandwidth(self, bandwidth: float) -> None:
         logger.info("peer=%s its line moves %.1f MB a second", self._node.id, bandwidth / 1e6)
         await self._gate.tell(bandwidth=bandwidth)
-        self._admitted(self._gate.me)
+        self._driver.say(self._member(self._gate.me))
 
     def _recall_habits(self) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
@@ -361,7 +377,6 @@ class Peer:
                 tuple(plain["listen"]),
                 tuple(plain["places"]),
                 float(plain["speed"]),
-                {str(peer): str(key) for peer, key in plain.get("keys", {}).items()},
             )
 
     def _keep_habits(self) -> None:
@@ -369,7 +384,6 @@ class Peer:
         now = [a for addresses in others for a in addresses]
         # Who is alone keeps where others were: they may be looking for it there.
         self._habits.places = tuple(dict.fromkeys((*now, *self._habits.places)))[:PLACES]
-        self._habits.keys = self._gate.sealing.keys
         _write(self.folder / folders.HABITS, json.dumps(asdict(self._habits)).encode())
 
 

@@ -15,6 +15,8 @@ BLOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-/:+=,]{0,127}")
 
 @dataclass(frozen=True, slots=True)
 class Section:
+    """One tensor group of a blob, packed."""
+
     group: str  # "trainable", "buffers_float", "buffers_other", "extra:NAME"
     codec: str  # "fp32", "fp16", "bf16"; "int64" for buffers_other
     count: int  # elements before the codec
@@ -23,8 +25,10 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class BlobInfo:
+    """What a blob is, without its bytes."""
+
     id: str
-    size: int
+    size: int  # bytes
     sha256: bytes  # 32 bytes, or empty where it is not known yet
     sections: tuple[Section, ...]
 

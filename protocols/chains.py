@@ -8,12 +8,10 @@ server's half is `server/chain.py`, the client's `client/holding.py`, and both a
 import torch
 
 from atoll.protocols.blobs import Section
-from atoll.protocols.codecs import TILE, Fp32, as_bytes, as_tensor
+from atoll.protocols.codecs import FP32, TILE, as_bytes, as_tensor
 from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.payload import Payload
 from atoll.protocols.tensors import sections_of
-
-FP32 = Fp32()
 
 
 def whole(manifest: Manifest) -> tuple[Section, ...]:

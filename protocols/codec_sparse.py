@@ -4,14 +4,13 @@ They read a tile as (places, values), places ascending and distinct, so that a m
 hundredth of a model where a hundredth was sent.
 """
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from atoll.protocols.errors import RemoteError, UsageError
 
-Bits = Literal[2, 16, 32]
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
 

@@ -3,8 +3,7 @@
 A chain is one codec that packs, and what stands around it: `+ef` keeps what was lost and sends it
 next time (`feedback.py`), `+zstd` presses the packed bytes (`codec_zstd.py`). One chain for both
 ways, or one for each, `fp32` where a way is not named; `topk:0.01+ef/int8` allows two, the best
-first. Reading needs no torch; `codecs.codec` makes
-the codec of a chain.
+first. Reading needs no torch; `codecs.codec` makes the codec of a chain.
 """
 
 import math

@@ -21,6 +21,8 @@ RAISED = (Exception, SystemExit)
 
 
 class Entry(NamedTuple):
+    """What a code ends a command with, and the title of its section in `docs/errors.md`."""
+
     exit_code: int  # at most 125, a shell keeps 8 bits
     title: str
 

@@ -44,6 +44,8 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class ClientJoined:
+    """It may be given orders from now on, and has none open."""
+
     client: str
     info: ClientInfo
 
@@ -58,11 +60,15 @@ class ClientLeft:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReceived:
+    """Work is here: to be aggregated or discarded, once, now or later."""
+
     update: Update
 
 
 @dataclass(frozen=True, slots=True)
 class TimerFired:
+    """The time of a timer has come that was set and not cancelled."""
+
     timer: str
 
 
@@ -78,6 +84,8 @@ class Merged:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
+    """Metrics of a version, newest first: not every version is evaluated."""
+
     version: int
     metrics: Mapping[str, float]
 
@@ -123,23 +131,31 @@ class Aggregate:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
+    """Never use this update. Its client is told the reason."""
+
     update: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class SetTimer:
+    """Hear `TimerFired` at `at`. One that is set under this name already is set anew."""
+
     timer: str
     at: float  # run clock, seconds
 
 
 @dataclass(frozen=True, slots=True)
 class CancelTimer:
+    """Never mind that timer; nothing where it is not set."""
+
     timer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
+    """The run is done; the reason is for people."""
+
     reason: str
 
 

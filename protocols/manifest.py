@@ -41,6 +41,8 @@ DTYPES = (
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
+    """One tensor of a model, as it lies in its group's flat vector."""
+
     name: str
     shape: tuple[int, ...]
     dtype: str  # the model's own, e.g. "bfloat16"; on the wire all floats are float32 values

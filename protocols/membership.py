@@ -80,9 +80,6 @@ class Left:
     reason: str
 
 
-Decision = Joined | Back | Suspected | Left
-
-
 @dataclass
 class Membership:
     """All members of one run. `lease` seconds without a sign of life end a membership."""

@@ -234,8 +234,11 @@ def packed_result(result: Result, inline: bytes | memoryview) -> bytes:
         metrics=result.metrics or None,
         final=result.final,
         snapshot=result.snapshot,
+        question=result.question,
     ).SerializeToString()
     payload = result.payload
+    if payload == NOTHING:
+        return alone
     info = wire_pb2.Blob(id=payload.id, size=payload.size, sha256=payload.sha256)
     sections = packed_sections(payload.sections)
     held = nested(INLINE_FIELD, inline) if len(inline) else ()

@@ -11,6 +11,8 @@ from atoll.protocols.manifest import Manifest
 
 @dataclass(frozen=True)
 class RunInfo:
+    """A run, as its server tells of it."""
+
     id: str
     name: str
     model: str  # a built-in name, or module:object that the client must have itself

@@ -25,9 +25,8 @@ from collections.abc import Callable, Iterator, Mapping
 from atoll.protocols.errors import RAISED, AtollError, UsageError
 
 Value = bool | int | float | str
-NUMBER = re.compile(
-    r"\w+(: '?(int|float)( \| None)?'?( =.*)?|=-?[\d.]+(e-?\d+)?)"
-)  # as Python writes one
+# A parameter that is a number, as Python writes one in a signature.
+NUMBER = re.compile(r"\w+(: '?(int|float)( \| None)?'?( =.*)?|=-?[\d.]+(e-?\d+)?)")
 WHOLE = re.compile(r"\w+: '?int( \| None)?'?( =.*)?")
 MEND = "mend it: -v shows where"
 
@@ -122,23 +121,17 @@ def _can_be_called(made: Callable[..., object]) -> bool:
 
 def _unknown(made: Callable[..., object], params: Mapping[str, object]) -> str:
     """Says that `made` has no such parameter; empty where that is not what is wrong."""
-    try:
-        known = inspect.signature(made).parameters.values()
-    except (TypeError, ValueError):
+    known = _known(made)
+    if known is None or any(p.kind is p.VAR_KEYWORD for p in known.values()):
         return ""
-    if any(p.kind is p.VAR_KEYWORD for p in known):
-        return ""
-    wrong = [name for name in params if name not in {p.name for p in known}]
+    wrong = [name for name in params if name not in known]
     return f"it has no parameter {wrong[0]!r}" if wrong else ""
 
 
 def _wrong_number(made: Callable[..., object], params: Mapping[str, object]) -> str:
     """Says which parameter is no number, or no whole one where one is wanted; empty where none is.
     Few constructors look, and a run fails later."""
-    try:
-        known = inspect.signature(made).parameters
-    except (TypeError, ValueError):
-        return ""
+    known = _known(made) or {}
     for name, value in params.items():
         if not isinstance(value, float) or name not in known:
             continue
@@ -151,10 +144,7 @@ def _wrong_number(made: Callable[..., object], params: Mapping[str, object]) -> 
 
 def _no_number(made: Callable[..., object], params: Mapping[str, object]) -> str:
     """Says which parameter is text where a number is wanted; empty where none is."""
-    try:
-        known = inspect.signature(made).parameters
-    except (TypeError, ValueError):
-        return ""
+    known = _known(made) or {}
     for name, value in params.items():
         if isinstance(value, str) and name in known and NUMBER.fullmatch(str(known[name])):
             return f"{name}={value!r} is no number"
@@ -163,20 +153,27 @@ def _no_number(made: Callable[..., object], params: Mapping[str, object]) -> str
 
 def _parameters(made: Callable[..., object]) -> str:
     """What `made` can be given, with the defaults."""
-    try:
-        found = inspect.signature(made).parameters.values()
-    except (TypeError, ValueError):
+    known = _known(made)
+    if known is None:
         return "see its documentation"
     bound = made.keywords if isinstance(made, functools.partial) else {}  # not the user's to give
     return (
         ", ".join(
             str(p.replace(annotation=p.empty, default=p.empty))
             + (f"={p.default}" if p.default is not p.empty else "")
-            for p in found
+            for p in known.values()
             if p.name not in bound
         )
         or "none"
     )
+
+
+def _known(made: Callable[..., object]) -> Mapping[str, inspect.Parameter] | None:
+    """Its parameters by name; None where it does not say, as what is written in C."""
+    try:
+        return inspect.signature(made).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def find(slot: str, spec: str, builtin: Mapping[str, str]) -> object:

@@ -15,10 +15,10 @@ from torch import Tensor
 from atoll.protocols import codecs
 from atoll.protocols.blobs import Section
 from atoll.protocols.codecs import (
+    FP32,
     TILE,
     Codec,
     Decoder,
-    Fp32,
     Int64,
     as_tensor,
     beside,
@@ -32,7 +32,6 @@ from atoll.protocols.manifest import TRAVELLING, Group, Manifest, TensorSpec
 EXTRA = "extra:"
 SAID = "said"  # the extra in which the numbers that an update brings lie
 INT64 = Int64()
-FP32 = Fp32()
 
 
 def dtype_of(group: str) -> torch.dtype:

@@ -18,11 +18,11 @@ from torch import Tensor
 from atoll.protocols import chains
 from atoll.protocols.blobs import INLINE, Blob, BlobInfo, Section
 from atoll.protocols.bounds import MAX_DIFFERENCES
-from atoll.protocols.codecs import TILE, Codec, Decoder, as_tensor, reads
+from atoll.protocols.codecs import FP32, TILE, Codec, Decoder, as_tensor, reads
 from atoll.protocols.payload import Payload
 from atoll.protocols.sent import Sent
 from atoll.protocols.tensors import group_of, pack, sections_of
-from atoll.server.draft import FP32, Version
+from atoll.server.draft import Version
 from atoll.server.regions import FileRegion, MemoryRegion, Region, Sealed, disk
 from atoll.server.versions import VersionStore
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from atoll.aggregation.outer import STEPS
 from atoll.protocols import state
 from atoll.protocols.blobs import Blob, Section
-from atoll.protocols.codecs import Fp32, as_bytes, as_tensor
+from atoll.protocols.codecs import as_bytes, as_tensor
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.tensors import dtype_of, unflatten
 from atoll.server.books import Books
@@ -22,7 +22,6 @@ from atoll.server.modelfile import Layout, layout
 from atoll.server.regions import FileRegion, MemoryRegion, Region, Sealed, disk, write_file
 
 MODEL, OUTER, FACTS = "model.safetensors", "outer.safetensors", "version.json"
-FP32 = Fp32()
 
 
 @dataclass(frozen=True, slots=True)

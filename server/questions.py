@@ -40,9 +40,9 @@ from atoll.aggregation.validated import (
     Verdict,
     Wait,
 )
-from atoll.protocols import bounds, chains, messages, wire_pb2
+from atoll.protocols import bounds, messages, wire_pb2
 from atoll.protocols.blobs import INLINE, Blob, BlobInfo, Section
-from atoll.protocols.codecs import all_finite, as_tensor
+from atoll.protocols.codecs import FP32, all_finite, as_tensor
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.frames import checksums
 from atoll.protocols.manifest import Manifest
@@ -80,7 +80,7 @@ class Questions:
         self._manifest, self._most = manifest, most_examples
         self._batch_statistics = True
         count = manifest.counts["trainable"]
-        self._slope = (Section("trainable", chains.FP32.name, count, 4 * count),)
+        self._slope = (Section("trainable", FP32.name, count, 4 * count),)
         self._around: Around | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = False
@@ -109,7 +109,7 @@ class Questions:
     ) -> Sequence[Answer] | None:
         assert self._loop is not None, "a run that merges has begun"
         groups = {"trainable": model, **buffers}
-        sections, view = pack(self._manifest, groups, chains.FP32)
+        sections, view = pack(self._manifest, groups, FP32)
         digest = hashlib.sha256(view).digest()
         info = BlobInfo(f"ask/{next(self._numbers)}", len(view), digest, sections)
         blob = Blob(info, view.toreadonly(), checksums(view))

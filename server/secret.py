@@ -5,12 +5,12 @@ the difference of the two. So it is never in what clients see, never in `run.jso
 directory with noise is never continued in two places.
 """
 
-import os
 import secrets
 from pathlib import Path
 
 from atoll.aggregation.noise import KEY, derived
 from atoll.aggregation.strategy import Strategy
+from atoll.protocols.durable import put_private
 from atoll.protocols.errors import ServerError
 from atoll.server.accountant import Sampling
 from atoll.server.dp import central_dp
@@ -30,10 +30,7 @@ def key_of(folder: Path, begun: bool) -> bytes:
                 raise OSError(f"{len(found)} bytes, not {KEY}")
             return found
         made = secrets.token_bytes(KEY)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(made)
-            file.flush()
-            os.fsync(file.fileno())
+        put_private(path, made)
     except OSError as error:
         raise ServerError(
             "FL-S206", f"the run's secret {path} cannot be read or made: {error}",

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from atoll.protocols import chains
-from atoll.protocols.codecs import Codec
+from atoll.protocols.codecs import FP32, Codec
 from atoll.protocols.codecspec import ErrorFeedback, parse, parse_ways
 from atoll.protocols.links import Allowed, Link, needs
 from atoll.protocols.manifest import TRAVELLING
@@ -86,7 +86,7 @@ class SimLinks:
         """What a client trains from: the bytes of the version that it was sent."""
         view = self._models.get(order.id)
         view = self._store.open(order.version).view if view is None else view
-        return Payload(chains.whole(self._store.manifest), view, chains.FP32)
+        return Payload(chains.whole(self._store.manifest), view, FP32)
 
     def tensors(self, model: Payload) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}

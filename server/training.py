@@ -30,7 +30,7 @@ from atoll.client.localdp import local_dp as own_noise
 from atoll.client.models import build, manifest_of, named_tensors
 from atoll.client.trainer import Trainer
 from atoll.protocols import tensors
-from atoll.protocols.codecs import Fp32
+from atoll.protocols.codecs import FP32
 from atoll.protocols.events import Merged
 from atoll.protocols.manifest import TRAVELLING, Manifest
 from atoll.protocols.payload import Payload
@@ -376,7 +376,7 @@ class Training:
 
     def sizes(self) -> tuple[int, int]:
         """Bytes of an update, of who asked for no codec, and of a model."""
-        down = sum(s.length for s in tensors.sections_of(self.manifest, Fp32()))
+        down = sum(s.length for s in tensors.sections_of(self.manifest, FP32))
         return self.upload(""), down + self._extra_bytes
 
     def close(self) -> None:

@@ -26,14 +26,13 @@ from torch import Tensor
 
 from atoll.aggregation.outer import STEPS
 from atoll.protocols.blobs import INLINE, Blob, BlobInfo
-from atoll.protocols.codecs import TILE, Codec, all_finite, as_bytes
+from atoll.protocols.codecs import FP32, TILE, Codec, all_finite, as_bytes
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import TRAVELLING, Group, Manifest
 from atoll.protocols.payload import place
 from atoll.protocols.tensors import dtype_of, extra_sections, pack, sections_of
 from atoll.server.draft import (
     FACTS,
-    FP32,
     MODEL,
     OUTER,
     Draft,

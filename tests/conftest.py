@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,20 @@ def logged() -> Iterator[Logged]:
     yield handler
     logger.setLevel(before)
     logger.removeHandler(handler)
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Inodes of what was made durable, in order."""
+    seen: list[int] = []
+    really = os.fsync
+
+    def fsync(file: int) -> None:
+        seen.append(os.fstat(file).st_ino)
+        really(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return seen
 
 
 class Package(Protocol):

@@ -583,6 +583,68 @@ def test_one_that_left_after_a_commit_still_counts_for_who_missed_it() -> None:
     assert b.gone() == []
 
 
+def commit(machine: Rendezvous, group: str = "abc") -> Value:
+    """The next epoch: `group` has made a mean, and the machine hears of it."""
+    base = machine.stand
+    value = sealed(Value(ONE, tuple(group), (1.0,) * len(group), "d"), base, machine.members)
+    hear(machine, "a", Commit(base.chain, value))
+    machine.handle(MeanMade(base.chain, "d"), 1.0)
+    assert machine.stand == base.next(value)
+    return value
+
+
+def test_a_thousand_comings_and_goings_leave_nothing_behind(b: Rendezvous) -> None:
+    """Each goodbye was kept for ever, and written to the disk at each promise."""
+    most = 0
+    for i in range(1000):
+        peer = f"q{i}"
+        b.handle(Admitted(peer, 1.0, 100.0), 1.0)
+        if i % 10 == 0:
+            commit(b, "abc")
+        ahead = Stand(99, "ahead", 1e9)  # nobody has to believe where it says that it stood
+        hear(b, peer, goodbye(peer, ahead if i % 3 else b.stand))
+        b.doubted[peer] = 9.0
+        assert peer in b.farewells
+        b.handle(Removed(peer), 1.0)
+        most = max(most, len(b.farewells))
+    kept = state.loads(Bound, state.dumps(b.bound()))
+    assert kept.farewells == b.farewells
+    commit(b, "abc")
+    assert (b.farewells, b.doubted, sorted(b.roster)) == ({}, {}, ["a", "b", "c", "q"])
+    assert most <= 10
+
+
+def test_a_goodbye_is_kept_while_it_counts(b: Rendezvous) -> None:
+    """c is a member, and z may have been in the group that made the next model."""
+    b.handle(Admitted("z", 1.0, 100.0), 1.0)
+    for peer in "cz":
+        hear(b, peer, goodbye(peer))
+        b.handle(Removed(peer), 1.0)
+    assert sorted(b.farewells) == ["c", "z"]
+    commit(b, "abz")
+    assert b.gone() == ["z"]
+    commit(b, "ab")
+    assert b.farewells == {}
+
+
+def test_an_old_goodbye_said_again_does_no_harm(b: Rendezvous) -> None:
+    """Whoever has kept it, or its entry: it is nobody's vote, and goes as it came."""
+    b.handle(Admitted("z", 1.0, 100.0), 1.0)
+    old = goodbye("z")
+    hear(b, "z", old)
+    commit(b, "abc")
+    b.handle(Removed("z"), 1.0)
+    assert b.farewells == {}
+    assert hear(b, "z", old) == []
+    assert b.farewells == {}
+    b.handle(Admitted("z", 1.0, 100.0), 1.0)  # by an entry that somebody still had
+    before = (b.members, b.promised, b.accepted, b.missing(1.0), b.stand)
+    assert hear(b, "z", old) == []
+    assert (b.members, b.promised, b.accepted, b.missing(1.0), b.stand) == before
+    b.handle(Removed("z"), 1.0)
+    assert b.farewells == {}
+
+
 def test_a_peer_that_missed_the_end_fetches_the_mean_and_applies_it(b: Rendezvous) -> None:
     after = S.next(VALUE)
     assert hear(b, "c", Commit("old", VALUE)) == []

@@ -93,6 +93,15 @@ def test_with_too_few_who_can_nothing_is_asked() -> None:
     assert ask(machine) == [Wait(1, 130.0), Failed(1, NOBODY)]
 
 
+def test_how_many_are_needed_is_not_told_of_the_merge_before() -> None:
+    machine = among(*"abcdef")
+    ask(machine)
+    for client in "bcdef":
+        machine.handle(Left(client), 101.0)
+    machine.handle(Began(), 102.0)
+    assert ask(machine)[1:] == [Failed(2, NOBODY)]
+
+
 def test_clients_that_may_come_back_are_waited_for() -> None:
     """A server that was killed in a merge makes it again, with nobody there yet."""
     machine = among("a")
@@ -112,9 +121,7 @@ def test_until_they_have_left_or_the_time_is_up() -> None:
     machine.handle(Silent("b"), 0.0)
     ask(machine)
     (failed,) = machine.handle(Expired(1), 130.0)
-    assert failed == Failed(
-        1, "0 validators answered, 2 are needed; no answer of any client within 30 s"
-    )
+    assert failed == Failed(1, "0 validators answered, 2 are needed; nobody else came within 30 s")
     assert machine.handle(Came("b", True), 131.0) == []  # nothing is open
 
 
@@ -139,7 +146,7 @@ def test_below_the_quorum_the_time_that_is_up_ends_the_merges_learning() -> None
     answer(machine, "b")
     (failed,) = machine.handle(Expired(1), 130.0)
     assert failed == Failed(
-        1, "2 validators answered, 3 are needed; no answer of c, d, e within 30 s"
+        1, "2 validators answered, 3 are needed; c, d, e: no answer within 30 s"
     )
 
 
@@ -155,6 +162,10 @@ def test_a_killed_one_is_not_waited_for_when_there_are_enough() -> None:
     answer(machine, "a")
     answer(machine, "b")
     assert who(machine.handle(Silent("c"), 101.0)) == ["a", "b"]
+    ask(machine)
+    (failed,) = machine.handle(Passed("a"), 102.0)
+    told = "a: no finite loss of the model; c: its connection broke"
+    assert failed == Failed(2, f"0 validators answered, 2 are needed; {told}")
 
 
 def test_one_that_is_back_is_asked_again() -> None:
@@ -164,7 +175,7 @@ def test_one_that_is_back_is_asked_again() -> None:
     assert answer(machine, "b") == []  # two are needed
     assert machine.handle(Came("a", True), 102.0) == [Send("a", 1)]
     machine.handle(Silent("a"), 103.0)
-    told = "1 validator answered, 2 are needed"
+    told = "1 validator answered, 2 are needed; a: declines"
     assert machine.handle(Came("a", False), 104.0) == [Failed(1, told)]  # not willing any more
 
 
@@ -189,7 +200,7 @@ def test_who_leaves_or_is_refused_makes_the_answers_fewer() -> None:
     assert ask(machine)[1:] == [Send("a", 2), Send("d", 2)]  # b is not asked until it comes anew
     machine.handle(Answered("a", 2, V), 0.0)
     assert machine.handle(Left("d"), 0.0) == [
-        Failed(2, "1 validator answered, 2 are needed; b: NaN")
+        Failed(2, "1 validator answered, 2 are needed; b: NaN; d: left")
     ]
     machine.handle(Came("b", True), 0.0)
     machine.handle(Began(), 0.0)
@@ -208,6 +219,42 @@ def test_who_has_no_number_to_say_is_asked_again_in_the_next_merge() -> None:
     assert ask(machine)[1:] == [Send("a", 2), Send("c", 2)]
     machine.handle(Began(), 0.0)
     assert ask(machine)[1:] == [Send("a", 3), Send("b", 3), Send("c", 3)]
+
+
+def test_why_a_merge_goes_unjudged_names_all_who_do_not_judge_it() -> None:
+    """Who had no number to say, left or was late was only missing in the count."""
+    machine = among(*"abcdefgh")
+    ask(machine)
+    machine.handle(Refused("a", "FL-D105: 3 examples"), 101.0)
+    machine.handle(Left("b"), 101.0)
+    for client in "cd":
+        machine.handle(Passed(client), 101.0)
+    machine.handle(Silent("e"), 101.0)
+    for client in "fgh":
+        answer(machine, client)
+    (failed,) = machine.handle(Expired(1), 130.0)
+    assert failed == Failed(
+        1,
+        "3 validators answered, 4 are needed; a: FL-D105: 3 examples; b: left; "
+        "c, d: no finite loss of the model; e: no answer within 30 s",
+    )
+    machine.handle(Began(), 0.0)
+    ask(machine)
+    for client in "cd":
+        answer(machine, client)
+    assert machine.handle(Left("f"), 101.0) == machine.handle(Left("g"), 101.0) == []
+    (failed,) = machine.handle(Left("h"), 101.0)
+    told = "2 validators answered, 3 are needed; a: FL-D105: 3 examples; f, g, h: left"
+    assert failed == Failed(2, told)
+
+
+def test_of_many_only_some_are_named() -> None:
+    machine = among(*"abcdefgh")
+    ask(machine)
+    for client in "hgfed":
+        said = machine.handle(Passed(client), 101.0)
+    told = "0 validators answered, 4 are needed; d, e, f and 2 more: no finite loss of the model"
+    assert said == [Failed(1, told)]
 
 
 def test_its_state_is_plain_data() -> None:

@@ -377,3 +377,13 @@ def test_a_dataset_that_raises_is_told_as_the_users() -> None:
         from_user(Broken(9), "mine:Broken", 0)
     assert caught.value.code == "FL-S103"
     assert caught.value.message == "data 'mine:Broken' fails when it is read: KeyError: 'image'"
+
+
+def test_an_option_that_a_source_has_not_is_told_with_what_to_write() -> None:
+    """`digits:take=`, of proxy data, was answered with "it has none"."""
+    with pytest.raises(DataError, match="digits has no option 'take'") as refused:
+        load_data("digits:take=")
+    assert refused.value.hint == "leave take out: digits has no options"
+    with pytest.raises(DataError, match="text has no option 'take'") as refused:
+        load_data("text:a.txt,take=3")
+    assert refused.value.hint == "leave take out; its options: context"

@@ -1,5 +1,7 @@
 """Held out: what a client keeps out of its training, and what it makes of a model by it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,12 @@ from torch import Tensor, nn
 
 from atoll.client.data import Split
 from atoll.client.flat import PIECE
-from atoll.client.heldout import FEWEST, MOST, cut
+from atoll.client.heldout import FEWEST, MOST, cut, held_share
 from atoll.client.local import TorchTrainer
 from atoll.client.models import manifest_of, named_tensors
 from atoll.client.objective import loss_of
 from atoll.client.trainer import Task
-from atoll.protocols.errors import DataError
+from atoll.protocols.errors import DataError, UsageError
 from atoll.protocols.manifest import TRAVELLING
 from atoll.protocols.tensors import flatten
 
@@ -59,6 +61,61 @@ def test_what_is_held_out_is_apart_the_same_every_time_and_each_clients_own() ->
 def test_too_few_are_none_and_no_more_than_are_of_use(n: int, share: float, held: int) -> None:
     rest, apart = cut(np.arange(n), share, 0, "a")
     assert (len(rest), len(apart)) == (n - held, held)
+
+
+OF = ("a", "digits", "iid", "0/2", "0")
+
+
+@pytest.mark.parametrize(
+    ("own", "wish", "found"),
+    [(None, 0.1, 0.1), (0.3, 0.1, 0.3), (0.0, 0.1, 0.0), (None, 0.0, 0.0), (0.3, 0.0, 0.0)],
+)
+def test_a_client_holds_out_what_it_wants_where_the_run_asks_about_it(
+    own: float | None, wish: float, found: float
+) -> None:
+    assert held_share(None, own, wish, "run", OF) == found
+
+
+def test_a_client_that_starts_again_judges_on_nothing_that_it_has_trained_on(
+    tmp_path: Path, synced: list[int]
+) -> None:
+    """Started anew with a greater share it held examples out that it had trained on."""
+    assert held_share(None, 0.3, 0.1, "run", OF) == 0.3  # without a folder there is no second life
+    assert held_share(tmp_path, 0.2, 0.1, "run", OF) == 0.2
+    assert synced == [(tmp_path / "held.json").stat().st_ino, tmp_path.stat().st_ino]
+    assert held_share(tmp_path, 0.2, 0.1, "run", OF) == 0.2
+    assert len(synced) == 2
+    with pytest.raises(UsageError) as refused:
+        held_share(tmp_path, 0.3, 0.1, "run", OF)
+    assert (refused.value.code, refused.value.message, refused.value.hint) == (
+        "FL-S108",
+        "--validate 0.3, but in this run this client may have trained on all but 0.2 of these "
+        "examples",
+        "give 0.2 or less, or another --dir",
+    )
+    assert held_share(tmp_path, None, 0.1, "run", OF) == 0.1
+    assert held_share(tmp_path, None, 0.2, "run", OF) == 0.1  # the run's wish is no order
+    assert held_share(tmp_path, None, 0.2, "another run", OF) == 0.2
+
+
+def test_what_was_held_out_of_other_examples_says_nothing_of_these(tmp_path: Path) -> None:
+    assert held_share(tmp_path, None, 0.1, "run", OF) == 0.1
+    assert held_share(tmp_path, None, 0.1, "run", (*OF[:3], "1/2", "0")) == 0.0
+    with pytest.raises(UsageError, match="trained on all but 0 of these examples") as refused:
+        held_share(tmp_path, 0.1, 0.1, "run", OF)
+    assert refused.value.hint == "give 0, or another --dir"
+
+
+@pytest.mark.parametrize("torn", [b"", b"[]", b'{"run":"run"}', b"\xff", b'{"share":"x"}'])
+def test_where_that_cannot_be_read_nothing_is_held_out(tmp_path: Path, torn: bytes) -> None:
+    (tmp_path / "held.json").write_bytes(torn)
+    assert held_share(tmp_path, None, 0.1, "run", OF) == 0.0
+
+
+def test_of_a_smaller_share_all_lies_in_a_greater_ones() -> None:
+    rows = np.arange(300)
+    few, many = cut(rows, 0.1, 7, "a")[1], cut(rows, 0.2, 7, "a")[1]
+    assert {*few.tolist()} < {*many.tolist()}
 
 
 # ---- what it says --------------------------------------------------------------------------------

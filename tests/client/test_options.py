@@ -7,9 +7,11 @@ from types import ModuleType
 
 import pytest
 
-from atoll.client.options import Options, look, own_trainer, share
+from atoll.client.options import Options, look, maker, own_trainer
 from atoll.client.trainer import Task, Tensors, Trained
 from atoll.protocols.errors import AtollError, UsageError
+from atoll.protocols.runinfo import RunInfo
+from tests.protocols.test_runinfo import told as told_run
 
 
 class Mine:
@@ -56,14 +58,14 @@ def test_a_maker_that_does_not_ask_is_told_nothing() -> None:
     assert told("mine:ready") == ("", (0, 0), 0.5, 0)
 
 
-@pytest.mark.parametrize(
-    ("own", "wish", "found"),
-    [(None, 0.1, 0.1), (0.3, 0.1, 0.3), (0.0, 0.1, 0.0), (None, 0.0, 0.0), (0.3, 0.0, 0.0)],
-)
-def test_a_client_holds_out_what_it_wants_where_the_run_asks_about_it(
-    own: float | None, wish: float, found: float
-) -> None:
-    assert share(own, wish) == found
+def test_a_trainer_made_again_holds_out_no_more_than_before(tmp_path: Path) -> None:
+    data = "synthetic:examples=200"
+    wish = {"model": "linear", "data": data, "local": {}, "validate": 0.1}
+    run = RunInfo.of(told_run(**wish))
+    trains = [maker(Options("a", validate=v), tmp_path)(run).examples for v in (0.2, 0.1, None)]  # type: ignore[attr-defined]
+    assert trains[0] < trains[1] == trains[2]
+    with pytest.raises(UsageError, match="in this run this client may have trained"):
+        maker(Options("a", validate=0.2), tmp_path)(run)
 
 
 @pytest.mark.parametrize(

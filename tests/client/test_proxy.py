@@ -66,7 +66,21 @@ def test_its_own_options_stand_among_those_of_the_source(spec: str, wanted: Want
     assert Wanted.of(spec) == wanted
 
 
-@pytest.mark.parametrize("spec", ["digits:take=some", "digits:take=1", "digits:missing=few"])
+@pytest.mark.parametrize("value", ["", "some", "1", "-3", "4.5"])
+def test_how_many_to_take_is_told_in_one_sentence(value: str) -> None:
+    """What was empty or no word was taken for an option of the data, which "has none"."""
+    with pytest.raises(DataError) as refused:
+        Wanted.of(f"digits:take={value},missing=ok")
+    assert (refused.value.code, refused.value.message, refused.value.hint) == (
+        "FL-D103",
+        f"proxy data: take={value!r}",
+        "write take=N with N of at least 2, or take=all",
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", ["digits:take=some", "digits:take=1", "digits:missing=few", "digits:missing="]
+)
 def test_an_option_nobody_can_mean_is_refused(spec: str) -> None:
     with pytest.raises(DataError) as caught:
         Wanted.of(spec)

@@ -7,12 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from atoll.p2p import manifest, roster
-from atoll.p2p.identity import RSA_KEY, Identity
+from atoll.p2p.identity import Identity, make
 from atoll.p2p.invite import Invite
 from atoll.p2p.manifest import Manifest
 
@@ -33,14 +31,10 @@ INVITE = Invite(
 
 def key() -> bytes:
     """A libp2p identity file's bytes."""
-    made = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    der = made.private_bytes(
-        serialization.Encoding.DER,
-        serialization.PrivateFormat.TraditionalOpenSSL,
-        serialization.NoEncryption(),
-    )
-    length = bytes([len(der) & 127 | 128, len(der) >> 7])
-    return RSA_KEY + length + der
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "identity.key"
+        make(file)
+        return file.read_bytes()
 
 
 @cache
@@ -48,7 +42,7 @@ def person(number: int) -> Identity:
     """Of so many different ones: a key takes 0.1 s to make and 30 ms to read."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "identity.key"
-        file.write_bytes(key())
+        make(file)
         return Identity(file)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from atoll.p2p import cli_run, invite, ports
 from atoll.p2p import folder as folders
-from atoll.p2p import invite, ports
 from atoll.p2p.cli import cli
 from atoll.p2p.doctor import _addresses
 from atoll.p2p.line import Line, near_members, text_of, waits
@@ -129,6 +129,25 @@ def test_what_is_secret_is_this_users_alone(tmp_path: Path) -> None:
     assert error.value.code == "FL-P405"
 
 
+def test_who_said_goodbye_is_shown_as_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was silent, and never heard of, for the ten minutes in which the roster still has it."""
+    gone = {
+        "peer": "QmFive",
+        "name": "five",
+        "round": 3,
+        "ready": True,
+        "silent": None,
+        "left": True,
+    }
+    folder = peer_in(tmp_path / "peer", {**STATUS, "members": [*STATUS["members"], gone]})
+    assert console.run(cli, ["status", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["QmFive", "five", "3", "-", "left"]
+    assert lines[-2].split()[-2:] == ["never", "silent"]
+
+
 def test_status_shows_the_run_and_its_members(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +222,37 @@ def test_leave_ends_the_peer_that_runs_there_and_waits_for_its_model(
         assert console.run(cli, ["leave", str(folder)]) == 0
     assert capsys.readouterr().out == "left after 4 rounds\n"
     assert refused(capsys, "leave", str(folder)) == "FL-P310"
+
+
+@pytest.mark.parametrize("command", ["join", "start"])
+def test_a_second_peer_in_a_directory_is_told_who_has_it_and_changes_nothing(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was told after ten seconds, not by whom, and peer.json was the second one's by then."""
+    folder = peer_in(tmp_path / "peer", STATUS)
+    before = (folder / folders.ABOUT).read_text()
+    given = ["join", TEXT, "--folder", str(folder), "--name", "two"]
+    with running_in(folder) as peer:
+        assert console.run(cli, given if command == "join" else ["start", str(folder)]) == 73
+        said = capsys.readouterr().err
+        assert f"error FL-P406: {folder} is in use by another peer (process {peer.pid})" in said
+        assert f"fix    stop it (fl-peer leave {folder}), or give another --folder" in said
+    assert (folder / folders.ABOUT).read_text() == before
+
+
+def test_of_two_that_join_at_once_the_second_leaves_the_first_its_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found it empty. The second tidied up after itself: the first one's key and lock."""
+    folder = tmp_path / "peer"
+
+    def late(place: Path, as_json: bool) -> None:
+        (place / folders.IDENTITY).write_bytes(b"the first one's")
+        raise folders.in_use(place)
+
+    monkeypatch.setattr(cli_run, "_take_part", late)
+    assert refused(capsys, "join", TEXT, "--folder", str(folder)) == "FL-P406"
+    assert {folders.ABOUT, folders.IDENTITY} <= {path.name for path in folder.iterdir()}
 
 
 def test_leave_does_not_wait_for_ever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

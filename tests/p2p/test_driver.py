@@ -192,6 +192,11 @@ def test_one_that_leaves_says_so_and_is_forgotten(tmp_path: Path) -> None:
             assert not (tmp_path / "b" / "state.json").exists()
             left = swarm.drivers["b"]
             await swarm.kill("b")
+            others = swarm.drivers["a"].others
+            assert {peer: known["left"] for peer, known in others().items()} == {
+                "b": True,
+                "c": False,
+            }
             await swarm.ended()
             assert left.tally.round < 6
             assert {d.tally.round for d in swarm.drivers.values()} == {6}

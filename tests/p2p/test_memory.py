@@ -11,6 +11,7 @@ import torch
 from atoll.aggregation.allreduce import Part
 from atoll.aggregation.rendezvous_events import Bound, Commit, Goodbye, Stand
 from atoll.aggregation.sync_engine import SyncState
+from atoll.p2p.identity import Identity, make
 from atoll.p2p.memory import Memory
 from atoll.p2p.reducing import Mean
 from atoll.protocols.codecs import FP32, as_bytes
@@ -55,6 +56,29 @@ def test_what_binds_comes_back(memory: Memory) -> None:
     assert (kept.run, kept.peer, kept.bound) == (RUN, ME, BOUND)
     assert (memory.folder.stat().st_mode & 0o777) == 0o700
     memory.close()
+
+
+def test_keys_of_seals_outlive_a_power_cut(memory: Memory, synced: list[int]) -> None:
+    """They lay in a file that was written anew at each beat and never synced: torn, what those had
+    sealed who were gone by then was nobody's word."""
+    assert memory.keys() == {}
+    memory.keep_keys({"Qm2": "ab" * 32})
+    file = memory.folder / "seals.json"
+    assert synced == [file.stat().st_ino, memory.folder.stat().st_ino]
+    assert memory.keys() == {"Qm2": "ab" * 32}
+    for torn in (b"", b"{", b"[1]", b'{"Qm2":3}', b"\xff"):
+        file.write_bytes(torn)
+        assert memory.keys() == {}
+    memory.close()
+
+
+def test_a_peers_own_key_outlives_a_power_cut(tmp_path: Path, synced: list[int]) -> None:
+    """Whoever had admitted it knew another one, if any, when it came back."""
+    file = tmp_path / "identity.key"
+    make(file)
+    assert synced == [file.stat().st_ino, tmp_path.stat().st_ino]
+    assert file.stat().st_mode & 0o777 == 0o400
+    assert Identity(file).id == Identity(file).id
 
 
 def test_a_model_comes_back_bit_for_bit(memory: Memory) -> None:

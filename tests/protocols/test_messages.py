@@ -84,6 +84,9 @@ def test_questions_and_answers_survive_the_wire() -> None:
     assert not wire.HasField("payload")
     assert messages.result_from_wire(wire) == bare
     assert bare.update == "q7"
+    for one, inline in ((answer, bytes(24)), (bare, b"")):
+        packed = wire_pb2.Result.FromString(messages.packed_result(one, inline))
+        assert messages.result_from_wire(packed) == replace(one, inline=inline)
     for odd in ({"order": "o1"}, {"question": ""}, {"question": "o1"}):
         wrong = messages.result_to_wire(replace(answer, **odd))  # type: ignore[arg-type]
         assert refused(lambda wrong=wrong: messages.result_from_wire(wrong)) == "FL-W101"  # type: ignore[misc]

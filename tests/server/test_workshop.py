@@ -18,7 +18,7 @@ from atoll.aggregation.outer import outer
 from atoll.aggregation.strategy import Strategy
 from atoll.protocols import frames, tensors
 from atoll.protocols.blobs import INLINE, BlobInfo, Section
-from atoll.protocols.codecs import Fp32
+from atoll.protocols.codecs import FP32
 from atoll.protocols.codecset import Codecs
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import ClientInfo, ClientJoined, Evaluated, Merged
@@ -35,7 +35,6 @@ from atoll.server.versions import VersionStore
 from atoll.server.workshop import Stock, Workshop
 
 MANIFEST = Manifest((TensorSpec("w", (4,), "float32", "trainable"),))
-FP32 = Fp32()
 
 
 def packed(manifest: Manifest, value: float) -> tuple[BlobInfo, bytes]:
