@@ -32,7 +32,7 @@ from atoll.server.claim import folder_made
 from atoll.server.presets import preset_of
 from atoll.server.rules import Rules
 from atoll.server.service import Service
-from atoll.server.spec import RunSpec, open_spec
+from atoll.server.spec import RunSpec, begun, open_spec
 from atoll.server.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class Server:
         slots = {k: v for k, v in given.items() if v is not None and not isinstance(v, str)}
         if not (Path(folder) / "run.json").exists():
             check(wanted, made=slots)
+        wanted = begun(wanted, rules or Rules(), init)
         spec = open_spec(Path(folder), wanted, set(names))
         self._set(spec, Path(folder), rules, slots, init, insecure_lan, None)
 
