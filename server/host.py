@@ -237,7 +237,7 @@ class Host:
                 result = messages.result_from_wire(message.result)
                 (self.questions if result.question else self.intake).inline(session, result)
             case "heartbeat":
-                session.step = message.heartbeat.step
+                session.beat = message.heartbeat.order, message.heartbeat.step
             case "ack":
                 for update in message.ack.updates[:64]:
                     if self.run.acknowledge(session.client, update):
