@@ -201,8 +201,8 @@ class Server:
             )
             self.address = _bind(server, address)
             await server.start()
-            _note(self.folder, self.address)
             try:
+                _note(self.folder, self.address)
                 return await self._serve(uploads, host, ready)
             finally:
                 if not host.done():
@@ -380,7 +380,12 @@ def _taken(address: str) -> str:
 
 
 def _note(folder: Path, address: str) -> None:
-    (folder / "server.json").write_text(json.dumps({"pid": os.getpid(), "address": address}))
+    path = folder / "server.json"
+    try:
+        path.write_text(json.dumps({"pid": os.getpid(), "address": address}))
+    except OSError as error:
+        what = f"{path} cannot be written: {error.strerror}"
+        raise ServerError("FL-S203", what, "free space on its disk and start again") from error
 
 
 def read_note(folder: Path) -> dict[str, Any]:
