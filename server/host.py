@@ -75,7 +75,12 @@ class Host:
         self.questions = questions
         self.sessions = Sessions()
         self.outgoing = Outgoing(
-            run, workshop, links, self.sessions, lambda error: self.driver.fail(error)
+            run,
+            workshop,
+            links,
+            self.sessions,
+            lambda error: self.driver.fail(error),
+            history.clients,
         )
         self.reception = Reception(
             spec, run, membership, workshop, links, history, self.sessions, self.outgoing,

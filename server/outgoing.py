@@ -13,6 +13,7 @@ from atoll.protocols.blobs import INLINE, Blob
 from atoll.protocols.errors import AtollError
 from atoll.protocols.messages import Result
 from atoll.server.chain import Load
+from atoll.server.history import ClientTotals
 from atoll.server.links import Links
 from atoll.server.run import Order, Outcome, Run
 from atoll.server.sessions import Session, Sessions
@@ -29,7 +30,8 @@ class Traffic:
 
 
 class Outgoing:
-    """`fail` ends the run: a model cannot be read."""
+    """`fail` ends the run: a model cannot be read. `former`: what the run's history knows of its
+    clients, from servers before this one."""
 
     def __init__(
         self,
@@ -38,8 +40,9 @@ class Outgoing:
         links: Links,
         sessions: Sessions,
         fail: Callable[[AtollError], None],
+        former: Mapping[str, ClientTotals],
     ) -> None:
-        self.traffic: dict[str, Traffic] = {}
+        self.traffic = {n: Traffic(t.bytes_up, t.bytes_down) for n, t in former.items()}
         self.model_size = sum(s.length for s in workshop.store.shelf.sections)
         self._run = run
         self._workshop = workshop
