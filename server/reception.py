@@ -29,6 +29,7 @@ from atoll.server.workshop import Workshop
 logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
+FROZEN = 1 / 3  # of a lease: a look so late says that nobody was listened to meanwhile
 BATCH = "batch"  # capability of clients that read several messages in one
 
 
@@ -248,7 +249,11 @@ class Reception:
             self._lease = loop.call_later(self._driver().clock.wall(due) + 0.01, self._tick)
 
     def _tick(self) -> None:
-        for decision in self._membership.tick(self._driver().clock.now()):
+        now, due = self._driver().clock.now(), self._membership.due()
+        if due is not None and now - due > FROZEN * self._membership.lease:
+            logger.warning("run=%s was frozen, every lease starts anew", self._spec.id)
+            self._membership.restart(now, "the server was frozen")
+        for decision in self._membership.tick(now):
             if isinstance(decision, Left):
                 self.left(decision)
                 session = self._sessions.of.get(decision.name)

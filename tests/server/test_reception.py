@@ -1,0 +1,37 @@
+"""Who comes and goes, as the server's own clock has it."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from tests.server.test_standing import greeted
+from tests.server.test_workshop import Life
+
+
+def silence(life: Life, seconds: float) -> Callable[[], Awaitable[None]]:
+    """So long nothing is heard, and then it is looked who is there."""
+
+    async def pass_by() -> None:
+        life.assembly.clock._base += seconds
+        life.host.reception._tick()
+
+    return pass_by
+
+
+def test_a_server_that_was_frozen_lets_everyone_come_back(tmp_path: Path) -> None:
+    """It woke after their leases, let all of them go and threw away what they had finished."""
+    life = Life(tmp_path, lease=20.0)
+    stood: list[str] = []
+
+    async def noted() -> None:
+        stood.append(life.host.membership.members["c"].standing)
+
+    life.live(greeted(life), silence(life, 300), noted, silence(life, 11), silence(life, 10), noted)
+    assert stood == ["suspect", "left"]
+    life.die()
+
+
+def test_who_falls_silent_leaves_at_the_end_of_its_lease(tmp_path: Path) -> None:
+    life = Life(tmp_path, lease=20.0)
+    life.live(greeted(life), silence(life, 14), silence(life, 7))
+    assert life.host.membership.members["c"].standing == "left"
+    life.die()
