@@ -290,7 +290,7 @@ class Server:
             run=self.spec.id,
         )
 
-    def _inspect(self, what: str, arguments: dict[str, Any]) -> object:
+    def _inspect(self, what: str, arguments: Mapping[str, float]) -> object:
         assert self._assembly is not None
         if what == "run":
             told = {"manifest": self._assembly.manifest.to_json(), "validate": self._assembly.share}
