@@ -152,7 +152,7 @@ class Kept:
     version: int
     path: Path
     bytes: int
-    sha256: str  # of the tensors, without the file's header
+    payload_sha256: str  # of the tensors, without the file's header
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
