@@ -106,6 +106,7 @@ class Reception:
         """The same, at once."""
         link = self._check_hello(hello)
         decision = self._membership.hello(hello.client, hello.node, self._driver().clock.now())
+        self._supersede(hello.client)
         session = self._sessions.open(hello.client, decision.fence)
         session.link, session.held = link, held_by(hello.base)
         session.former = frozenset(hello.holding)
@@ -126,6 +127,17 @@ class Reception:
         self._questions.came(hello.client, hello.info.capabilities)
         self._arm_lease()
         return session
+
+    def _supersede(self, client: str) -> None:
+        """The last words to a former session. One process reads only its newest, so nobody hears
+        them but a second one of the same client."""
+        if (former := self._sessions.of.get(client)) is not None:
+            error = RemoteError(
+                "FL-C105",
+                f"client {client!r} was started again elsewhere, from a copy of its directory",
+                "run one of the two; another client takes a --name and a --dir of its own",
+            )
+            former.send(wire_pb2.ServerMessage(refusal=refusals.error_to_wire(error)))
 
     def _joined(self, hello: messages.Hello, joined: Joined) -> None:
         self._changed = True

@@ -3,6 +3,8 @@
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from atoll.protocols import wire_pb2
+from atoll.server.sessions import Session
 from tests.server.test_standing import greeted
 from tests.server.test_workshop import Life
 
@@ -35,3 +37,32 @@ def test_who_falls_silent_leaves_at_the_end_of_its_lease(tmp_path: Path) -> None
     life.live(greeted(life), silence(life, 14), silence(life, 7))
     assert life.host.membership.members["c"].standing == "left"
     life.die()
+
+
+def test_of_two_processes_of_one_client_the_first_ends(tmp_path: Path) -> None:
+    """Its directory was copied: both connected again and again, five times a second, for ever."""
+    life = Life(tmp_path)
+    sessions: list[Session] = []
+
+    async def noted() -> None:
+        sessions.append(life.host.sessions.of["c"])
+
+    life.live(greeted(life), noted, greeted(life), noted)
+    first, second = (heard(session) for session in sessions)
+    assert [m.refusal.code for m in first if m.refusal.fatal] == ["FL-C105"]
+    assert (
+        first[-1].refusal.message
+        == "client 'c' was started again elsewhere, from a copy of its directory"
+    )
+    assert "refusal" not in {m.WhichOneof("kind") for m in second}
+    assert life.host.membership.members["c"].standing == "active"
+    life.die()
+
+
+def heard(session: Session) -> list[wire_pb2.ServerMessage]:
+    """All that waits to be written in a session."""
+    parts = []
+    while (message := session.out.peek()) is not None:
+        parts.append(wire_pb2.ServerMessage.FromString(b"".join(message)))
+        session.out.drop()
+    return parts
