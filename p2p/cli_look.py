@@ -64,11 +64,19 @@ def _screen(told: dict[str, Any]) -> str:
         me = member["peer"] == told["peer"]
         silent = member.get("silent")
         heard = "-" if me else "never" if silent is None else console.duration(silent)
-        at = told["round"] if me else member.get("round", "-")
+        at = told["round"] if me else member.get("round", -1)  # -1: it has said none yet
         what = "this peer" if me else ("ready" if member.get("ready") else "training")
         if not me and member["peer"] not in near:
             what = "silent"
-        rows.append((member["peer"][-8:], console.clean(member["name"]), str(at), heard, what))
+        rows.append(
+            (
+                member["peer"][-8:],
+                console.clean(member["name"]),
+                "-" if at == -1 else str(at),
+                heard,
+                what,
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines += [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
