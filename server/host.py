@@ -255,7 +255,8 @@ class Host:
                 logger.warning("client=%s order=%s failed: %s", session.client, told.order, why)
                 error = RemoteError(
                     "FL-C104", f"order {bounds.text(told.order, 24)} was given up: {why}",
-                    "mend the trainer and start this client again",
+                    f"mend {'the trainer' if told.code == 'FL-C104' else 'that'} "
+                    "and start this client again",
                 )  # fmt: skip
                 self.reception.expel(session.client, f"it could not train: {why}", error)
             case "evaluation":

@@ -3,6 +3,8 @@
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
+
 from atoll.protocols import wire_pb2
 from atoll.server.sessions import Session
 from tests.server.test_standing import greeted
@@ -56,6 +58,26 @@ def test_of_two_processes_of_one_client_the_first_ends(tmp_path: Path) -> None:
     )
     assert "refusal" not in {m.WhichOneof("kind") for m in second}
     assert life.host.membership.members["c"].standing == "active"
+    life.die()
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"), [("FL-C104", "mend the trainer"), ("FL-S203", "mend that")]
+)
+def test_a_client_that_gives_up_hears_what_to_mend(tmp_path: Path, code: str, hint: str) -> None:
+    """Its disk was full, and it was told to mend its trainer."""
+    life = Life(tmp_path)
+    told: list[wire_pb2.Refusal] = []
+
+    async def fail() -> None:
+        session = life.host.sessions.of["c"]
+        failure = wire_pb2.Failure(order="o0", code=code, message="no room")
+        life.host.message(session, wire_pb2.ClientMessage(failure=failure))
+        told.extend(m.refusal for m in heard(session) if m.refusal.fatal)
+
+    life.live(greeted(life), fail)
+    assert [t.message for t in told] == [f"order o0 was given up: {code}: no room"]
+    assert told[0].hint == f"{hint} and start this client again"
     life.die()
 
 
