@@ -4,7 +4,8 @@ One JSON object a line, in journal order, written by the driver (real or virtual
 
     {"t": 1.25, "kind": "train", "client": "fast", "order": "o3", "steps": 40, "version": 2}
 
-`t` is the run's clock in seconds, never decreasing. The kinds and their fields:
+`t` is the run's clock in seconds, never decreasing, but for rows of no input
+(back, resumed, ...), which may be a moment ahead. The kinds and their fields:
 
     join       client, examples
     leave      client, reason
