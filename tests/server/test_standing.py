@@ -8,7 +8,6 @@ from atoll.protocols import wire_pb2
 from atoll.protocols.events import ClientInfo
 from atoll.protocols.ids import ulid
 from atoll.protocols.messages import Hello
-from atoll.server.history import History
 from tests.server.test_workshop import Life
 
 NODE = ulid()
@@ -62,8 +61,8 @@ def test_bytes_are_those_of_the_run_whoever_served_it(tmp_path: Path) -> None:
     again = Life(tmp_path)
     again.live(greeted(again), 2)
     clients: Any = again.assembly.status()["clients"]
+    rows = again.assembly.history.clients["c"]
     again.die()
-    rows = History.read(tmp_path / "history.jsonl").clients["c"]
     assert (clients[0]["updates"], rows.bytes_up) == (5, 5 * 16)
     assert clients[0]["bytes_up"] == rows.bytes_up
     assert clients[0]["bytes_down"] >= rows.bytes_down >= 5 * 16
