@@ -76,14 +76,15 @@ def _screen(told: dict[str, Any]) -> str:
 def _row(member: dict[str, Any], told: dict[str, Any], near: list[str]) -> tuple[str, ...]:
     silent = member.get("silent")
     heard = "never" if silent is None else console.duration(silent)
-    at, what = member.get("round", "-"), "ready" if member.get("ready") else "training"
+    at, what = member.get("round", -1), "ready" if member.get("ready") else "training"
     if member["peer"] == told["peer"]:
         at, heard, what = told["round"], "-", "this peer"
     elif member.get("left"):  # the roster has it until its entry is too old
         heard, what = "-", "left"
     elif member["peer"] not in near:
         what = "silent"
-    return member["peer"][-8:], console.clean(member["name"]), str(at), heard, what
+    round_ = "-" if at == -1 else str(at)  # it has said none yet
+    return member["peer"][-8:], console.clean(member["name"]), round_, heard, what
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -105,8 +105,10 @@ def init(
             "FL-S104", "--no-listen for the founder", "the first peer of a run must be reachable"
         )
     place = folders.new(folder)
+    from dataclasses import replace
+
     from atoll.p2p.founding import Wish, found
-    from atoll.p2p.invite import write
+    from atoll.p2p.invite import ADDRESSES, write
     from atoll.protocols.loops import run
 
     _begin(stop_with_stdin)
@@ -130,9 +132,12 @@ def init(
         console.say(f"founded in {place}; train with   {start_it}")
         return
 
-    def up() -> None:  # not before it can be joined
+    def up(status: Mapping[str, Any]) -> None:  # not before it can be joined, and there
+        addresses = tuple(status.get("addresses") or papers.addresses)[:ADDRESSES]
+        told["addresses"] = addresses
+        told["invite"] = write(replace(papers, addresses=addresses))
         if not as_json:
-            console.emit(told, as_json, f"\nfl-peer join {text}\n")
+            console.emit(told, as_json, f"\nfl-peer join {told['invite']}\n")
         console.say("run that line on other machines (whoever has it may take part; Ctrl-C leaves)")
 
     _take_part(place, as_json, founded=told, up=up)
@@ -218,9 +223,10 @@ def _take_part(
     place: Path,
     as_json: bool,
     founded: dict[str, Any] | None = None,
-    up: Callable[[], None] = lambda: None,
+    up: Callable[[Mapping[str, Any]], None] = lambda status: None,
 ) -> None:
-    """Until the run's end, or until it is left. `up` is called once, when it is there."""
+    """Until the run's end, or until it is left. `up` is called once, when it is there,
+    with its first status."""
     from atoll.p2p.invite import read
     from atoll.p2p.peer import Peer
     from atoll.protocols.loops import run

@@ -51,6 +51,9 @@ from atoll.protocols.blobs import Blob
 from atoll.protocols.errors import RemoteError
 
 QUEUE = 10_000  # events that wait; what others say beyond is lost, as on a network
+# In silences after which a peer is taken for lost. One that has the last model stays
+STAY = 24  # at most so long, for those near who have it not
+MEET = 4  # at least so long where it comes back with it: those who need it must find it first
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +207,7 @@ class Driver:
 
     async def _turn(self) -> None:
         until: float | None = None
+        met = self.clock() + MEET * self.terms.patience.silence if self._done() else 0.0
         while not self._machine.left and (until is None or self.clock() < until):
             event = await self._events.get()
             actions = self._machine.handle(event, self.clock())
@@ -219,8 +223,8 @@ class Driver:
                 self._watch(self.tally)
             if until is None and self._done():
                 self.tally.state = "done"
-                until = self.clock() + 2 * self.terms.patience.silence
-            if until is not None and self._all_done():
+                until = self.clock() + STAY * self.terms.patience.silence
+            if until is not None and self.clock() >= met and self._all_done():
                 break
 
     def _done(self) -> bool:

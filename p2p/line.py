@@ -13,9 +13,13 @@ from atoll.protocols import console
 class Line:
     """`show` it a status at each beat. `leaving`: somebody asked the peer to stop."""
 
-    def __init__(self, quiet: bool = False, up: Callable[[], None] = lambda: None) -> None:
-        """`up` is called before the first status is shown."""
-        self._up: Callable[[], None] | None = up
+    def __init__(
+        self,
+        quiet: bool = False,
+        up: Callable[[Mapping[str, Any]], None] = lambda status: None,
+    ) -> None:
+        """`up` is called with the first status, before it is shown."""
+        self._up: Callable[[Mapping[str, Any]], None] | None = up
         self._quiet, self._live = quiet, console.interactive()
         self._last = self._shown = ""
         self.leaving = False
@@ -38,7 +42,7 @@ class Line:
 
     def show(self, status: Mapping[str, Any]) -> None:
         if self._up is not None:
-            self._up()
+            self._up(status)
             self._up = None
         near = near_members(status)
         self.alone = len(near) < 2

@@ -172,12 +172,12 @@ class Membership:
                 decided.append(Suspected(name, "silent"))
         return decided
 
-    def restart(self, now: float) -> None:
-        """The server came up again: nobody could be heard meanwhile, so every lease starts anew."""
+    def restart(self, now: float, reason: str = "the server restarted") -> None:
+        """Nobody could be heard for a while, as the server was not up: every lease starts anew."""
         for member in self.members.values():
             if member.alive:
                 self._renew(member, now)
-                self._turn(member, "suspect", now, "the server restarted")
+                self._turn(member, "suspect", now, reason)
 
     # ---- what is -------------------------------------------------------------------------------
 

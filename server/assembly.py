@@ -89,7 +89,7 @@ class Assembly:
         past: Past | None = None
         try:
             if not self.resumed:
-                self._first_version(module, init)
+                self._first_version(module, init or (Path(spec.init) if spec.init else None))
             self._limits(rules)
             past = self._past(folder / "history.jsonl")
             found = recover(self.journal, strategy, rules, membership, past.heard)
@@ -187,11 +187,14 @@ class Assembly:
     def _limits(self, rules: Rules) -> None:
         """Limits that were not given this time are those of the last."""
         told = self.journal.meta("limits")
-        if told is not None:
-            former = state.loads(Rules, told)
-            for name in LIMITS:
-                if getattr(rules, name) is None:
-                    setattr(rules, name, getattr(former, name))
+        former = (
+            state.load(Rules, {**self.spec.limits}) if told is None else state.loads(Rules, told)
+        )
+        if rules.target is None and rules.metric == Rules.metric:
+            rules.metric = former.metric
+        for name in LIMITS:
+            if getattr(rules, name) is None:
+                setattr(rules, name, getattr(former, name))
         self.journal.note("limits", state.dumps(rules))
 
     def _say_limits(self) -> None:

@@ -96,7 +96,7 @@ def start(
     from atoll.server.check import check
     from atoll.server.claim import beginning
     from atoll.server.server import Server
-    from atoll.server.spec import open_spec
+    from atoll.server.spec import begun, open_spec
 
     logging.basicConfig(
         level=logging.INFO if console.verbosity() else logging.WARNING,
@@ -117,6 +117,7 @@ def start(
     if not (state / "run.json").exists():
         check(wanted)
     rules = rules_of(given)
+    wanted = begun(wanted, rules, init)
 
     try:
         with beginning(state):

@@ -4,7 +4,8 @@ One JSON object a line, in journal order, written by the driver (real or virtual
 
     {"t": 1.25, "kind": "train", "client": "fast", "order": "o3", "steps": 40, "version": 2}
 
-`t` is the run's clock in seconds, never decreasing. The kinds and their fields:
+`t` is the run's clock in seconds, never decreasing, but for rows of no input
+(back, resumed, ...), which may be a moment ahead. The kinds and their fields:
 
     join       client, examples
     leave      client, reason
@@ -16,6 +17,7 @@ One JSON object a line, in journal order, written by the driver (real or virtual
     aggregate  version, items [[update, weight]], staleness {update: versions}
     merged     version, stats                       of a rule over the set, what it took of each:
                                                     lambda/<update> or coefficient/<update>; gamma
+               [, dropped [[update, reason]]]       what it could not use
     evaluated  version, metrics
     discard    update, reason
     not-asked  client, reason                       it judges no models in merges, until it is back
@@ -133,7 +135,7 @@ class History:
     _updates: dict[str, Span] = field(default_factory=dict, repr=False)
     _waiting: dict[str, Group] = field(default_factory=dict, repr=False)  # groups not closed
     # version -> its updates' clients and weights, until it is merged
-    _items: dict[int, dict[str, tuple[str, float]]] = field(default_factory=dict, repr=False)
+    _items: dict[int, dict[str, tuple[Span, float]]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Self:
@@ -178,7 +180,8 @@ class History:
 
     def series(self, metric: str) -> list[Point]:
         """A metric over time, e.g. "accuracy", of the evaluated versions that have it."""
-        return [Point(t, v, m[metric]) for t, v, m in self.evaluations if m.get(metric) is not None]
+        found = ((t, v, m.get(metric, math.nan)) for t, v, m in self.evaluations)
+        return [Point(t, v, value) for t, v, value in found if not math.isnan(value)]
 
     def latest(self, metric: str) -> float | None:
         """The metric of the newest evaluated version that has it."""
@@ -258,7 +261,7 @@ class History:
 
     def _aggregate(self, row: Row, t: float) -> None:
         self._items[row["version"]] = {
-            update: (self._updates[update].client, weight)
+            update: (self._updates[update], weight)
             for update, weight in row["items"]
             if update in self._updates
         }
@@ -284,9 +287,12 @@ class History:
     def _merged(self, row: Row, t: float) -> None:
         self.merges.append((t, row["version"]))
         items = self._items.pop(row["version"], {})
+        for update, reason in row.get("dropped", ()):
+            if update in items:
+                self._drop(items[update][0], reason)
         shares = {
-            client: (float(row["stats"][key]), weight)
-            for update, (client, weight) in items.items()
+            span.client: (float(row["stats"][key]), weight)
+            for update, (span, weight) in items.items()
             for key in (f"lambda/{update}", f"coefficient/{update}")
             if row["stats"].get(key) is not None
         }
@@ -296,13 +302,21 @@ class History:
             self.taken.append(Taken(t, row["version"], parts, row["stats"].get("gamma")))
         self._pay(row["stats"])
 
+    def _drop(self, span: Span, reason: str) -> None:
+        """It was taken for merged when that was said."""
+        client = self.clients[span.client]
+        client.merged, client.discarded = client.merged - 1, client.discarded + 1
+        client.staleness -= span.staleness or 0
+        span.staleness, span.reason = None, reason
+
     def _pay(self, told: Mapping[str, Any]) -> None:
         if "epsilon" in told:
             paid = math.inf if told["epsilon"] is None else float(told["epsilon"])
             self.epsilon = max(paid, self.epsilon or 0.0)
 
     def _evaluated(self, row: Row, t: float) -> None:
-        self.evaluations.append((t, row["version"], row["metrics"]))
+        found = {k: math.nan if v is None else v for k, v in row["metrics"].items()}
+        self.evaluations.append((t, row["version"], found))
 
     def _discard(self, row: Row, t: float) -> None:
         span = self._updates.pop(row["update"], None)

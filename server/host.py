@@ -76,7 +76,12 @@ class Host:
         self.questions = questions
         self.sessions = Sessions()
         self.outgoing = Outgoing(
-            run, workshop, links, self.sessions, lambda error: self.driver.fail(error)
+            run,
+            workshop,
+            links,
+            self.sessions,
+            lambda error: self.driver.fail(error),
+            history.clients,
         )
         self.reception = Reception(
             spec, run, membership, workshop, links, history, self.sessions, self.outgoing,
@@ -238,7 +243,7 @@ class Host:
                 result = messages.result_from_wire(message.result)
                 (self.questions if result.question else self.intake).inline(session, result)
             case "heartbeat":
-                session.step = message.heartbeat.step
+                session.beat = message.heartbeat.order, message.heartbeat.step
             case "ack":
                 for update in message.ack.updates[:64]:
                     if self.run.acknowledge(session.client, update):
@@ -251,7 +256,8 @@ class Host:
                 logger.warning("client=%s order=%s failed: %s", session.client, told.order, why)
                 error = RemoteError(
                     "FL-C104", f"order {bounds.text(told.order, 24)} was given up: {why}",
-                    "mend the trainer and start this client again",
+                    f"mend {'the trainer' if told.code == 'FL-C104' else 'that'} "
+                    "and start this client again",
                 )  # fmt: skip
                 self.reception.expel(session.client, f"it could not train: {why}", error)
             case "evaluation":

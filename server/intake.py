@@ -4,6 +4,7 @@ What a client sends that can never be used ends its membership, and nothing else
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from atoll.server.links import Links
 from atoll.server.outgoing import Outgoing
 from atoll.server.run import Run
 from atoll.server.sessions import Session, Sessions
-from atoll.server.uploads import StoredUpdate
+from atoll.server.uploads import StoredUpdate, corrupt
 from atoll.server.workshop import Workshop
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class Intake:
         update, info = result.update, result.payload
         stored = self._workshop.uploads.keep(update, result.inline)
         try:
+            if info.sha256 and (found := hashlib.sha256(result.inline).digest()) != info.sha256:
+                raise corrupt(update, found, info.sha256)
             if len(stored.data) != info.size:  # its sections were checked, its bytes are not there
                 self._check(result, stored)
             payload = Read(info.sections, stored.view(), packed)

@@ -103,8 +103,10 @@ def judged(told: History) -> Rules:
 def _used(told: History) -> Mapping[str, int]:
     """Local steps of every update that is part of a version."""
     steps = {row["update"]: row["steps"] for row in told.rows if row["kind"] == "update"}
-    merges = (row for row in told.rows if row["kind"] == "aggregate")
-    return {update: steps.get(update, 0) for row in merges for update, _ in row["items"]}
+    merged = (row for row in told.rows if row["kind"] == "merged")
+    dropped = {update for row in merged for update, _ in row.get("dropped", ())}
+    items = (item for row in told.rows if row["kind"] == "aggregate" for item in row["items"])
+    return {update: steps.get(update, 0) for update, _ in items if update not in dropped}
 
 
 def _client(told: History, name: str) -> ClientStatus:
@@ -152,7 +154,7 @@ class Kept:
     version: int
     path: Path
     bytes: int
-    sha256: str  # of the tensors, without the file's header
+    payload_sha256: str  # of the tensors, without the file's header
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from atoll.protocols.errors import AtollError
 from atoll.protocols.messages import Result
 from atoll.protocols.sent import sent_to_order
 from atoll.server.chain import Load
+from atoll.server.history import ClientTotals
 from atoll.server.links import Links
 from atoll.server.run import Order, Outcome, Run
 from atoll.server.sessions import Session, Sessions
@@ -30,7 +31,8 @@ class Traffic:
 
 
 class Outgoing:
-    """`fail` ends the run: a model cannot be read."""
+    """`fail` ends the run: a model cannot be read. `former`: what the run's history knows of its
+    clients, from servers before this one."""
 
     def __init__(
         self,
@@ -39,8 +41,9 @@ class Outgoing:
         links: Links,
         sessions: Sessions,
         fail: Callable[[AtollError], None],
+        former: Mapping[str, ClientTotals],
     ) -> None:
-        self.traffic: dict[str, Traffic] = {}
+        self.traffic = {n: Traffic(t.bytes_up, t.bytes_down) for n, t in former.items()}
         self.model_size = sum(s.length for s in workshop.store.shelf.sections)
         self._run = run
         self._workshop = workshop

@@ -29,6 +29,7 @@ from atoll.server.workshop import Workshop
 logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
+FROZEN = 1 / 3  # of a lease: a look so late says that nobody was listened to meanwhile
 BATCH = "batch"  # capability of clients that read several messages in one
 
 
@@ -105,6 +106,7 @@ class Reception:
         """The same, at once."""
         link = self._check_hello(hello)
         decision = self._membership.hello(hello.client, hello.node, self._driver().clock.now())
+        self._supersede(hello.client)
         session = self._sessions.open(hello.client, decision.fence)
         session.link, session.held = link, held_by(hello.base)
         session.former = frozenset(hello.holding)
@@ -125,6 +127,17 @@ class Reception:
         self._questions.came(hello.client, hello.info.capabilities)
         self._arm_lease()
         return session
+
+    def _supersede(self, client: str) -> None:
+        """The last words to a former session. One process reads only its newest, so nobody hears
+        them but a second one of the same client."""
+        if (former := self._sessions.of.get(client)) is not None:
+            error = RemoteError(
+                "FL-C105",
+                f"client {client!r} was started again elsewhere, from a copy of its directory",
+                "run one of the two; another client takes a --name and a --dir of its own",
+            )
+            former.send(wire_pb2.ServerMessage(refusal=refusals.error_to_wire(error)))
 
     def _joined(self, hello: messages.Hello, joined: Joined) -> None:
         self._changed = True
@@ -248,7 +261,11 @@ class Reception:
             self._lease = loop.call_later(self._driver().clock.wall(due) + 0.01, self._tick)
 
     def _tick(self) -> None:
-        for decision in self._membership.tick(self._driver().clock.now()):
+        now, due = self._driver().clock.now(), self._membership.due()
+        if due is not None and now - due > FROZEN * self._membership.lease:
+            logger.warning("run=%s was frozen, every lease starts anew", self._spec.id)
+            self._membership.restart(now, "the server was frozen")
+        for decision in self._membership.tick(now):
             if isinstance(decision, Left):
                 self.left(decision)
                 session = self._sessions.of.get(decision.name)

@@ -73,8 +73,9 @@ class Recorder:
                 yield _row(now, "join", client=client, examples=info.examples)
             case ClientLeft(client, reason):
                 yield _row(now, "leave", client=client, reason=reason)
-            case Merged(version, _, _, stats):
-                yield _row(now, "merged", version=version, stats=dict(stats))
+            case Merged(version, _, dropped, stats):
+                lost = {"dropped": [list(d) for d in dropped]} if dropped else {}
+                yield _row(now, "merged", version=version, stats=dict(stats), **lost)
             case Evaluated(version, metrics):
                 yield _row(now, "evaluated", version=version, metrics=dict(metrics))
 

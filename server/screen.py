@@ -167,11 +167,11 @@ def run_screen(
             (f"v{one.version}" + (" best" if one.version == status.best_version else ""), ""),
             (console.size(one.bytes), ""),
             ("  ".join(f"{k} {v:.4f}" for k, v in _measures(one)), ""),
-            (one.sha256[:16], "dim"),
+            (one.payload_sha256[:16], "dim"),
         ]
         for one in kept
     ]
-    text.append_text(columns(["VERSION", "SIZE", "METRICS", "SHA-256"], rows, right={1}))
+    text.append_text(columns(["VERSION", "SIZE", "METRICS", "PAYLOAD SHA-256"], rows, right={1}))
     text.right_crop(1)
     return text
 

@@ -32,7 +32,7 @@ from atoll.server.claim import folder_made
 from atoll.server.presets import preset_of
 from atoll.server.rules import Rules
 from atoll.server.service import Service
-from atoll.server.spec import RunSpec, open_spec
+from atoll.server.spec import RunSpec, begun, open_spec
 from atoll.server.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class Server:
         slots = {k: v for k, v in given.items() if v is not None and not isinstance(v, str)}
         if not (Path(folder) / "run.json").exists():
             check(wanted, made=slots)
+        wanted = begun(wanted, rules or Rules(), init)
         spec = open_spec(Path(folder), wanted, set(names))
         self._set(spec, Path(folder), rules, slots, init, insecure_lan, None)
 
@@ -200,8 +201,8 @@ class Server:
             )
             self.address = _bind(server, address)
             await server.start()
-            _note(self.folder, self.address)
             try:
+                _note(self.folder, self.address)
                 return await self._serve(uploads, host, ready)
             finally:
                 if not host.done():
@@ -289,7 +290,7 @@ class Server:
             run=self.spec.id,
         )
 
-    def _inspect(self, what: str, arguments: dict[str, Any]) -> object:
+    def _inspect(self, what: str, arguments: Mapping[str, float]) -> object:
         assert self._assembly is not None
         if what == "run":
             told = {"manifest": self._assembly.manifest.to_json(), "validate": self._assembly.share}
@@ -379,7 +380,12 @@ def _taken(address: str) -> str:
 
 
 def _note(folder: Path, address: str) -> None:
-    (folder / "server.json").write_text(json.dumps({"pid": os.getpid(), "address": address}))
+    path = folder / "server.json"
+    try:
+        path.write_text(json.dumps({"pid": os.getpid(), "address": address}))
+    except OSError as error:
+        what = f"{path} cannot be written: {error.strerror}"
+        raise ServerError("FL-S203", what, "free space on its disk and start again") from error
 
 
 def read_note(folder: Path) -> dict[str, Any]:

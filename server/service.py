@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from atoll.protocols import messages, refusals, wire_pb2
+from atoll.protocols import bounds, messages, refusals, wire_pb2
 from atoll.protocols.channel import SERVICE
 from atoll.protocols.errors import AtollError, RemoteError
 
@@ -31,7 +31,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
     """`host` is a future: set when the run is ready to take clients."""
 
     def __init__(
-        self, host: "asyncio.Future[Host]", inspect: Callable[[str, dict[str, Any]], object]
+        self, host: "asyncio.Future[Host]", inspect: Callable[[str, dict[str, float]], object]
     ) -> None:
         self._host = host
         self._inspect = inspect
@@ -92,19 +92,29 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         await asyncio.shield(self._host)
         try:
             request = _read_request(data)
-            arguments = json.loads(request.arguments or "{}")
-            found = self._inspect(request.what, arguments)
+            found = self._inspect(request.what, _arguments(request.arguments))
             if isawaitable(found):  # it waits for news
                 found = await found
         except AtollError as error:
             await self._abort(context, error)
-        except (ValueError, TypeError, AttributeError) as error:
-            await self._abort(context, RemoteError("FL-W101", f"bad arguments: {error}"))
         return wire_pb2.InspectReply(data=json.dumps(found))
 
     async def _abort(self, context: Any, error: AtollError) -> None:
         metadata = refusals.error_metadata(error)
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message, metadata)
+
+
+def _arguments(text: str) -> dict[str, float]:
+    """Of numbers alone. RemoteError FL-W101."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    numbers = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(n, int | float) and abs(n) <= bounds.MAX_COUNT for n in numbers):
+        what = f"malformed message: arguments {bounds.text(text, 40)!r}"
+        raise RemoteError("FL-W101", what, 'send a JSON object of numbers, as {"after": 0}')
+    return found  # type: ignore[no-any-return]
 
 
 async def _write(session: "Session", context: Any) -> None:

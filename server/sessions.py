@@ -35,7 +35,7 @@ class Session:
     room: int = QUEUE  # messages that may wait to be written
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # it does not read: end it now
     batch: bool = False  # the client reads several messages in one
-    step: int = 0  # local steps done of the order in training, as last heard
+    beat: tuple[str, int] = ("", 0)  # an order, and the local steps done of it, as last heard
     _waiting: dict[str, Pack] = field(default_factory=dict)  # by update
 
     def __post_init__(self) -> None:

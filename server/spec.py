@@ -12,6 +12,7 @@ from pathlib import Path
 from atoll.protocols import state
 from atoll.protocols.errors import ServerError
 from atoll.server.claim import folder_made, refuse_foreign
+from atoll.server.rules import LIMITS, Rules
 
 STRATEGIES: Mapping[str, str] = {
     "fedavg": "atoll.aggregation.fedavg:FedAvg",
@@ -51,6 +52,8 @@ class RunSpec:
     most_examples: int = 0  # that a client may claim to hold, its weight; 0: no bound
     evaluate_every: int = 1  # versions; 0: never
     keep: int = 5  # newest versions on disk, besides the first and the best
+    limits: Params = field(default_factory=dict)  # of Rules, as it began; the journal has today's
+    init: str = ""  # file of the first version's values; empty: drawn by the seed
 
     def for_clients(self) -> str:
         """What a client is told of the run, as JSON."""
@@ -90,6 +93,13 @@ class RunSpec:
             raise ServerError(
                 "FL-S206", f"{path} cannot be read: {error}", "restore it, or use a new --state"
             ) from error
+
+
+def begun(spec: RunSpec, rules: Rules, init: Path | None) -> RunSpec:
+    """`spec` with what its first start was asked for: one that is killed before it has written a
+    version and the journal leaves that to the next."""
+    limits = {n: v for n in LIMITS if (v := getattr(rules, n)) is not None} if rules.ends() else {}
+    return replace(spec, limits=limits, init="" if init is None else str(init.absolute()))
 
 
 FIXED = (

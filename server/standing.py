@@ -7,8 +7,9 @@ from atoll.server.history import History
 from atoll.server.host import Host
 from atoll.server.outgoing import Traffic
 from atoll.server.rules import Rules
-from atoll.server.run import Run
+from atoll.server.run import Order, Run
 from atoll.server.server import Summary
+from atoll.server.sessions import Session
 from atoll.server.spec import RunSpec
 
 
@@ -55,12 +56,18 @@ def _clients(host: Host, history: History, now: float) -> list[dict[str, object]
             "seconds_per_step": m.seconds_per_step,
             "order": order.id if order is not None else None,
             "steps": order.steps if order is not None else None,
-            "step": session.step if session is not None else None,
+            "step": _done(order, session) if session is not None else None,
             "updates": totals.updates if totals is not None else 0,
             "bytes_up": traffic.up,
             "bytes_down": traffic.down,
         })  # fmt: skip
     return told
+
+
+def _done(order: Order | None, session: Session) -> int:
+    """Steps of this order: what was said of the one before tells nothing of it."""
+    named, step = session.beat
+    return min(step, order.steps) if order is not None and named == order.id else 0
 
 
 def summary(spec: RunSpec, run: Run, rules: Rules, history: History, now: float) -> Summary:

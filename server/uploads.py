@@ -159,7 +159,7 @@ class Uploads:
             try:
                 if found != sha256:
                     self._forget_bytes(upload)
-                    raise _corrupt(update, found, sha256)
+                    raise corrupt(update, found, sha256)
                 if upload.stored is None:
                     upload.stored = self._seal(upload, found)
             except OSError as error:
@@ -169,7 +169,7 @@ class Uploads:
     def keep(self, update: str, data: bytes) -> StoredUpdate:
         """Store a payload that came inline, in one step; may be repeated with the same bytes.
 
-        It is not hashed: nothing was promised about it, and the journal hashes what it keeps.
+        It is not hashed: few clients say a digest of it, and the journal hashes what it keeps.
         """
         if len(data) > self.memory_limit:
             what = f"{len(data)} bytes inline, the limit is {self.memory_limit}"
@@ -189,7 +189,7 @@ class Uploads:
                 upload.held, upload.memory = len(data), bytearray()
             elif upload.stored.data != data:
                 found, told = (hashlib.sha256(d).digest() for d in (data, upload.stored.data))
-                raise _corrupt(update, found, told)
+                raise corrupt(update, found, told)
             return upload.stored
 
     def restore(self, update: str, size: int, sha256: bytes) -> StoredUpdate | None:
@@ -369,7 +369,8 @@ def _out_of_place(upload: _Upload, what: str) -> RemoteError:
     )
 
 
-def _corrupt(update: str, found: bytes, told: bytes) -> RemoteError:
+def corrupt(update: str, found: bytes, told: bytes) -> RemoteError:
+    """FL-W105: the payload's bytes are others than was said."""
     what = f"update {update} has SHA-256 {found.hex()[:16]}, not {told.hex()[:16]}"
     return RemoteError("FL-W105", what, "send the payload from the start", retry_seconds=0.0)
 

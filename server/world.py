@@ -226,8 +226,8 @@ def trace(
 def _read_trace(path: Path) -> Mapping[str, list[float]]:
     if not path.is_file():
         raise DataError("FL-D101", f"trace {path} not found", "give a history.jsonl or a JSON file")
-    text = path.read_text()
     try:
+        text = path.read_text()
         if path.suffix == ".jsonl":
             return _from_history(json.loads(line) for line in text.splitlines() if line.strip())
         data = json.loads(text)

@@ -33,7 +33,7 @@ STATUS: dict[str, Any] = {
         {"peer": "QmOne", "name": "one"},
         {"peer": "QmTwo", "name": "two", "round": 4, "ready": True, "silent": 0.3},
         {"peer": "QmThree", "name": "th\x1b[2Jree", "round": 2, "ready": False, "silent": 99.0},
-        {"peer": "QmFour", "name": "four", "round": 0, "ready": False, "silent": None},
+        {"peer": "QmFour", "name": "four", "round": -1, "ready": False, "silent": None},
     ],
 }  # fmt: skip
 
@@ -160,6 +160,7 @@ def test_status_shows_the_run_and_its_members(
     assert lines[0].startswith("one  not running   round 4/9   loss 2.5000   up 1.0 MB")
     assert lines[2].split() == ["PEER", "NAME", "ROUND", "HEARD", "STATE"]
     assert [line.split()[-1] for line in lines[3:]] == ["peer", "ready", "silent", "silent"]
+    assert [line.split()[2] for line in lines[3:]] == ["4", "4", "2", "-"]  # -1: it said none yet
     assert "\x1b" not in "".join(lines)
     assert console.run(cli, ["status", str(folder), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)["data"]

@@ -292,7 +292,7 @@ def test_show_tells_spec_counters_files_and_versions(state: Path, capsys: Capsys
     assert [v["version"] for v in told["versions"]] == [0, 1, 2]
     assert told["versions"][1]["metrics"] == {"accuracy": 0.9, "loss": 0.4}
     payload = WEIGHTS[1].numpy().tobytes()
-    assert told["versions"][1]["sha256"] == hashlib.sha256(payload).hexdigest()
+    assert told["versions"][1]["payload_sha256"] == hashlib.sha256(payload).hexdigest()
     assert told["files"]["history.jsonl"] == (state / "history.jsonl").stat().st_size
     assert "rows/" not in told["files"]
     (state / "rows").mkdir()

@@ -191,9 +191,9 @@ def test_the_history_of_a_run_is_a_trace(tmp_path: Path) -> None:
     assert {m.name: m.trace for m in trace(path)} == {"a": (0.05, 0.1), "b": (0.4,)}
 
 
-@pytest.mark.parametrize("text", ["{", "3", '{"a": 3}', '{"a": ["x"]}', '{"a": []}'])
+@pytest.mark.parametrize("text", ["{", "3", '{"a": 3}', '{"a": ["x"]}', '{"a": []}', "\xba"])
 def test_a_file_that_is_no_trace_is_said_to_be_none(tmp_path: Path, text: str) -> None:
-    (tmp_path / "t.json").write_text(text)
+    (tmp_path / "t.json").write_text(text, "latin-1")
     with pytest.raises(DataError) as refused:
         trace(tmp_path / "t.json")
     assert refused.value.code == "FL-D102"
