@@ -90,6 +90,8 @@ class Gate:
         self._desk = Desk(node, invite, signed, self._slots)
         self._unseen: dict[str, int] = {}  # member -> looks in which the directory lacked it
         self._changed = asyncio.Event()
+        self.doubled = asyncio.Event()  # another process takes part as this peer, and goes on
+        self._outdone = False  # a newer entry of this peer was heard than it had written
         self._closed = False
 
     async def open(self) -> None:
@@ -204,6 +206,8 @@ class Gate:
         if isinstance(entry, RemoteError):
             raise entry
         known = before.get(entry.peer)
+        if entry.peer == self._node.id:
+            self._heard_of_me(entry)
         if entry.peer == self._node.id or entry == known:
             return
         self.sealing.know(entry.peer, entry.key)
@@ -212,6 +216,19 @@ class Gate:
             self.on_admitted(entry)
         if known is None and caller is None:
             self._hello_soon(entry)
+
+    def _heard_of_me(self, entry: Entry) -> None:
+        """A newer one than this process wrote: of its former life, if the clock was set back since,
+        or of another process, from a copy of its directory. Only that one answers what is newer
+        still; so of two the one ends that was there before."""
+        if entry.at <= self.me.at:
+            return
+        if self._outdone:
+            self.doubled.set()
+            return
+        self._outdone = True
+        self.me = replace(self.me, at=entry.at)
+        self._spawn(self._renew())
 
     def _letters(self) -> bytes:
         told, size = [self._letter], len(self._letter)

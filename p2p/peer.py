@@ -270,6 +270,7 @@ class Peer:
             "leave": self._leaving.wait(),
             "lost": self._node.lost.wait(),
             "admit": self._admit(),
+            "doubled": self._gate.doubled.wait(),
         }
         tasks = {name: asyncio.create_task(work) for name, work in ends.items()}
         try:
@@ -277,6 +278,13 @@ class Peer:
             if tasks["lost"].done() and not tasks["run"].done():
                 raise PeerError(
                     "FL-P201", "the peer daemon is gone and does not start again", "see its log"
+                )
+            if tasks["doubled"].done() and not tasks["run"].done():  # no goodbye: it goes on there
+                raise PeerError(
+                    "FL-P410",
+                    f"{self.folder}: another process takes part as this peer, {self._node.id}, "
+                    "from a copy of this directory",
+                    "keep that one and remove this directory; a second peer joins in a new one",
                 )
             if tasks["admit"].done():
                 await tasks["admit"]  # its disk fails

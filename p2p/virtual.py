@@ -195,9 +195,9 @@ class Swarm:
 
     def _decides_alone(self, name: str) -> bool:
         """Of two members the first is a quorum: what it says is what was decided. And where nobody
-        else is left who has a model, newcomers know of no other."""
+        else is left who takes part, newcomers know of no other."""
         machines = [p.machine for p in self._peers.values()]
-        left = [m.me for m in machines if self._lives(m.me) and m.stand.epoch >= 0]
+        left = [m.me for m in machines if self._lives(m.me) and _takes_part(m)]
         return left == [name] or any(quorum([name], m.members, m.gone()) for m in machines)
 
     def _do(self, peer: Simulated, action: PeerAction) -> None:
@@ -301,3 +301,9 @@ class Swarm:
     def _digest(self, peer: Simulated) -> None:
         digested = Digested(peer.machine.stand.chain, vectors.sha256(peer.anchor))
         self._hear(peer.model.name, digested)
+
+
+def _takes_part(machine: Rendezvous) -> bool:
+    """Who has only loaded the first model has had no part in the run: it is a newcomer still."""
+    stand = machine.stand
+    return stand.epoch > 0 or (stand.epoch == 0 and machine.me in machine.members)

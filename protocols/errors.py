@@ -86,6 +86,7 @@ CATALOGUE: dict[str, Entry] = {
     "FL-P407": Entry(78, "peer directory of another run"),
     "FL-P408": Entry(78, "this machine makes another first model"),
     "FL-P409": Entry(75, "the peers' run is over"),
+    "FL-P410": Entry(73, "peer runs twice"),
     # data
     "FL-D101": Entry(3, "data path not found"),
     "FL-D102": Entry(78, "data file malformed"),

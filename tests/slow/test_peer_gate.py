@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -250,6 +251,44 @@ def test_a_member_tells_what_is_new_and_comes_back_after_a_restart(tmp_path: Pat
         b.daemon.kill()
         await until(lambda: b.restarts == 1)
         assert not b.lost.is_set()
+
+    play(tmp_path, work)
+
+
+def test_of_two_from_one_directory_the_earlier_one_hears_that_it_ends(tmp_path: Path) -> None:
+    async def work(swarm: Swarm) -> None:
+        founder = await swarm.node()
+        invite = await invite_to(founder)
+        gate = await swarm.gate(founder, invite)
+        (tmp_path / "2").mkdir()
+        node = await swarm.node(invite.addresses)
+        shutil.copy(tmp_path / "1" / "identity.key", tmp_path / "2")
+        earlier = await swarm.gate(node, invite)
+        await until(lambda: know_each_other(gate, earlier))
+        later = await swarm.gate(await swarm.node(invite.addresses), invite)
+        assert later.me.peer == earlier.me.peer
+        await until(earlier.doubled.is_set)
+        assert not later.doubled.is_set()
+        assert not gate.doubled.is_set()
+
+    play(tmp_path, work)
+
+
+def test_a_clock_that_was_set_back_makes_no_double(tmp_path: Path) -> None:
+    """What others have of its former life is newer than what it writes, and is not written again."""
+
+    async def work(swarm: Swarm) -> None:
+        founder = await swarm.node()
+        invite = await invite_to(founder)
+        gate = await swarm.gate(founder, invite)
+        back = await swarm.gate(await swarm.node(invite.addresses), invite)
+        await until(lambda: know_each_other(gate, back))
+        former = replace(back.me, at=back.me.at + 30.0)
+        gate._hear(roster.write(former, back._identity, invite), None)
+        await until(lambda: back.me.at > former.at)
+        await until(lambda: gate.roster.entries()[0].at > former.at)
+        await asyncio.sleep(2.0)
+        assert not back.doubled.is_set()
 
     play(tmp_path, work)
 
