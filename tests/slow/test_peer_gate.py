@@ -275,7 +275,7 @@ def test_of_two_from_one_directory_the_earlier_one_hears_that_it_ends(tmp_path: 
 
 
 def test_a_clock_that_was_set_back_makes_no_double(tmp_path: Path) -> None:
-    """What others have of its former life is newer than what it writes, and is not written again."""
+    """What others have of its former life is newer than what it writes, and comes no more."""
 
     async def work(swarm: Swarm) -> None:
         founder = await swarm.node()

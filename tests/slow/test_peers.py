@@ -3,6 +3,7 @@
 Each peer checks every mean it applies against the exact one of its group (`benchmarks/swarm.py`).
 """
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -181,6 +182,21 @@ def test_one_leaves_with_a_goodbye_and_another_comes_under_a_new_name(folder: Pa
         again.popen.send_signal(signal.SIGTERM)
         swarm.until(lambda: again.told("end"))
         assert again.told("end")[0]["peer"] != old
+
+
+@pytest.mark.long
+def test_a_copy_of_a_directory_started_beside_it_ends_the_earlier_one(folder: Path) -> None:
+    with Swarm(folder, first=3) as swarm:
+        swarm.up("a", "b", "c")
+        reach(swarm, 2, "a", "b", "c")
+        shutil.copytree(folder / "c", folder / "copy", ignore=shutil.ignore_patterns("*.sock"))
+        swarm.start("copy")
+        swarm.until(lambda: not swarm.peers["c"].alive, 60.0, "the end of c")
+        assert "FL-P410" in (folder / "c.err").read_text() + str(swarm.peers["c"].events)
+        assert not swarm.peers["c"].told("end")  # and without a goodbye, which would bind the copy
+        assert all(swarm.peers[name].alive for name in ("a", "b", "copy"))
+        reach(swarm, swarm.round + 3, "a", "b", "copy")
+        assert swarm.forks() == 0
 
 
 @pytest.mark.long
