@@ -189,7 +189,9 @@ def test_a_copy_of_a_directory_started_beside_it_ends_the_earlier_one(folder: Pa
     with Swarm(folder, first=3) as swarm:
         swarm.up("a", "b", "c")
         reach(swarm, 2, "a", "b", "c")
+        swarm.peers["c"].popen.send_signal(signal.SIGSTOP)  # no file goes while it is copied
         shutil.copytree(folder / "c", folder / "copy", ignore=shutil.ignore_patterns("*.sock"))
+        swarm.peers["c"].popen.send_signal(signal.SIGCONT)
         swarm.start("copy")
         swarm.until(lambda: not swarm.peers["c"].alive, 60.0, "the end of c")
         assert "FL-P410" in (folder / "c.err").read_text() + str(swarm.peers["c"].events)
