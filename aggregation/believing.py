@@ -10,18 +10,8 @@ from collections.abc import Iterator
 
 from atoll.aggregation.circle import Actions, Circle, Known, Loading
 from atoll.aggregation.quorum import quorum
-from atoll.aggregation.rendezvous_events import (
-    Announce,
-    Commit,
-    Download,
-    Load,
-    Say,
-    Stand,
-    Step,
-    TrainOn,
-    Value,
-    Whence,
-)
+from atoll.aggregation.rendezvous_events import Download, Load, Say, TrainOn
+from atoll.aggregation.rendezvous_messages import Announce, Commit, Stand, Step, Value, Whence
 from atoll.aggregation.seals import KEPT, makers, proved, sound
 
 

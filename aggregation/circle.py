@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from atoll.aggregation.allreduce import Plan
 from atoll.aggregation.quorum import quorum
-from atoll.aggregation.rendezvous_events import (
+from atoll.aggregation.rendezvous_events import PeerAction, Say
+from atoll.aggregation.rendezvous_messages import (
     Accept,
     Announce,
     Ballot,
@@ -18,9 +19,7 @@ from atoll.aggregation.rendezvous_events import (
     Failed,
     Goodbye,
     Message,
-    PeerAction,
     Promise,
-    Say,
     Stand,
     Step,
     Value,

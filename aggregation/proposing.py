@@ -10,16 +10,8 @@ from dataclasses import replace
 from atoll.aggregation.allreduce import Part, Plan
 from atoll.aggregation.circle import Actions, Circle, Lead
 from atoll.aggregation.quorum import quorum
-from atoll.aggregation.rendezvous_events import (
-    Abort,
-    Accept,
-    Begin,
-    Commit,
-    Left,
-    Prepare,
-    Promise,
-    TrainOn,
-)
+from atoll.aggregation.rendezvous_events import Abort, TrainOn
+from atoll.aggregation.rendezvous_messages import Accept, Begin, Commit, Left, Prepare, Promise
 from atoll.aggregation.shares import assumed, cut, shares, split
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from atoll.aggregation.quorum import quorum
-from atoll.aggregation.rendezvous_events import Stand, Step, Value
+from atoll.aggregation.rendezvous_messages import Stand, Step, Value
 
 KEPT = 64  # steps that a peer can show
 NAMES = 512  # in the groups of those together: it must fit into a letter

@@ -30,12 +30,11 @@ from atoll.aggregation.rendezvous_events import (
     PeerEvent,
     Reduce,
     Say,
-    Stand,
     Started,
     TrainOn,
-    Value,
     Wake,
 )
+from atoll.aggregation.rendezvous_messages import Stand, Value
 from atoll.aggregation.seals import Seals
 from atoll.p2p.contribution import Contribution, packer
 from atoll.p2p.exchange import Exchange

@@ -3,7 +3,8 @@
 import contextlib
 from dataclasses import dataclass
 
-from atoll.aggregation.rendezvous_events import Bound, Stand
+from atoll.aggregation.rendezvous_events import Bound
+from atoll.aggregation.rendezvous_messages import Stand
 from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.p2p.exchange import Exchange
 from atoll.p2p.memory import Memory

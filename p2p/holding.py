@@ -10,13 +10,8 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from atoll.aggregation.rendezvous_events import (
-    Digested,
-    Downloaded,
-    NotDownloaded,
-    PeerEvent,
-    Stand,
-)
+from atoll.aggregation.rendezvous_events import Digested, Downloaded, NotDownloaded, PeerEvent
+from atoll.aggregation.rendezvous_messages import Stand
 from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.p2p.donor import Shelved, download
 from atoll.p2p.memory import Memory

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from atoll.aggregation.allreduce import Part
-from atoll.aggregation.rendezvous_events import Stand, StepsDone
+from atoll.aggregation.rendezvous_events import StepsDone
+from atoll.aggregation.rendezvous_messages import Stand
 from atoll.aggregation.sync_engine import SyncEngine
 from atoll.p2p.contribution import Contribution
 from atoll.p2p.tally import Tally, Trained

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from atoll.aggregation.allreduce import Part, Plan
 from atoll.aggregation.rendezvous import Rendezvous
-from atoll.aggregation.rendezvous_events import (
+from atoll.aggregation.rendezvous_messages import (
     Accept,
     Announce,
     Begin,

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from atoll.aggregation.allreduce import PartReady
-from atoll.aggregation.rendezvous_events import (
+from atoll.aggregation.rendezvous_messages import (
     Accept,
     Accepted,
     Announce,

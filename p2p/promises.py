@@ -6,7 +6,7 @@ it, and no attempt with the work of two lives of one peer.
 
 from dataclasses import dataclass, field
 
-from atoll.aggregation.rendezvous_events import Stand
+from atoll.aggregation.rendezvous_messages import Stand
 from atoll.p2p.vectors import Vector
 
 

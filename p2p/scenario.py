@@ -13,10 +13,7 @@ from dataclasses import dataclass, field
 
 from atoll.aggregation.rendezvous_events import (
     Abort,
-    Accept,
     Apply,
-    Begin,
-    Commit,
     Download,
     Downloaded,
     Drop,
@@ -27,12 +24,12 @@ from atoll.aggregation.rendezvous_events import (
     MeanMade,
     PeerAction,
     PeerEvent,
-    Prepare,
     Reduce,
     Say,
     Started,
     StepsDone,
 )
+from atoll.aggregation.rendezvous_messages import Accept, Begin, Commit, Prepare
 from atoll.p2p.outcome import Outcome
 from atoll.p2p.virtual import Swarm
 from atoll.p2p.world import PeerModel, Weather

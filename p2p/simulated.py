@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from atoll.aggregation.meter import Meter
 from atoll.aggregation.rendezvous import Rendezvous
-from atoll.aggregation.rendezvous_events import Apply, Message, PeerAction
+from atoll.aggregation.rendezvous_events import Apply, PeerAction
+from atoll.aggregation.rendezvous_messages import Message
 from atoll.p2p.vectors import Vector
 from atoll.p2p.world import PeerModel
 

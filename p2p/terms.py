@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from atoll.aggregation.circle import Patience
-from atoll.aggregation.rendezvous_events import Stand
+from atoll.aggregation.rendezvous_messages import Stand
 from atoll.protocols.codecspec import Ways
 from atoll.protocols.errors import PeerError
 

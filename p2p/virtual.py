@@ -35,12 +35,12 @@ from atoll.aggregation.rendezvous_events import (
     PeerEvent,
     Reduce,
     Say,
-    Stand,
     Started,
     StepsDone,
     TrainOn,
     Wake,
 )
+from atoll.aggregation.rendezvous_messages import Stand
 from atoll.aggregation.shares import PIECE
 from atoll.p2p import vectors
 from atoll.p2p.lies import DECISIONS, lies

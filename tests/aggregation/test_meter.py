@@ -10,17 +10,15 @@ from atoll.aggregation.meter import LEAST, Meter, Transfer, rate
 from atoll.aggregation.rendezvous import Rendezvous
 from atoll.aggregation.rendezvous_events import (
     Admitted,
-    Announce,
     Apply,
     Heard,
     PeerAction,
     PeerEvent,
-    Promise,
     Reduce,
-    Stand,
     Started,
     StepsDone,
 )
+from atoll.aggregation.rendezvous_messages import Announce, Promise, Stand
 from atoll.aggregation.shares import assumed, shares, split
 from atoll.p2p.virtual import Swarm
 from atoll.p2p.world import PeerModel

@@ -8,13 +8,8 @@ from typing import Any
 import torch
 
 from atoll.aggregation.outer import Nesterov
-from atoll.aggregation.rendezvous_events import (
-    Digested,
-    Downloaded,
-    NotDownloaded,
-    PeerEvent,
-    Stand,
-)
+from atoll.aggregation.rendezvous_events import Digested, Downloaded, NotDownloaded, PeerEvent
+from atoll.aggregation.rendezvous_messages import Stand
 from atoll.aggregation.sync_engine import SyncEngine, SyncState
 from atoll.p2p.bulk import Got
 from atoll.p2p.holding import Holding

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from atoll.aggregation.allreduce import Part
-from atoll.aggregation.rendezvous_events import Stand, StepsDone
+from atoll.aggregation.rendezvous_events import StepsDone
+from atoll.aggregation.rendezvous_messages import Stand
 from atoll.p2p.labour import Labour
 from atoll.p2p.tally import Tally
 from atoll.protocols.codecspec import parse

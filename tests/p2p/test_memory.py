@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from atoll.aggregation.allreduce import Part
-from atoll.aggregation.rendezvous_events import Bound, Commit, Goodbye, Stand
+from atoll.aggregation.rendezvous_events import Bound
+from atoll.aggregation.rendezvous_messages import Commit, Goodbye, Stand
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p.identity import Identity, make
 from atoll.p2p.memory import Memory

@@ -10,7 +10,7 @@ import pytest
 
 from atoll.aggregation.allreduce import Part as Share
 from atoll.aggregation.allreduce import PartReady, Plan
-from atoll.aggregation.rendezvous_events import (
+from atoll.aggregation.rendezvous_messages import (
     Accept,
     Accepted,
     Announce,
