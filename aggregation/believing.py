@@ -1,10 +1,12 @@
 """Believing: the half of a rendezvous that follows: what it takes from others as the run's model.
 
 A better model than its own must be shown to be the run's, by seals (`seals.py`); until then it is a
-claim, and who makes it is asked whence it came. What is believed is downloaded, or is a mean away;
-and of one model with two sets of bits the heavier side's are right.
+claim, and who makes it is asked whence it came. What is believed is a few means away, which are
+fetched and applied one by one, or is downloaded; and of one model with two sets of bits the heavier
+side's are right.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 
@@ -42,6 +44,13 @@ class Believer(Circle):
             since = self.history[0].stand if self.history else self.stand
             yield Say(peer, Whence(since.heavy))
             return
+        if self._may_replay(said.stand) and not self._ahead(said.stand):
+            way = f"{peer} {said.stand.chain}"
+            if way not in self.ways:
+                yield Say(peer, Whence(self.stand.heavy))
+            if now < self.ways.setdefault(way, now) + self.patience.reply:
+                known.claim = said
+                return
         known.claim = None
         self._learn(known, said)
         yield from self._compare(peer, said.stand, said.last, now)
@@ -62,6 +71,7 @@ class Believer(Circle):
         for way, stand, members in self._anchors():
             found = proved(steps[:KEPT], stand, members, self.seals, self.most)
             self.proved |= {chain: (*way, *more) for chain, more in found.items()}
+        self.ways[f"{peer} {claim.stand.chain}"] = -math.inf
         if claim.stand.chain in self.proved:
             yield from self._announced(peer, claim, now)
 
@@ -120,8 +130,11 @@ class Believer(Circle):
         if self.doubted.get(peer, now) > now:
             return
         away = last is not None and last.base == self.stand.chain and self.stand.epoch >= 0
+        ahead = self._ahead(stand)
         if stand.rank > self.stand.rank and last is not None and away:
             yield from self._owe(last.value, peer)  # one mean away
+        elif ahead and ahead[0].last.value.digest not in self.unheld:
+            yield from self._owe(ahead[0].last.value, peer)
         elif self.loading is None and now >= self.loads_from and stand.rank >= self.stand.rank:
             near = [p for p in self._near(now) if self.doubted.get(p, now) <= now]
             best = max(self.roster[p].stand.rank for p in near)  # `peer` is one of them
@@ -130,6 +143,23 @@ class Believer(Circle):
                 yield from self._load(there, there, now)
             elif self.bits:
                 yield from self._load(there, [*there, self.me], now)
+
+    def _may_replay(self, stand: Stand) -> bool:
+        """Whether some means lead to that model, more than one, and not longer than it is."""
+        ahead = stand.epoch - self.stand.epoch
+        better = stand.rank > self.stand.rank and self.stand.epoch >= 0
+        return better and 1 < ahead <= self.replay and self.loading is None
+
+    def _ahead(self, stand: Stand) -> tuple[Step, ...]:
+        """The steps from this peer's model to that one, all of them; () where one is not known."""
+        if not self._may_replay(stand):
+            return ()
+        found, at = [], self.stand.chain
+        for step in self.proved.get(stand.chain, ()):
+            if step.last.base == at:
+                found.append(step)
+                at = step.stand.chain
+        return tuple(found) if at == stand.chain else ()
 
     def _load(self, donors: list[str], voters: list[str], now: float) -> Actions:
         """The model that most weight says; of those who say it, and only where this peer has not
@@ -155,6 +185,7 @@ class Believer(Circle):
             members = self.members if loading.last is None else loading.last.value.group
             unknown = () if loading.last is None else (Step(stand, loading.last),)
             history = self.proved.get(stand.chain, unknown)
+            self.recent = ()
             yield from self._stand_at(stand, members, loading.last, history)
             self.bits = loading.bits
         elif stand.chain == self.stand.chain and self.bits not in ("", loading.bits):

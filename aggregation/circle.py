@@ -106,9 +106,11 @@ class Circle:
     roster: dict[str, Known] = field(default_factory=dict)
     last: Commit | None = None
     history: tuple[Step, ...] = ()  # to `stand`, as `seals.worth_keeping`
+    recent: tuple[Step, ...] = ()  # the last of them, one after the other: their means lie here
     bits: str = ""  # digest of this peer's model; empty: not known yet
     most: float = math.inf  # weight of a whole share: by the run's rule nobody has more
     piece: int = PIECE  # elements of a part, at least, where a share is cut
+    replay: int = 2  # means that are fetched rather than the model, at most: they are no longer
     # of the epoch under way
     ready: bool = False
     length: float = 0.0  # L2, of this peer's work
@@ -125,6 +127,9 @@ class Circle:
     asked: Accept | None = None  # to vote when its mean has come
     owed: Value | None = None  # decided, its mean not here yet
     getting: str = ""  # digest of the mean that is being fetched
+    unheld: set[str] = field(default_factory=set)  # of those that nobody had
+    # "peer chain" -> when that peer was asked for the means that lead there; -inf: it has answered
+    ways: dict[str, float] = field(default_factory=dict)
     lead: Lead | None = None
     tries: int = 0
     blamed: set[tuple[str, str]] = field(default_factory=set)  # (who says so, whose is not finite)

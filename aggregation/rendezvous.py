@@ -62,7 +62,7 @@ from atoll.aggregation.rendezvous_messages import (
     Value,
     Whence,
 )
-from atoll.aggregation.seals import fair, left, made, worth_keeping
+from atoll.aggregation.seals import RECENT, fair, left, made, told, worth_keeping
 
 
 @dataclass
@@ -186,8 +186,8 @@ class Rendezvous(Proposer, Believer):
                     self.farewells[peer] = message
                     self.roster[peer].heard = -1e9
             case Whence(heavy):
-                steps = [step for step in self.history if step.stand.heavy > heavy]
-                yield Say(peer, Path(tuple(steps)))
+                steps = told(self.history, self.recent)
+                yield Say(peer, Path(tuple(s for s in steps if s.stand.heavy > heavy)))
             case Path(steps):
                 yield from self._led(peer, steps, now)
             case _ if message.chain != self.stand.chain:
@@ -306,6 +306,7 @@ class Rendezvous(Proposer, Believer):
 
     def _mean_failed(self, failed: MeanFailed, now: float) -> Actions:
         if failed.ballot is None:
+            self.unheld |= {self.owed.digest} if self.owed is not None else set()
             self.getting, self.asked, self.owed = "", None, None  # heard of again, or downloaded
         elif failed.ballot == self.reducing:
             self.reducing = None
@@ -334,8 +335,9 @@ class Rendezvous(Proposer, Believer):
         last = Commit(self.stand.chain, value)
         weights = dict(zip(value.group, value.weights, strict=True))
         yield Apply(value, used=weights.get(self.me, 0.0) > 0)
-        stand = self.stand.next(value)
-        yield from self._stand_at(stand, value.group, last, (*self.history, Step(stand, last)))
+        step = Step(self.stand.next(value), last)
+        self.recent = (*self.recent, step)[-RECENT:]
+        yield from self._stand_at(step.stand, value.group, last, (*self.history, step))
 
     def _stand_at(
         self,
@@ -357,6 +359,7 @@ class Rendezvous(Proposer, Believer):
         self.lost = (0, "")
         for of_the_epoch in (
             self.made, self.failed, self.held, self.blamed, self.spoiled, self.apart, self.proved,
+            self.unheld, self.ways,
         ):  # fmt: skip
             of_the_epoch.clear()
         yield from self._announce()

@@ -19,6 +19,7 @@ from atoll.aggregation.quorum import quorum
 from atoll.aggregation.rendezvous_messages import Stand, Step, Value
 
 KEPT = 64  # steps that a peer can show
+RECENT = 4  # of the last, of which it has the means too
 NAMES = 512  # in the groups of those together: it must fit into a letter
 
 
@@ -107,6 +108,18 @@ def worth_keeping(steps: Iterable[Step]) -> tuple[Step, ...]:
         if len(found) > 1 and found[-1].last.value.group == found[-2].last.value.group:
             found.pop()
         found.append(step)
-    names = itertools.accumulate(len(step.last.value.group) for step in reversed(found))
-    fit = sum(count <= NAMES for count in names)
-    return tuple(found[-max(1, min(fit, KEPT)) :])
+    return tuple(found[-max(1, min(_fit(found), KEPT)) :])
+
+
+def told(history: Sequence[Step], recent: Sequence[Step]) -> Sequence[Step]:
+    """To who asks for a path: `history`, and where a letter has room all of the `recent` steps, by
+    whose means it can be gone."""
+    both = {step.stand.chain: step for step in (*history, *recent)}.values()
+    steps = sorted(both, key=lambda step: step.stand.epoch)
+    return steps if len(steps) <= min(_fit(steps), KEPT) else history
+
+
+def _fit(steps: Sequence[Step]) -> int:
+    """How many of the last of them are short enough together."""
+    names = itertools.accumulate(len(step.last.value.group) for step in reversed(steps))
+    return sum(count <= NAMES for count in names)

@@ -35,7 +35,7 @@ from atoll.aggregation.rendezvous_events import (
     Wake,
 )
 from atoll.aggregation.rendezvous_messages import Stand, Value
-from atoll.aggregation.seals import Seals
+from atoll.aggregation.seals import RECENT, Seals
 from atoll.p2p.contribution import Contribution, packer
 from atoll.p2p.exchange import Exchange
 from atoll.p2p.former import Former
@@ -49,6 +49,7 @@ from atoll.p2p.terms import Terms
 from atoll.protocols.blobs import Blob
 from atoll.protocols.errors import RemoteError
 
+DOWNLOAD = 8  # bytes an element of a model with the momentum of its outer step
 QUEUE = 10_000  # events that wait; what others say beyond is lost, as on a network
 # In silences after which a peer is taken for lost. One that has the last model stays
 STAY = 24  # at most so long, for those near who have it not
@@ -86,7 +87,7 @@ class Driver:
         self.exchange = Exchange(
             me, work.engine.state.anchor.numel(), up=up, down=down, fetch=fetch, clock=self.clock,
             tell=lambda peer, attempt, ready: post.send(peer, Part.of(attempt, ready)),
-            over=self._over, most=terms.most,
+            over=self._over, most=terms.most, kept=memory.packed_mean,
         )  # fmt: skip
         self.holding = Holding(
             me, work.engine, memory, self.tally,
@@ -124,6 +125,7 @@ class Driver:
             self._machine = Rendezvous.again(self.me, size, kept.bound, patience)
         self._machine.root = self.terms.start
         self._machine.most, self._machine.seals = self.terms.share, self._seals
+        self._machine.replay = max(1, min(RECENT, DOWNLOAD * size // self._codec.size(size)))
         self._bound = self._machine.bound()
         self.tally.round = max(0, self._machine.stand.epoch)
         return True
@@ -349,7 +351,9 @@ class Driver:
     async def _tidy(self, stand: Stand) -> None:
         """The model of `stand` is on the disk: what is not needed to come back goes."""
         if self._bound.stand == stand:
-            old = self._memory.old(self._bound, {self.holding.wanted, *self.exchange.digests()})
+            recent = {step.last.value.digest for step in self._machine.recent}
+            spare = {self.holding.wanted, *self.exchange.digests(), *recent}
+            old = self._memory.old(self._bound, spare)
             await asyncio.to_thread(self._memory.remove, old)
 
     async def _train_on(self, stand: Stand) -> None:

@@ -5,7 +5,8 @@
     mean = await exchange.get(digest, holders)  # one that was missed
     exchange.turn(digest)  # applied: whatever else belongs to that epoch is forgotten
 
-A mean that was applied is kept until the next one is, for those who missed it.
+A mean that was applied is kept until the next one is, for those who missed it; those before it
+that still lie on the disk are given from there.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from atoll.aggregation.allreduce import Done, Fail, Part, PartReady, Plan, whole
 from atoll.p2p.contribution import Contribution, packer, unpack
-from atoll.p2p.reducing import Fetch, Mean, Reducing, blob, space, vector
+from atoll.p2p.reducing import Fetch, Mean, Packed, Reducing, blob, space, vector
 from atoll.protocols.blobs import Blob
 from atoll.protocols.codecspec import Chain
 from atoll.protocols.errors import RemoteError
@@ -41,11 +42,14 @@ class Exchange:
         over: Callable[[str, Done | Fail], None],
         clock: Callable[[], float],
         most: float = math.inf,
+        kept: Callable[[str], Packed | None] = lambda digest: None,
     ) -> None:
-        """`elements` of the vector. `tell(peer, attempt, message)` sends it to that peer."""
+        """`elements` of the vector. `tell(peer, attempt, message)` sends it to that peer.
+        `kept(digest)`: a mean that lies on the disk."""
         self._me, self._elements, self._most = me, elements, most
         self._up, self._down = packer(up), packer(down)
         self._fetch, self._tell, self._over, self._clock = fetch, tell, over, clock
+        self._kept = kept
         self._attempts: dict[str, Reducing] = {}
         self._means: dict[str, Mean] = {}
         self._begun = asyncio.Event()  # set when the next attempt begins, and then another
@@ -170,8 +174,8 @@ class Exchange:
         of, _, part = rest.rpartition("/")
         if kind in ("in", "out") and part.isdecimal() and await self._have_begun(of):
             return await self._attempts[of].find(peer, kind, int(part))
-        if kind == "mean" and of in self._means:
-            mean = self._means[of]
+        mean = (self._means.get(of) or self._kept(of)) if kind == "mean" else None
+        if mean is not None:
             if part == "parts":
                 rows = [
                     [p.reducer, p.start, p.stop, d]

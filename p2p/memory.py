@@ -2,7 +2,8 @@
 
     state.json               what binds it (`rendezvous_events.Bound`), and of which run and peer
     model-CHAIN.safetensors  the model of one commit with its outer state
-    mean-DIGEST.bin          a mean that it holds: voted for, or applied to the model before
+    mean-DIGEST.bin          a mean that it holds: voted for, or applied to the model before; and
+                             the last before that, for those who missed them
     seals.json               the keys of members' seals, also of those gone
 
 Each is written beside its name, made durable and then renamed. A model need not be there when the
@@ -13,9 +14,12 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
+import mmap
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import IO
@@ -29,13 +33,15 @@ from atoll.aggregation.rendezvous_events import Bound
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p.contribution import unpack
 from atoll.p2p.folder import SEALS, in_use
-from atoll.p2p.reducing import Mean
+from atoll.p2p.reducing import Mean, Packed
 from atoll.protocols import state
 from atoll.protocols.codecs import Codec
 from atoll.protocols.durable import place
 from atoll.protocols.errors import PeerError, RemoteError
 
 HEAD = 16 << 20  # bytes of a mean's list of parts
+DIGEST = re.compile("[0-9a-f]{64}")
+MALFORMED = (OSError, ValueError, TypeError)  # of a file that was not written so
 
 logger = logging.getLogger(__name__)
 
@@ -191,19 +197,29 @@ class Memory:
         """None where it is not here, or not what was written."""
         try:
             data = memoryview(bytearray((self.folder / f"mean-{digest}.bin").read_bytes()))
-            start = 8 + int.from_bytes(data[:8], "little")
-            rows, digests, sizes = json.loads(bytes(data[8 : min(start, HEAD)]))
-            parts, payloads = tuple(Part(*row) for row in rows), []
-            values = torch.empty(parts[-1].stop)
-            for part, of_part, size in zip(parts, digests, sizes, strict=True):
-                payloads.append(data[start : start + size])
-                start += size
-                if hashlib.sha256(payloads[-1]).hexdigest() != of_part:
+            found = _packed(digest, data)
+            values = torch.empty(found.parts[-1].stop)
+            for part, of_part, payload in zip(
+                found.parts, found.digests, found.payloads, strict=True
+            ):
+                if hashlib.sha256(payload).hexdigest() != of_part:
                     return None
-                unpack(codec, payloads[-1], values[part.start : part.stop])
-        except (OSError, ValueError, TypeError, IndexError, RemoteError):
+                unpack(codec, payload, values[part.start : part.stop])
+        except (*MALFORMED, IndexError, RemoteError):
             return None
-        return Mean(digest, parts, tuple(digests), tuple(payloads), values)
+        return Mean(digest, found.parts, found.digests, found.payloads, values)
+
+    def packed_mean(self, digest: str) -> Packed | None:
+        """As it lies on the disk, mapped; whoever gets it compares its digests. None: not here."""
+        if not DIGEST.fullmatch(digest):
+            return None
+        try:
+            with open(self.folder / f"mean-{digest}.bin", "rb") as file:
+                return _packed(
+                    digest, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                )
+        except MALFORMED:
+            return None
 
     # ---- small change --------------------------------------------------------------------------
 
@@ -213,6 +229,15 @@ class Memory:
             with open(f"{path}.tmp", "wb") as file:
                 write(file)
             place(path)
+
+
+def _packed(digest: str, data: memoryview) -> Packed:
+    """What `Memory.keep_mean` wrote, its payloads in `data`."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    rows, digests, sizes = json.loads(bytes(data[8 : min(start, HEAD)]))
+    ends = itertools.accumulate(sizes, initial=start)
+    payloads = tuple(data[at : at + size] for at, size in zip(ends, sizes, strict=False))
+    return Packed(digest, tuple(Part(*row) for row in rows), tuple(digests), payloads)
 
 
 @contextlib.contextmanager

@@ -52,13 +52,19 @@ Fetch = Callable[[str, str, memoryview, bool], Awaitable[Got]]
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean, and its parts as they travelled: who missed them gets the same bytes."""
+class Packed:
+    """The parts of a mean as they travelled: who missed them gets the same bytes."""
 
     digest: str  # over the parts' digests
     parts: tuple[Part, ...]
     digests: tuple[str, ...]  # SHA-256 of each payload, hex
     payloads: tuple[memoryview, ...]
+
+
+@dataclass(frozen=True)
+class Mean(Packed):
+    """A mean, ready to be applied."""
+
     values: torch.Tensor  # flat fp32, decoded
 
 

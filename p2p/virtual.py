@@ -295,7 +295,8 @@ class Swarm:
             for other in self._peers.values():
                 told = Admitted(peer.model.name, peer.model.weight, bandwidth)
                 self._net.after(self._net.delay(), partial(self._hear, other.model.name, told))
-        peer.means = {digest: mean}
+        recent = {step.last.value.digest for step in peer.machine.recent}
+        peer.means = {d: m for d, m in peer.means.items() if d in {digest, *recent}}
         self._reduces.turn(peer.model.name, last.base)
 
     def _digest(self, peer: Simulated) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from atoll.aggregation.outer import Nesterov
+from atoll.aggregation.seals import RECENT
 from atoll.aggregation.sync_engine import SyncState
 from atoll.p2p import donor
 from atoll.p2p.memory import Memory
@@ -115,6 +116,42 @@ def test_a_peer_that_is_killed_at_any_moment_comes_back_as_itself(
     run(work)
 
 
+def test_one_that_missed_rounds_applies_their_means_and_downloads_nothing(tmp_path: Path) -> None:
+    """What was applied lies on the disks of those who made it, for some rounds."""
+
+    async def work() -> None:
+        fetched: list[str] = []
+
+        def listen(giver: str, name: str, data: memoryview) -> None:
+            if name.startswith("mean/"):
+                fetched.append(name.split("/")[1])
+
+        async with Swarm(tmp_path, rounds=0, first=2, codec="int8") as swarm:
+            for name in "abc":
+                await swarm.start(name, pause=0.3)
+            await swarm.until(lambda: swarm.drivers["c"].tally.round >= 2)
+            await swarm.kill("c")
+            left = swarm.round
+            await swarm.until(lambda: swarm.round == left + 3)
+            swarm.spoil = listen
+            again = await swarm.start("c", pause=0.3)
+            behind = swarm.round - again.tally.round
+            assert behind > 1
+            await swarm.until(lambda: again.tally.round == swarm.round)
+            assert len(dict.fromkeys(fetched)) >= behind
+            last = swarm.end_in(2)
+            await swarm.ended()
+            assert again.tally.downloads == 0
+            assert len(swarm.digests) == 1
+            assert {d.tally.round for d in swarm.drivers.values()} == {last}
+            assert not any(d.tally.healed for d in swarm.drivers.values())
+            for name in "ab":
+                kept = list((tmp_path / name).glob("mean-*.bin"))
+                assert len(kept) <= RECENT + 2  # and those voted for, and about to go
+
+    run(work)
+
+
 def test_a_late_joiner_finds_out_who_gives_other_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +173,7 @@ def test_a_late_joiner_finds_out_who_gives_other_bits(
             )
             for name in "abc":
                 await swarm.start(name, pause=0.6)
-            await swarm.until(lambda: swarm.drivers["a"].tally.round >= 2)
+            await swarm.until(lambda: swarm.drivers["a"].tally.round >= 4)  # else by the means
             for name in joiners:  # until one comes while b has the newest model like the others
                 one = await swarm.start(name)
                 await swarm.until(lambda one=one: one.tally.rounds_joined >= 2)  # type: ignore[misc]

@@ -101,6 +101,12 @@ def test_a_mean_comes_back_as_it_travelled(memory: Memory) -> None:
     assert torch.equal(found.values, kept.values)
     assert [bytes(p) for p in found.payloads] == [bytes(p) for p in kept.payloads]
     assert memory.mean("other", FP32) is None
+    given = memory.packed_mean(kept.digest)
+    assert given is not None
+    assert (given.digest, given.parts, given.digests) == (kept.digest, kept.parts, kept.digests)
+    assert [bytes(p) for p in given.payloads] == [bytes(p) for p in kept.payloads]
+    for name in ("e" * 64, "other", "../" + "d" * 64):  # none of ours, and a stranger's wish
+        assert memory.packed_mean(name) is None
     memory.close()
 
 
