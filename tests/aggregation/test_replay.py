@@ -5,6 +5,7 @@ from atoll.aggregation.rendezvous import Rendezvous
 from atoll.aggregation.rendezvous_events import (
     Apply,
     Download,
+    Downloaded,
     Get,
     MeanFailed,
     MeanMade,
@@ -74,8 +75,20 @@ def test_more_means_than_are_shorter_than_the_model_are_not_fetched() -> None:
     steps = run_of("abcd", "abcd", "abcd")
     b = up("b")
     assert hear(b, "a", at(steps[-1])) == [Download(steps[-1].stand, ("a",), "f")]
+    assert hear(b, "c", at(steps[1])) == []  # nor others while that is on its way
     b = one_behind_by(steps, replay=3)
     assert hear(b, "a", Path(steps)) == [Get("s", "mean 0", ("a", "c", "d"))]
+
+
+def test_after_a_download_it_has_none_of_the_means_before() -> None:
+    steps = run_of(*["abcd"] * 5)
+    b = up("b")
+    b.held.add("mean 0")
+    hear(b, "a", steps[0].last)
+    assert b.recent == steps[:1]
+    assert hear(b, "a", at(steps[-1]), 2.0) == [Download(steps[-1].stand, ("a",), "f")]
+    b.handle(Downloaded(steps[-1].stand.chain), 3.0)
+    assert (b.stand, b.recent) == (steps[-1].stand, ())
 
 
 def test_whoever_made_the_last_means_shows_the_way_by_them_even_of_one_group() -> None:
