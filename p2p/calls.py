@@ -29,6 +29,18 @@ logger = logging.getLogger(__name__)
 # ---- asking ------------------------------------------------------------------------------------
 
 
+class Waiting(dict[Any, Any]):
+    """Calls that wait for their answers, in place of hivemind's own dict.
+
+    Its loop that reads all answers died of one that came in the turn in which its call was given
+    up, as when a machine that has slept wakes up: that peer heard and was heard no more.
+    """
+
+    def __contains__(self, call: object) -> bool:
+        found = self.get(call)
+        return found is not None and not found.done()
+
+
 async def call(p2p: Any, peer: str, name: str, said: bytes, seconds: float) -> bytes:
     """What `peer` answers. RemoteError FL-P203 where it does not, or what it refused with."""
     if len(said) > MOST:

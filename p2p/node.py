@@ -134,6 +134,7 @@ class Node:
             mine: Any = type("P2PInFolder", (P2P,), prefix)
             control = Multiaddr(self._daemon.control)
             self._p2p = await within(CALL_SECONDS, mine.replicate(control), "the daemon")
+            self._p2p._client.control._pending_calls = calls.Waiting()
             self.id = self._p2p.peer_id.to_base58()
             for name, answer in self._answers.items():
                 await calls.serve(self._p2p, name, answer)
@@ -218,9 +219,13 @@ class Node:
             await self._up(())
 
     async def _answers_ping(self) -> bool:
+        """Over a connection of its own; that of the calls must be there as well."""
+        p2p = self._p2p
+        if p2p is None or p2p._client.control._read_task.done():
+            return False
         try:
             async with asyncio.timeout(PING_SECONDS):
-                await self._up_p2p().list_peers()
+                await p2p.list_peers()
         except Exception:  # noqa: BLE001  # whatever it is, it is no answer
             return False
         return True

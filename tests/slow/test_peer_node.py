@@ -1,6 +1,7 @@
 """Nodes over real hivemind: what is said arrives, daemons are replaced, nothing is left behind."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
@@ -188,6 +189,39 @@ def test_a_daemon_that_is_killed_or_frozen_is_replaced_and_the_peer_is_itself_ag
         assert time.monotonic() - began < 30
         assert await answered(second, name, b"2") == f"{second.id} 2".encode()
         assert not first.lost.is_set()
+
+    both(tmp_path, work)
+
+
+def test_a_line_to_the_daemon_that_is_lost_is_found_out_and_the_peer_hears_again(
+    tmp_path: Path,
+) -> None:
+    """The daemon answers all the while: only what carries the calls is gone."""
+
+    async def work(a: Node, b: Node) -> None:
+        await b.serve("echo", echo)
+        b._p2p._client.control._read_task.cancel()
+        with pytest.raises(RemoteError):
+            await a.call(b.id, "echo", b"1", 1.0)
+        await until(lambda: b.restarts == 1)
+        assert await answered(a, b.id, b"2") == f"{a.id} 2".encode()
+
+    both(tmp_path, work)
+
+
+def test_an_answer_to_a_call_that_was_given_up_in_the_same_turn_ends_nothing(
+    tmp_path: Path,
+) -> None:
+    async def work(a: Node, b: Node) -> None:
+        await b.serve("echo", echo)
+        loop = asyncio.get_running_loop()
+        for i in range(60):  # somewhere here the answer lies there when the loop wakes up
+            loop.call_later((i % 15) * 0.0002, time.sleep, 0.06)
+            with contextlib.suppress(RemoteError):
+                await a.call(b.id, "echo", b"1", 0.03)
+            await asyncio.sleep(0.05)
+        assert await a.call(b.id, "echo", b"2", 5.0) == f"{a.id} 2".encode()
+        assert (a.restarts, b.restarts) == (0, 0)
 
     both(tmp_path, work)
 
