@@ -79,12 +79,13 @@ def maker(options: Options, folder: Path | None = None) -> Callable[[RunInfo], T
     def make(run: RunInfo) -> Trainer:
         if options.trainer:
             return own_trainer(options.trainer, options.name, options.shard, run.seed)
+        model = options.model or _installed(run.model)
         data = options.data or _bundled(run.data)
         shard = "/".join(map(str, options.shard))
         of = options.name, data, options.partition, shard, str(run.seed)
         return torch_trainer(
             options,
-            model=options.model or _installed(run.model),
+            model=model,
             data=data,
             local=local_config(run.local, options.device),
             algorithm=run.algorithm,
