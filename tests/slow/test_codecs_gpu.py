@@ -1,5 +1,7 @@
 """A model on a GPU: its update has the bytes of the same model on the CPU, whatever packs it."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,14 +50,12 @@ def packed(base: dict[str, Tensor], local: dict[str, Tensor], spec: str, feedbac
     return pack(MANIFEST, made, extra, up, rule, {}, lambda size: memoryview(bytearray(size)))
 
 
-@pytest.mark.parametrize("feedback", [False, True])
-@pytest.mark.parametrize("kind", ["normal", "ties"])
 @pytest.mark.parametrize("spec", [*SPECS, *MORE])
-def test_where_a_model_lies_changes_no_bit(spec: str, kind: str, feedback: bool) -> None:
-    base, local = model(kind, 0), model(kind, 1)
-    here = packed(base, local, spec, feedback)
-    there = packed(base, {name: t.cuda() for name, t in local.items()}, spec, feedback)
-    assert bytes(here.view) == bytes(there.view)
-    assert {k: v.tolist() for k, v in here.after.items()} == {
-        k: v.tolist() for k, v in there.after.items()
-    }
+def test_where_a_model_lies_changes_no_bit(spec: str) -> None:
+    for kind, feedback in itertools.product(("normal", "ties"), (False, True)):
+        base, local = model(kind, 0), model(kind, 1)
+        here = packed(base, local, spec, feedback)
+        there = packed(base, {name: t.cuda() for name, t in local.items()}, spec, feedback)
+        assert bytes(here.view) == bytes(there.view)
+        assert here.after.keys() == there.after.keys()
+        assert all(torch.equal(here.after[key], there.after[key]) for key in here.after)
