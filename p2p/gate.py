@@ -26,7 +26,7 @@ from atoll.p2p.newcomers import Desk, by_peer, directory_key
 from atoll.p2p.node import Node
 from atoll.p2p.roster import Entry, Roster
 from atoll.p2p.sealing import Sealing
-from atoll.protocols.errors import RemoteError
+from atoll.protocols.errors import PeerError, RemoteError
 
 HELLO = "atoll.hello"
 BEAT = 2.0  # seconds between two rounds of hellos and looks into the directory
@@ -229,6 +229,16 @@ class Gate:
         self._outdone = True
         self.me = replace(self.me, at=entry.at)
         self._spawn(self._renew())
+
+    async def until_doubled(self) -> None:
+        """Raises PeerError FL-P410 then."""
+        await self.doubled.wait()
+        raise PeerError(
+            "FL-P410",
+            f"{self._node.folder}: another process takes part as this peer, {self._node.id}, "
+            "from a copy of this directory",
+            "keep that one and remove this directory; a second peer joins in a new one",
+        )
 
     def _letters(self) -> bytes:
         told, size = [self._letter], len(self._letter)

@@ -270,7 +270,7 @@ class Peer:
             "leave": self._leaving.wait(),
             "lost": self._node.lost.wait(),
             "admit": self._admit(),
-            "doubled": self._gate.doubled.wait(),
+            "doubled": self._gate.until_doubled(),
         }
         tasks = {name: asyncio.create_task(work) for name, work in ends.items()}
         try:
@@ -279,15 +279,9 @@ class Peer:
                 raise PeerError(
                     "FL-P201", "the peer daemon is gone and does not start again", "see its log"
                 )
-            if tasks["doubled"].done() and not tasks["run"].done():  # no goodbye: it goes on there
-                raise PeerError(
-                    "FL-P410",
-                    f"{self.folder}: another process takes part as this peer, {self._node.id}, "
-                    "from a copy of this directory",
-                    "keep that one and remove this directory; a second peer joins in a new one",
-                )
-            if tasks["admit"].done():
-                await tasks["admit"]  # its disk fails
+            for name in ("doubled", "admit"):  # without a goodbye: it goes on there; its disk fails
+                if tasks[name].done():
+                    await tasks[name]
             driver.leave()
             await tasks["run"]
         finally:
