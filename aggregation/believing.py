@@ -71,7 +71,9 @@ class Believer(Circle):
         for way, stand, members in self._anchors():
             found = proved(steps[:KEPT], stand, members, self.seals, self.most)
             self.proved |= {chain: (*way, *more) for chain, more in found.items()}
-        self.ways[f"{peer} {claim.stand.chain}"] = -math.inf
+        asked = f"{peer} {claim.stand.chain}"
+        if asked in self.ways or claim.stand.chain in self.proved:  # not whatever it claims
+            self.ways[asked] = -math.inf
         if claim.stand.chain in self.proved:
             yield from self._announced(peer, claim, now)
 

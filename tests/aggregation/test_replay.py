@@ -126,6 +126,16 @@ def test_who_was_cut_off_for_two_rounds_is_back_without_a_download() -> None:
     assert fetched.count("Get") >= 2
 
 
+def test_who_claims_one_model_after_the_other_fills_no_memory() -> None:
+    b = up("b")
+    for i in range(50):
+        claimed = steps_of("d", "d", digest=f"false {i}")
+        hear(b, "d", at(claimed[-1]))
+        hear(b, "d", Path(claimed))
+    assert not b.ways
+    assert not b.proved
+
+
 def test_what_is_claimed_of_a_way_that_does_not_begin_here_is_no_way() -> None:
     steps = run_of("abcd", "abcd")
     other = steps_of("abcd", "abcd", digest="other")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from atoll.server.versions import VersionStore
 Capsys = pytest.CaptureFixture[str]
 
 ID = "01J8ZQ4T0V7M3N5P6R8S9T0V1W"
+NOBODY = 65534  # a user id
 ROWS: list[dict[str, Any]] = [
     {"t": 0.0, "kind": "evaluated", "version": 0, "metrics": {"accuracy": 0.1, "loss": 2.3}},
     {"t": 0.5, "kind": "join", "client": "fast", "examples": 60},
@@ -367,13 +369,21 @@ def test_export_into_no_folder_is_wrong_usage_and_not_a_failing_disk(
     assert f"mkdir -p {target.parent}" in error["hint"]
 
 
-def test_export_where_one_may_not_write_is_wrong_usage(state: Path, tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    if os.access(closed, os.W_OK):  # a superuser may
-        pytest.skip("nothing is closed to this user")
-    with pytest.raises(UsageError, match="may not be written"):
-        offline.export(state, 1, closed / "m.safetensors")
+def test_export_where_one_may_not_write_is_wrong_usage(state: Path) -> None:
+    """In a process of its own: nothing is closed to a superuser, who becomes nobody there."""
+    with tempfile.TemporaryDirectory() as closed:
+        os.chmod(closed, 0o555)
+        child = os.fork()
+        if child == 0:
+            try:
+                if os.geteuid() == 0:
+                    os.setresuid(NOBODY, NOBODY, NOBODY)
+                offline.export(state, 1, Path(closed) / "m.safetensors")
+            except UsageError as error:
+                os._exit(0 if "may not be written" in error.message else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_export_that_the_disk_does_not_take_says_so(state: Path, tmp_path: Path) -> None:
