@@ -15,7 +15,7 @@ from atoll.server.live import Live, LiveView, State, view
 from atoll.server.spec import RunSpec
 from atoll.server.status import Status
 
-ANSWER = 10.0  # seconds a server may take: it accepts before it has imported torch
+ANSWER = 30.0  # seconds a server may take: it accepts first, then imports torch on a busy machine
 PATIENCE = 10.0  # seconds a server that was there may be away, e.g. restarted
 PAUSE = 0.25  # seconds between two looks
 
