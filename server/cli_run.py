@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 STATE = Path("atoll-state")  # where `start` puts a run unless told otherwise
 ADDRESS = "127.0.0.1:7447"
+GLANCE = 2.0  # seconds that `run ls` gives a server
 
 _ADDRESS = click.option(
     "--address", default=None, metavar="HOST:PORT", help=f"Of its server.  [default: {ADDRESS}]"
@@ -225,10 +226,8 @@ def _screen_on_terminal() -> Any:
 
 def _summary(state: Path) -> dict[str, object]:
     """A run in one line; a damaged one too."""
-    from atoll.server.look import Place
-
     try:
-        found = Place(state=state).status(seconds=2.0)
+        found = _glance(state)
     except AtollError as error:
         return {
             "state_dir": str(state), "run": None, "name": "", "strategy": "", "state": "damaged",
@@ -236,3 +235,19 @@ def _summary(state: Path) -> dict[str, object]:
         }  # fmt: skip
     kept = ("run", "name", "strategy", "state", "reason", "version", "best", "updates", "elapsed_s")
     return {"state_dir": str(state), **{name: getattr(found, name) for name in kept}}
+
+
+def _glance(state: Path) -> "Status":
+    """Of a server that does not answer soon, as one that is just starting, what its files tell."""
+    from atoll.server import offline
+    from atoll.server.look import Place
+
+    try:
+        return Place(state=state).status(GLANCE)
+    except AtollError as error:
+        if error.code != "FL-S207":
+            raise
+        told = offline.status(state)
+        if told.state == "finished":
+            return told
+        return replace(told, state="running", reason=error.message)

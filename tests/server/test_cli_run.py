@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from atoll.protocols import console
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.server import offline
+from atoll.server import cli_run, offline
 from atoll.server.cli import cli
 from atoll.server.history import line
 from atoll.server.live import Live
@@ -278,6 +279,23 @@ def test_ls_finds_the_runs_below_a_folder_also_damaged_ones(tmp_path: Path, caps
         ("a", "stopped"), ("b/state", "finished"), ("c", "damaged"),
     ]  # fmt: skip
     assert (runs[0]["version"], runs[0]["best"], runs[0]["updates"]) == (2, 0.9, 2)
+
+
+def test_ls_does_not_take_a_server_that_is_starting_for_damage(
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It accepts before it has imported torch."""
+    monkeypatch.setattr(cli_run, "GLANCE", 0.2)
+    made(tmp_path / "a")
+    made(tmp_path / "b", FINISH)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = {"address": f"127.0.0.1:{silent.getsockname()[1]}"}
+        for run in ("a", "b"):
+            (tmp_path / run / "server.json").write_text(json.dumps(address))
+        runs = data(capsys, "run", "ls", str(tmp_path))["runs"]
+    assert [run["state"] for run in runs] == ["running", "finished"]
+    assert runs[0]["version"] == 2
+    assert "no server answers" in runs[0]["reason"]
 
 
 def test_ls_of_an_empty_folder_says_how_to_begin(tmp_path: Path, capsys: Capsys) -> None:
