@@ -53,9 +53,11 @@ class Session:
     def send_later(self, update: str, pack: Pack) -> None:
         """Queue a receipt or an outcome, for which nobody waits: with the next message that is
         urgent, or within LATER seconds. An outcome says all that its receipt would: of one update
-        only the last message is packed and sent."""
+        only the last message is packed and sent, after those that were queued before it. Private
+        state takes outcomes in one after the other, and must meet the server's order."""
         if not self._waiting:
             self._later.within(LATER)
+        self._waiting.pop(update, None)
         self._waiting[update] = pack
 
     def flush(self) -> None:

@@ -66,7 +66,25 @@ def test_an_outcome_stands_for_the_receipt_that_still_waits() -> None:
             kinds.append(str(message.WhichOneof("kind")))
         return kinds
 
-    assert run(send) == ["outcome", "receipt"]
+    assert run(send) == ["receipt", "outcome"]
+
+
+def test_outcomes_come_in_the_order_in_which_they_were_decided() -> None:
+    """The second result of a client completed a merge of both: its outcome took the place of its
+    receipt, which waited already, and came before the first's. Of two that rest on one control
+    variate the server counts the first, and the client counted the other: after 30 versions of
+    FedCompass with SCAFFOLD-M, N c was 0.13 away from the sum of the c_i, of length 0.29."""
+
+    async def send() -> list[str]:
+        session = Session("c", 1)
+        receipt = wire_pb2.Receipt(update="o2.0")
+        session.send_later("o2.0", partial(wire_pb2.ServerMessage, receipt=receipt))
+        tell(session, 1)
+        tell(session, 2)
+        session.close()
+        return await written(session)
+
+    assert run(send) == ["o1.0", "|", "o2.0", "|"]
 
 
 def test_what_nothing_urgent_follows_is_sent_all_the_same() -> None:
