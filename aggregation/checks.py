@@ -26,6 +26,13 @@ def at_most(most: float, **values: float | None) -> None:
             raise UsageError("FL-S102", f"{name}={value}", f"choose at most {most}")
 
 
+def within(least: float, most: float, **values: float | None) -> None:
+    """Every value given is a number from `least` to `most`; None means "not set" and passes."""
+    for name, value in values.items():
+        if value is not None and not least <= value <= most:
+            raise UsageError("FL-S102", f"{name}={value}", f"choose from {least:g} to {most:g}")
+
+
 def share(**values: float) -> None:
     """Every value is from 0 on, and below 1: how much of something stays, which is never all."""
     for name, value in values.items():

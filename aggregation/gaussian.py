@@ -8,8 +8,12 @@ closed form (Balle and Wang 2018, https://arxiv.org/abs/1805.06530, theorem 8).
 
 import math
 
+from atoll.aggregation.checks import within
 from atoll.protocols.errors import UsageError
 
+# Far beyond what helps anybody; squares and products are floats still.
+CLIPS = 1e-12, 1e12
+NOISES = 1e-6, 1e6  # z
 ROUNDS = 60  # of bisection: to the last bit of a float
 
 
@@ -56,6 +60,16 @@ def check_delta(delta: float) -> None:
     """UsageError FL-S102 where it is no probability that could be meant."""
     if not 0 < delta < 1:
         raise UsageError("FL-S102", f"delta={delta}", "choose a number between 0 and 1, e.g. 1e-5")
+
+
+def check_noise(clip: float, **noise: float | None) -> None:
+    """UsageError FL-S102 where a length or a deviation is none that could be meant. 0: no noise."""
+    least, most = NOISES
+    within(*CLIPS, clip=clip)
+    for name, z in noise.items():
+        if z is not None and z != 0 and not least <= z <= most:
+            hint = f"choose from {least:g} to {most:g}, or 0 for no noise"
+            raise UsageError("FL-S102", f"{name}={z}", hint)
 
 
 def _upper(x: float) -> float:

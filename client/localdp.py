@@ -16,9 +16,9 @@ import typing
 from dataclasses import dataclass
 
 from atoll.aggregation.checks import positive
-from atoll.aggregation.gaussian import check_delta, epsilon_of
+from atoll.aggregation.gaussian import check_delta, check_noise, epsilon_of
 from atoll.protocols import slots
-from atoll.protocols.errors import ClientError, UsageError
+from atoll.protocols.errors import ClientError
 
 if typing.TYPE_CHECKING:  # a server reads the spec without torch
     from torch import Tensor
@@ -36,12 +36,9 @@ class LocalDP:
     epsilon: float | None = None  # the most that this client spends in a run; None: no limit
 
     def __post_init__(self) -> None:
-        positive(clip=self.clip, epsilon=self.epsilon)
+        check_noise(self.clip, noise=self.noise)
+        positive(epsilon=self.epsilon)
         check_delta(self.delta)
-        for name in ("clip", "noise"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise UsageError("FL-S102", f"{name}={value}", "give a number, at least 0")
 
     def cost(self, updates: int) -> float:
         """Epsilon of so many updates sent."""

@@ -28,6 +28,7 @@ Value = bool | int | float | str
 # A parameter that is a number, as Python writes one in a signature.
 NUMBER = re.compile(r"\w+(: '?(int|float)( \| None)?'?( =.*)?|=-?[\d.]+(e-?\d+)?)")
 WHOLE = re.compile(r"\w+: '?int( \| None)?'?( =.*)?")
+TRUTH = re.compile(r"\w+(: '?bool'?( =.*)?|=(True|False))")
 MEND = "mend it: -v shows where"
 
 
@@ -77,14 +78,14 @@ def resolve(slot: str, spec: str, builtin: Mapping[str, str]) -> object:
 def call(slot: str, spec: str, made: Callable[..., object], params: Mapping[str, object]) -> object:
     """`made(**params)`. UsageError FL-S102: a wrong parameter; FL-S103: whatever else it raises."""
     with own_code(slot, spec, "made"):
-        if wrong := _wrong_number(made, params):
+        if wrong := _wrong_kind(made, params):
             raise UsageError(
                 "FL-S102", f"{slot} {spec!r}: {wrong}", f"parameters: {_parameters(made)}"
             )
         try:
             return made(**params)
         except UsageError as error:  # out of its range: the line may have five parts with a `seed`
-            if error.code != "FL-S102" or spec in error.message:
+            if error.code != "FL-S102" or repr(spec) in error.message:
                 raise
             raise UsageError(error.code, f"{slot} {spec!r}: {error.message}", error.hint) from error
         except TypeError as error:
@@ -128,16 +129,18 @@ def _unknown(made: Callable[..., object], params: Mapping[str, object]) -> str:
     return f"it has no parameter {wrong[0]!r}" if wrong else ""
 
 
-def _wrong_number(made: Callable[..., object], params: Mapping[str, object]) -> str:
-    """Says which parameter is no number, or no whole one where one is wanted; empty where none is.
-    Few constructors look, and a run fails later."""
+def _wrong_kind(made: Callable[..., object], params: Mapping[str, object]) -> str:
+    """Says which parameter is no number, no whole one or no truth value where one is wanted; empty
+    where none is. Few constructors look: a run fails later, or "no" is taken for true."""
     known = _known(made) or {}
     for name, value in params.items():
-        if not isinstance(value, float) or name not in known:
-            continue
-        if WHOLE.fullmatch(str(known[name])):
+        wanted = str(known.get(name, ""))
+        if TRUTH.fullmatch(wanted) and not isinstance(value, bool):
+            return f"{name}={value!r} is neither true nor false"
+        if isinstance(value, float) and WHOLE.fullmatch(wanted):
             return f"{name}={value!r} is no whole number"
-        if math.isnan(value) and NUMBER.fullmatch(str(known[name])):
+        no_number = isinstance(value, bool) or (isinstance(value, float) and math.isnan(value))
+        if no_number and NUMBER.fullmatch(wanted):
             return f"{name}={value!r} is no number"
     return ""
 

@@ -16,6 +16,9 @@ from atoll.server.books import Books
 from atoll.server.dp import accounting
 
 INTERVAL = 3e-3  # of the discretised loss; always rounded up, so epsilon is never too small
+# With less noise being drawn hides next to nothing, and to compute it takes minutes and gigabytes:
+# then all pay as if they were in every round, which is never too little.
+DRAWN_LEAST = 0.1
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class Accountant:
         assert self.sampling is not None
         if rounds == 0:
             return 0.0
-        if not self.noise:
-            return math.inf
+        if self.noise < DRAWN_LEAST:
+            return self._gaussian(rounds * self.cost)
         from dp_accounting.pld import PLDAccountant
 
         drawn = self._dp.PoissonSampledDpEvent(

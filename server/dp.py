@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from atoll.aggregation.checks import at_least, at_most, one_of, positive
-from atoll.aggregation.gaussian import check_delta
+from atoll.aggregation.checks import at_least, at_most, finite, one_of, positive
+from atoll.aggregation.gaussian import check_delta, check_noise
 from atoll.client.localdp import local_dp
 from atoll.protocols import slots
 from atoll.protocols.errors import UsageError
@@ -30,15 +30,13 @@ class CentralDP:
     cap: float = math.inf  # with "strategy": no client's weight in a version is above
 
     def __post_init__(self) -> None:
-        positive(clip=self.clip, epsilon=self.epsilon, rate=self.rate, cap=self.cap)
-        at_least(0, noise=self.noise, quantile=self.quantile)
+        check_noise(self.clip, noise=self.noise, count_noise=self.count_noise)
+        positive(epsilon=self.epsilon, rate=self.rate, cap=self.cap, count_noise=self.count_noise)
+        finite(rate=self.rate)
+        at_least(0, quantile=self.quantile)
         at_most(1, quantile=self.quantile)
         check_delta(self.delta)
         one_of(("uniform", "strategy"), weights=self.weights)
-        for name in ("clip", "noise"):
-            if not math.isfinite(getattr(self, name)):
-                raise UsageError("FL-S102", f"{name}={getattr(self, name)}", "give a number")
-        positive(count_noise=self.count_noise)
         if self.adaptive and self.count_noise is not None and self.noise >= 2 * self.count_noise:
             raise UsageError(
                 "FL-S102", f"count_noise={self.count_noise} with noise={self.noise}",

@@ -73,8 +73,10 @@ def test_both_sides_wishes_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["clip=0", "noise=-1", "noise=nan", "delta=1", "epsilon=0", "z=1", "8", "on:noise=8"]
-)
+    "spec",
+    ["clip=0", "noise=-1", "noise=nan", "delta=1", "epsilon=0", "z=1", "8", "on:noise=8",
+     "noise=1e-300", "clip=1e300,noise=1e300"],
+)  # fmt: skip
 def test_a_value_that_cannot_be_is_refused(spec: str) -> None:
     with pytest.raises(UsageError, match="FL-S102"):
         local_dp(spec)

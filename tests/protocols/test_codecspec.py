@@ -139,7 +139,7 @@ def test_nothing_is_imported_because_the_other_side_says_so(text: str) -> None:
     ("text", "says"),
     [
         ("int8:block=7", "multiple of 8"),
-        ("int8:block=true", "multiple of 8"),
+        ("int8:block=true", "is no number"),
         ("int8:block=1000000", "multiple of 8"),
         ("topk:0", "part to keep"),
         ("topk:1.5", "part to keep"),

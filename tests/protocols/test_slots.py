@@ -284,6 +284,31 @@ def test_what_is_no_whole_number_or_none_at_all_is_told(spec: str, said: str) ->
     assert "steps=50" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("fedcompass:flush_on_stop=no", "flush_on_stop='no' is neither true nor false"),
+        ("fedcompass:normalised=0", "normalised=0 is neither true nor false"),
+        ("fedcompass:min_steps=true", "min_steps=True is no number"),
+        ("fedcompass:slack=false", "slack=False is no number"),
+    ],
+)
+def test_a_truth_value_is_true_or_false_and_no_number(spec: str, said: str) -> None:
+    """`--dp adaptive=no` let the clip adapt: every text but an empty one counted as true."""
+    with pytest.raises(UsageError) as caught:
+        slots.resolve("strategy", spec, {"fedcompass": "atoll.aggregation:FedCompass"})
+    assert (caught.value.code, caught.value.message) == ("FL-S102", f"strategy {spec!r}: {said}")
+
+
+def test_a_truth_value_without_a_type_is_known_by_its_default() -> None:
+    def made(loud=False):  # type: ignore[no-untyped-def]  # as users write them
+        return loud
+
+    with pytest.raises(UsageError, match="loud='yes' is neither true nor false"):
+        slots.call("model", "own:made", made, {"loud": "yes"})
+    assert slots.call("model", "own:made", made, {"loud": True}) is True
+
+
 def test_a_parameter_without_a_value_is_no_module_of_ones_own(package: Package) -> None:
     """`fedavg:steps` was looked for in a module called fedavg."""
     with pytest.raises(UsageError, match="'fedavg:steps': 'steps' is not key=value") as caught:

@@ -314,10 +314,12 @@ def test_without_noise_the_clip_moves_by_its_formula(store: VersionStore) -> Non
     "params",
     ["clip=0", "clip=inf", "noise=-1", "noise=inf", "delta=0", "delta=2", "epsilon=0", "rate=0",
      "quantile=1.5", "weights=mine", "cap=0", "adaptive=true,noise=1,count_noise=0.5", "sigma=1",
-     "8", "", "on", "on:noise=8"],
+     "8", "", "on", "on:noise=8", "noise=1e-300", "clip=1e300", "noise=1e300", "rate=inf",
+     "adaptive=no", "adaptive=true,count_noise=1e300"],
 )  # fmt: skip
 def test_a_value_that_cannot_be_is_refused(params: str) -> None:
-    with pytest.raises(UsageError, match="FL-S102"):
+    """noise=1e-300 was a division by zero, and clip=1e300,noise=1e300 an overflow: FL-S100."""
+    with pytest.raises(UsageError, match=r"FL-S102: .*--dp"):
         Privacy(central_dp(params), KEY)
 
 
