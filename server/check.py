@@ -107,10 +107,28 @@ def mixed(
 
     With every pair of codecs that a client may get, and of two momenta.
     """
+    _check_waits(spec, clients, made.get("strategy"))
     found = [warning for one in each_pair(spec) for warning in _mixed(one, clients, made)]
     swings = momenta.remark(spec.outer, spec.algorithm)
     found += [swings] if swings else []
     return list(dict.fromkeys(found))
+
+
+def _check_waits(spec: RunSpec, clients: int | None, strategy: object) -> None:
+    """UsageError FL-S104 where the strategy would wait for ever for clients that never come."""
+    if clients is None or not isinstance(strategy, Strategy):
+        return
+    fewest, most = strategy.merge_sizes(clients)
+    wanted = {"min_clients": getattr(strategy, "min_clients", 1)}
+    if most is not None:
+        wanted["min_results"] = fewest
+    for name, least in wanted.items():
+        if least > clients:
+            raise UsageError(
+                "FL-S104",
+                f"strategy {spec.strategy} waits for {least} clients, and there are {clients}",
+                f"lower {name}, or give more --clients",
+            )
 
 
 def each_pair(spec: RunSpec) -> list[RunSpec]:

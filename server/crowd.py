@@ -12,12 +12,14 @@ _UNITS: Mapping[str, float] = {
     "kbit": 125.0, "mbit": 125e3, "gbit": 125e6,
 }  # fmt: skip
 
+MOST = 1_000_000  # clients: each takes a kilobyte before it does anything
+
 
 def clients_of(given: Mapping[str, Any], seed: int) -> list[ClientModel]:
     """UsageError FL-S101, FL-S102 or FL-S108 for what makes no clients."""
     count, speeds, change = given["clients"], given["speeds"], given["change"]
-    if count is not None and count < 1:
-        raise UsageError("FL-S108", f"--clients {count}", "give at least 1")
+    if count is not None and not 1 <= count <= MOST:
+        raise UsageError("FL-S108", f"--clients {count}", f"give from 1 to {MOST}")
     if not 0 < given["pace"] < float("inf"):
         raise UsageError("FL-S108", f"--pace {given['pace']}", "give seconds per step, above 0")
     speeds = speeds or ("speeds:1,1,2,4" if count is None else "lognormal:0.6")

@@ -141,6 +141,20 @@ def test_of_few_clients_no_round_is_large() -> None:
     check(spec(strategy="fedavg:min_results=3", aggregator="median"), clients=3)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    ["fedavg:min_clients=5", "fedcompass:min_clients=5", "dp-fedavg:min_clients=5",
+     "fedavg:min_results=5"],
+)  # fmt: skip
+def test_a_strategy_does_not_wait_for_clients_that_never_come(strategy: str) -> None:
+    """A demo of four clients stood still for five minutes; a simulation ended with no version."""
+    with pytest.raises(UsageError, match="waits for 5 clients, and there are 4") as caught:
+        mixed(spec(strategy=strategy), 4, made_of(spec(strategy=strategy)))
+    assert caught.value.code == "FL-S104"
+    mixed(spec(strategy=strategy), 5, made_of(spec(strategy=strategy)))
+    mixed(spec(strategy=strategy), None, made_of(spec(strategy=strategy)))
+
+
 def test_a_buffer_of_one_is_never_enough_for_a_median() -> None:
     with pytest.raises(UsageError, match="strategy fedasync never brings more than 1"):
         check(spec(strategy="fedasync", aggregator="median"))

@@ -19,6 +19,13 @@ def test_four_clients_by_default_and_a_crowd_where_a_number_is_given() -> None:
     assert len({c.seconds_per_step for c in crowd}) == 50
 
 
+@pytest.mark.parametrize("count", [-1, 0, 1_000_001, 10**20])
+def test_a_crowd_has_a_size_that_a_machine_can_hold(count: int) -> None:
+    """10**20 clients were being made until the memory was full."""
+    with pytest.raises(AtollError, match=f"FL-S108: --clients {count} .give from 1 to 1000000"):
+        clients_of(given(clients=count), 0)
+
+
 def test_speeds_may_be_written_as_in_the_demo() -> None:
     assert clients_of(given(speeds="1,4", pace=0.2), 0) == clients_of(
         given(speeds="speeds:1,4", pace=0.2, clients=2), 0
