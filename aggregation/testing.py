@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from atoll.aggregation.strategy import Strategy
 from atoll.aggregation.virtual import Restart, Virtual
 from atoll.protocols import state
+from atoll.protocols.errors import RAISED
 
 if TYPE_CHECKING:
     from atoll.aggregation.aggregator import Aggregator
@@ -42,8 +43,9 @@ def check_strategy(
                 held = state.dumps(run.strategy)
                 for update in sorted(run.updates):
                     assert f'"{update}"' in held, f"{update} is neither used, discarded nor held"
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}: {error}") from error
+        except RAISED as error:
+            why = error if isinstance(error, AssertionError) else f"it raises {error!r}"
+            raise AssertionError(f"seed {seed}: {why}") from error
 
 
 def lived(

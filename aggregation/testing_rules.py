@@ -26,6 +26,7 @@ from atoll.aggregation.aggregator import (
 )
 from atoll.aggregation.mean import Mean
 from atoll.aggregation.stack import Rows
+from atoll.protocols.errors import RAISED
 
 Make = Callable[[], Aggregator]
 
@@ -55,17 +56,19 @@ class Case:
 def check_aggregator(make: Make, cases: int = 200) -> None:
     """Run the rules that `make` makes through `cases` merges.
 
-    Holds it to: a vector of the model's length, finite where the updates are; the same bits again;
-    no writing to what it is given; the same result, but for rounding, in any order of the updates;
-    of a rule that works tile by tile, the same bits for any tiles, and no tensor as large as all
-    updates together; a single update of weight w moves the model by no more than w times it, and by
-    exactly that under a mean; of a sum, a NaN that can still be seen in it.
+    Holds it to: a vector of the model's length, finite where the updates are; the same bits again,
+    from another rule and from the same one; no writing to what it is given; the same result, but
+    for rounding, in any order of the updates; of a rule that works tile by tile, the same bits for
+    any tiles, and no tensor as large as all updates together; a single update of weight w moves the
+    model by no more than w times it, and by exactly that under a mean; of a sum, a NaN that can
+    still be seen in it.
     """
     for seed in range(cases):
         try:
             _check(make, case_of(seed), random.Random(f"check/{seed}"))
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}: {error}") from error
+        except RAISED as error:
+            why = error if isinstance(error, AssertionError) else f"it raises {error!r}"
+            raise AssertionError(f"seed {seed}: {why}") from error
     _check_memory(make())
 
 
@@ -137,6 +140,9 @@ def _check(make: Make, case: Case, rng: random.Random) -> None:
     assert found.dtype == torch.float32, f"it gives {found.dtype}"
     assert torch.isfinite(found).all(), "of finite updates it makes what is not finite"
     assert torch.equal(merged(make(), case), found), "the same merge gives other bits"
+    assert torch.equal(merged(rule, case), found), (
+        "it remembers a former merge: made again after a crash, a version would have other bits"
+    )
     longest = max(float(d.norm()) for d in case.deltas)
     order = rng.sample(range(len(case.deltas)), len(case.deltas))
     apart = float((merged(make(), case.permuted(order)) - found).norm())

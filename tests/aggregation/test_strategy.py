@@ -253,6 +253,14 @@ class Jumpy(Each):
         yield from (Train(c, 3) for c in ("c0", "c1"))
 
 
+@dataclass
+class Divides(Each):
+    """A client may hold no examples."""
+
+    def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+        yield Train(client, 1 + self.steps // info.examples)
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -272,6 +280,7 @@ class Jumpy(Each):
         (Ordered, "it is absent"),
         (Peeks, "is neither used, discarded nor held"),
         (Amnesiac, "a restart before every event changes its decisions"),
+        (Divides, "it raises ZeroDivisionError"),
         (Jumpy, "it is absent|it has an open order"),
     ],
 )

@@ -98,6 +98,21 @@ class Miscounts(Robust):
         return [1.0]
 
 
+class Counts(Median):
+    """Damps more with every merge: a restart begins it anew."""
+
+    seen: int = 0
+
+    def combine(self, x: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        self.seen += 1
+        return super().combine(x, deltas, weights) / self.seen
+
+
+class Raises(Median):
+    def combine(self, x: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        raise ZeroDivisionError
+
+
 class Neither:
     algebra: ClassVar[Literal["set"]] = "set"
     min_results = 1
@@ -118,6 +133,8 @@ class Neither:
         (Nothing, r"combine\(\) gave NoneType"),
         (Broken, "it makes what is not finite"),
         (Drawn, "the same merge gives other bits"),
+        (Counts, "it remembers a former merge"),
+        (Raises, r"it raises ZeroDivisionError\(\)"),
         (Miscounts, "1 numbers for"),
         (Neither, "has combine.* or coefficients"),
     ],
