@@ -189,13 +189,15 @@ class Table:
         self._forget_if(lambda key: key.generation > generation(newest, key.client))
 
     def forget(self, keys: Iterable[Key]) -> None:
+        """ServerError FL-S203."""
         for key in keys:
             with self._lock:
                 self._stored.get(key.client, set()).discard(key.generation)
                 self._known.pop(key, None)
                 self._unsynced.discard(self._path(key))
             if self.folder is not None:
-                self._path(key).unlink(missing_ok=True)
+                with disk(self._path(key)):
+                    self._path(key).unlink(missing_ok=True)
 
     def _forget_if(self, gone: Callable[[Key], bool]) -> None:
         with self._lock:

@@ -246,6 +246,16 @@ def test_rows_that_no_version_speaks_of_are_rolled_back(table: Table) -> None:
     assert torch.equal(held(table, again, "a"), values(2) + values(1))
 
 
+def test_a_row_that_the_disk_does_not_let_go_is_told(tmp_path: Path) -> None:
+    """It ended the server with FL-S100."""
+    table = Table("variate", COUNT, tmp_path)
+    merged(table, {}, {"a": values(1)})
+    (tmp_path / "a.1").unlink()
+    (tmp_path / "a.1").mkdir()
+    with pytest.raises(ServerError, match=r"FL-S203: .*a\.1 cannot be written"):
+        table.roll_back({})
+
+
 def test_only_a_half_that_asks_for_one_has_a_table(tmp_path: Path) -> None:
     for half in (None, Dynamic(), Control()):
         assert table_of(half, COUNT, tmp_path / "rows") is None
