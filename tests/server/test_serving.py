@@ -28,3 +28,12 @@ def test_a_disk_that_is_full_at_the_start_is_one_error(
         server.run("127.0.0.1:0")
     assert refused.value.code == "FL-S203"
     gc.collect()
+
+
+def test_a_note_that_cannot_be_removed_hides_no_error(tmp_path: Path) -> None:
+    """What the server had to say was lost in an FL-S100, and its lock stayed."""
+    folder = tmp_path / "state"
+    server = Server("linear", data="digits", folder=folder)
+    (folder / "server.json").mkdir(parents=True)
+    with pytest.raises(ServerError, match=r"FL-S203: .*server\.json cannot be written"):
+        server.run("127.0.0.1:0")
