@@ -71,6 +71,7 @@ class Session:
     next: str | None = None  # order that came while the former is still being stopped
     outbox: dict[str, str] = field(default_factory=dict)  # update -> order, undecided
     received: set[str] = field(default_factory=set)  # of the outbox: the server holds the bytes
+    failed: Failed | None = None  # what the server was told last, if nothing came of it yet
 
     def handle(self, event: Event, now: float) -> list[Action]:
         if self.phase == "over":
@@ -87,7 +88,7 @@ class Session:
                 self.answered, self.silent_since = True, now
                 return []
             case Welcomed():
-                self.phase, self.failures, self.known = "online", 0, True
+                self.phase, self.failures, self.known, self.failed = "online", 0, True, None
                 return [Deliver(u) for u in self.outbox if u not in self.received]
             case Lost(reason, retry):
                 return self._lost(reason, retry, now)
@@ -96,6 +97,7 @@ class Session:
             case Rejected():
                 return self._rejected(event, now)
             case Ordered(order):
+                self.failed = None
                 return self._ordered(order)
             case Asked(order, then):
                 return self._asked(order, then)
@@ -104,10 +106,8 @@ class Session:
                 return []
             case Finished(order, update, final):
                 return self._finished(order, update, final)
-            case Failed(order, code, message):
-                heard = self.phase == "online" and order == self.training and not self.stopping
-                complain: list[Action] = [Complain(order, code, message)] if heard else []
-                return complain + self._idle(order)
+            case Failed():
+                return self._failed(event)
             case Dropped(order):
                 return self._idle(order)
             case Received(update):
@@ -165,14 +165,22 @@ class Session:
         self.phase = "over"
         return [*self._stop(), Quit(reason, code, hint)]
 
+    def _failed(self, event: Failed) -> list[Action]:
+        complain: list[Action] = []
+        if self.phase == "online" and event.order == self.training and not self.stopping:
+            self.failed = event
+            complain = [Complain(event.order, event.code, event.message)]
+        return complain + self._idle(event.order)
+
     def _rejected(self, event: Rejected, now: float) -> list[Action]:
         if event.order:  # a result that the server will never take: the work is lost, we are not
             lost = [u for u, o in self.outbox.items() if o == event.order]
             for update in lost:
                 self._drop(update)
             return [Settle(u, "discarded") for u in lost]
-        if event.fatal:
-            return self._over(event.message, event.code, event.hint)
+        if event.fatal:  # what we complained of, where we did: the server only repeats it
+            why = self.failed or event
+            return self._over(why.message, why.code, why.hint)
         return self._lost(event.message, event.retry_seconds, now)
 
     def _ordered(self, order: str) -> list[Action]:

@@ -66,6 +66,7 @@ class Failed:
     order: str
     code: str
     message: str
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

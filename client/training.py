@@ -123,7 +123,8 @@ class Training:
             self._failed(job, error)
         except Exception as error:  # a bug, ours or a trainer's, must not leave the order open
             logger.exception("client=%s order=%s failed", self._name, order)
-            self._failed(job, ClientError("FL-S100", f"unexpected error: {error!r}"))
+            bug = "this is a bug: -v shows its traceback, please report it"
+            self._failed(job, ClientError("FL-S100", f"unexpected error: {error!r}", bug))
         finally:
             if self._job is job:
                 self._job = None
@@ -136,7 +137,7 @@ class Training:
             self._post(said.Dropped(order))
         else:
             logger.info("client=%s order=%s %s", self._name, order, error, exc_info=error)
-            self._post(said.Failed(order, error.code, error.message))
+            self._post(said.Failed(order, error.code, error.message, error.hint))
 
     def _train(self, bench: Workbench, job: Job) -> messages.Result:
         loop = self._loop()

@@ -33,14 +33,14 @@ class Past:
     def __init__(
         self, path: Path, replayed: float, sizes: tuple[int, int], journaled: float = math.inf
     ) -> None:
-        """Raises DataError FL-D102 where the file is no history, ServerError FL-S206 where it knows
-        more than the journal, OSError where the disk fails."""
+        """Raises ServerError FL-S206 where the file is no history, or knows more than the journal,
+        OSError where the disk fails."""
         self.recorder = Recorder()
         self._sizes = sizes
         self._since = replayed
         if path.exists():
             os.truncate(path, self._whole(path.read_bytes(), replayed, journaled))
-        self.history = History.read(path) if path.exists() else History()
+        self.history = _read(path) if path.exists() else History()
         self.file = path.open("a", buffering=1 << 16)
 
     def _whole(self, data: bytes, replayed: float, journaled: float) -> int:
@@ -70,6 +70,17 @@ class Past:
             for row in rows:
                 self.history.append(row)
                 self.file.write(line(row))
+
+
+def _read(path: Path) -> History:
+    try:
+        return History.read(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServerError(
+            "FL-S206",
+            f"{path} cannot be read: {error}",
+            "restore it from a backup, or move it away: a run goes on without it",
+        ) from error
 
 
 def _time(text: bytes, kinds: Container[str]) -> float:

@@ -181,6 +181,18 @@ def test_a_failure_is_told_to_the_server_unless_nobody_waits_for_the_order() -> 
     assert say(session, Failed("o9", "FL-C104", "no"), Dropped("o9"), Fetched("o9")) == []
 
 
+def test_a_client_that_is_sent_away_for_its_failure_ends_with_it_and_not_with_its_echo() -> None:
+    """A spent privacy budget ended with FL-C104, exit 78, and "mend that": FL-C107 is 77."""
+    session = online()
+    spent = Failed("o1", "FL-C107", "budget spent", "leave the run")
+    echo = Rejected("FL-C104", "order o1 was given up: FL-C107: budget spent", "mend", "", True)
+    say(session, Ordered("o1"), spent)
+    assert say(session, echo) == [Quit("budget spent", "FL-C107", "leave the run")]
+    session = online()  # one that it went on after explains nothing
+    say(session, Ordered("o1"), spent, Ordered("o2"))
+    assert say(session, echo)[-1] == Quit(echo.message, "FL-C104", "mend")
+
+
 def test_backoff_is_bounded_jittered_and_starts_anew_after_a_welcome() -> None:
     waits: dict[str, list[float]] = {}
     for seed in "abc":

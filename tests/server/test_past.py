@@ -131,10 +131,11 @@ def test_a_journal_that_lacks_its_newest_part_is_seen(tmp_path: Path) -> None:
     Past(path, 0.0, SIZES, journaled=last).file.close()  # what follows from inputs may be later
 
 
-@pytest.mark.parametrize("row", ['{"t": 1.0}', "[]", "5"])
+@pytest.mark.parametrize("row", ['{"t": 1.0}', "[]", "5", "\ufeff{}", '{"t": 1, "kind": []}'])
 def test_a_row_that_is_none_stops_the_reading_not_the_counting(tmp_path: Path, row: str) -> None:
+    """A start on such a directory ended with FL-S100."""
     path = tmp_path / "history.jsonl"
     path.write_text(row + "\n")
-    with pytest.raises(Exception, match=r".") as refused:
+    with pytest.raises(ServerError, match=r"history\.jsonl cannot be read") as refused:
         Past(path, 0.0, SIZES)
-    assert "history" in str(refused.value)
+    assert refused.value.code == "FL-S206"

@@ -407,23 +407,24 @@ class Bad:
 
 
 @pytest.mark.parametrize(
-    ("what", "word"),
+    ("what", "code", "word"),
     [
-        ("train", "a cable is loose"),
-        ("load", "no memory"),
-        ("misfit", "FL-C103"),
-        ("nan", "FL-W106"),
-        ("names", "FL-C103"),
+        ("train", "FL-C104", "a cable is loose"),
+        ("load", "FL-C104", "no memory"),
+        ("misfit", "FL-C103", "does not fit"),
+        ("nan", "FL-W106", ""),
+        ("names", "FL-C103", "is missing"),
     ],
 )
 def test_a_trainer_that_fails_takes_its_client_out_of_the_run(
-    running: "Federation", what: str, word: str
+    running: "Federation", what: str, code: str, word: str
 ) -> None:
     bad = running.guest(Client(running.address, Bad(what), name="bad"))
     error = failed(bad)
-    assert error.code == "FL-C104"
+    assert error.code == code
+    assert error.hint
     assert word in error.message
-    has_left(running, word)
+    has_left(running, code)
 
 
 # ---- a full disk -----------------------------------------------------------------------------

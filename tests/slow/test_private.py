@@ -54,7 +54,9 @@ def test_clients_noise_is_counted_by_them_and_a_spent_one_leaves(federation: "Fe
     server = federation.server(*options)
     a = federation.client("a", "--shard", "0/2")
     b = federation.client("b", "--shard", "1/2", "--local-dp", "clip=0.5,noise=2,epsilon=1")
-    assert "FL-C107: privacy budget spent: 4 updates cost epsilon" in b.failure()[2]
+    code, status, why = b.failure()
+    assert (code, status) == ("FL-C107", 77)
+    assert "privacy budget spent: 4 updates cost epsilon" in why
     assert server.data()["versions"] == 6
     assert a.wait() == 0
     rows = [
