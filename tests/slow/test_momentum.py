@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 SCAFFOLD = ["--local", "scaffold-m:beta=0.5", "--lr", "0.3"]
 ROUNDS = "fedavg:steps=20,min_clients=2,weighting=equal"
+GROUPS = "fedcompass:min_steps=5,max_steps=20,min_clients=2,slack=1.01"
 
 
 @pytest.mark.parametrize("local", ["scaffold-m", "scaffold-m:table=server"])
@@ -43,11 +44,13 @@ def test_a_demo_with_scaffold_m_reaches_its_target(federation: "Federation", loc
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("strategy", "versions"), [(ROUNDS, 14), (GROUPS, 40)])
 def test_clients_killed_anywhere_leave_c_the_mean_of_what_they_keep(
-    federation: "Federation",
+    federation: "Federation", strategy: str, versions: int
 ) -> None:
-    """Each is killed and started again, several times; so is the server."""
-    options = ["--strategy", ROUNDS, *SCAFFOLD, "--versions", "14"]
+    """Each is killed and started again, several times; so is the server. In groups a client's
+    orders overlap, and a version may hold two of its results."""
+    options = ["--strategy", strategy, *SCAFFOLD, "--versions", str(versions)]
     server = federation.server(*options)
     clients = {name: client(federation, name, place) for place, name in enumerate("ab")}
 
@@ -119,7 +122,8 @@ def plain(info: RunInfo) -> Trainer:
 
 
 def client(federation: "Federation", name: str, place: int) -> "Process":
-    return federation.client(name, "--shard", f"{place}/2")
+    slow = ("--sleep-per-step", "0.01") if place else ()
+    return federation.client(name, "--shard", f"{place}/2", *slow)
 
 
 def newest(state: Path) -> tuple[dict[str, Any], Tensor]:
