@@ -53,9 +53,9 @@ def _check(codec: Codec, twin: Codec, rng: random.Random, error: float) -> None:
     )
     if variable or state is None:
         out = memoryview(bytearray(codec.size(count)))
-        assert bytes(codec.encode(values.clone(), out)) == bytes(codec.encode(values.clone())), (
-            f"{what}: other bytes when packed into given ones"
-        )
+        into, new = codec.encode(values.clone(), out), codec.encode(values.clone())
+        assert bytes(into) == bytes(new), f"{what}: other bytes when packed into given ones"
+        assert bytes(out[: len(into)]) == bytes(into), f"{what}: it does not write where it is told"
     back = _read(codec, payload, count)
     assert back.isfinite().all(), f"{what}: it does not come back finite"
     _check_tiles(codec, payload, back, rng, what)
@@ -77,6 +77,7 @@ def _check_tiles(
     for _ in range(4):
         lo, hi = sorted((rng.randint(0, count), rng.randint(0, count)))
         tile = decode(lo, hi, torch.full((hi - lo,), torch.nan))
+        assert tile.dtype == torch.float32, f"{what}: it reads as {tile.dtype}"
         assert torch.equal(tile, back[lo:hi]), f"{what}: [{lo}, {hi}) is not that part of the whole"
         total = torch.ones(hi - lo)
         accumulate(decode, lo, hi, total, 0.5, torch.empty(hi - lo))

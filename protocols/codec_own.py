@@ -14,8 +14,6 @@ from atoll.protocols.codecs import Codec, Decoder
 from atoll.protocols.errors import RAISED, AtollError, RemoteError, UsageError
 from atoll.protocols.slots import MEND, own_code
 
-PACKS = ("encode_from", "encode_read", "start")
-
 
 class Own:
     """Everything but what is guarded is the codec's, what it declares too."""
@@ -30,7 +28,11 @@ class Own:
         found = getattr(self._codec, name)
         if name == "fit":
             return lambda shapes: Own(self._pack(found, shapes), self._spec)
-        return functools.partial(self._pack, found) if name in PACKS else found
+        if name == "encode_read":
+            return lambda *given: self._pack(lambda: _placed(found(*given), given[-1]))
+        if name == "encode_from":
+            return functools.partial(self._encode_from, found)
+        return functools.partial(self._pack, found) if name == "start" else found
 
     def size(self, count: int) -> int:
         found: int = self._pack(self._codec.size, count)
@@ -45,7 +47,16 @@ class Own:
         if made > most or (made < most and not getattr(self, "variable", False)):
             what = f"encode() gave {made} bytes for {count} values, size({count}) is {most}"
             raise self._broken(what, "give as many as it says, or declare variable = True")
-        return packed
+        return _placed(packed, out)
+
+    def _encode_from(
+        self, encode: Callable[..., Any], values: Tensor, state: Any, out: memoryview | None = None
+    ) -> Any:
+        def placed() -> Any:
+            packed, after = encode(values, state, out)
+            return _placed(packed, out), after
+
+        return self._pack(placed)
 
     def decoder(self, payload: memoryview, count: int) -> Decoder:
         return _Reading(self._read(self._codec.decoder, payload, count), self._read)
@@ -67,6 +78,15 @@ class Own:
 
     def _broken(self, what: str, hint: str) -> UsageError:
         return UsageError("FL-S103", f"codec {self._spec!r}: {what}", f"{hint}; {MEND}")
+
+
+def _placed(packed: memoryview, out: memoryview | None) -> memoryview:
+    """In `out`, where it was to be written: what travels is what lies there."""
+    if out is None or packed.obj is out.obj:
+        return packed
+    place = out[: packed.nbytes]
+    place[:] = packed.cast("B")
+    return place
 
 
 class _Reading:

@@ -106,9 +106,22 @@ class AddsTwice(Plain):
         return Twice()
 
 
+class Elsewhere(Plain):
+    def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
+        return super().encode(values)
+
+
+class Wide(Plain):
+    def decoder(self, payload: memoryview, count: int) -> Decoder:
+        plain = super().decoder(payload, count)
+        return lambda lo, hi, out: plain(lo, hi, out).double()
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        (Elsewhere, "does not write where it is told"),
+        (Wide, r"it reads as torch\.float64"),
         (Short, "size says"),
         (Grows, "other bytes"),
         (ForgetsOut, "given ones"),

@@ -51,6 +51,34 @@ def test_what_encode_does_amiss_is_told(wrong: Any, said: str) -> None:
     assert caught.value.hint
 
 
+class Elsewhere(Bf16):
+    """Packs well, but not into the bytes that it is given."""
+
+    def encode(self, values: Tensor, out: memoryview | None = None) -> memoryview:
+        return super().encode(values)
+
+    def encode_from(self, values: Tensor, state: Any, out: memoryview | None) -> Any:
+        return super().encode(values), {"seen": torch.ones(1)}
+
+    def encode_read(self, read: Any, count: int, out: memoryview) -> memoryview:
+        return super().encode(read(0, count, torch.empty(count)))
+
+
+def test_what_travels_is_what_it_gave_also_where_it_was_to_write_elsewhere() -> None:
+    """Such a codec's updates were all zeros, and merged without a word."""
+    right = bytes(Bf16().encode(VALUES))
+    own = Own(Elsewhere(), "mine:Elsewhere")
+    packs = (
+        lambda out: own.encode(VALUES, out),
+        lambda out: own.encode_from(VALUES, {}, out)[0],
+        lambda out: own.encode_read(lambda lo, hi, _: VALUES[lo:hi], len(VALUES), out),
+    )
+    for pack in packs:
+        out = memoryview(bytearray(12))
+        assert bytes(pack(out)) == bytes(out) == right
+    assert bytes(own.encode_from(VALUES, {})[0]) == right
+
+
 def test_fewer_bytes_are_right_where_it_says_that_they_vary() -> None:
     made = mine(lambda: memoryview(b"abc"))
     made._codec.variable = True  # type: ignore[attr-defined]
