@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from atoll.aggregation.checks import at_least
 from atoll.client.data import DataInfo
 from atoll.protocols.errors import UsageError
 
@@ -20,6 +21,8 @@ class CharLM(nn.Module):
         super().__init__()
         if info.kind != "text":
             raise UsageError("FL-S104", f"charlm wants text, the data is {info.kind}", "use mlp")
+        at_least(1, width=width)
+        at_least(0, depth=depth)
         context = context or info.shape[0]
         if width % HEAD or context < info.shape[0]:
             raise UsageError(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from atoll.aggregation.checks import at_least
 from atoll.client.data import DataInfo
 from atoll.protocols import slots
 from atoll.protocols.errors import UsageError
@@ -98,6 +99,8 @@ def linear(info: DataInfo) -> nn.Module:
 
 def mlp(info: DataInfo, hidden: int = 64, depth: int = 1) -> nn.Module:
     """`depth` ReLU layers of `hidden`; the default on 28x28 is 784-64-10, 50,890 parameters."""
+    at_least(1, hidden=hidden)
+    at_least(0, depth=depth)
     layers: list[nn.Module] = [nn.Flatten()]
     width = math.prod(info.shape)
     for _ in range(depth):
