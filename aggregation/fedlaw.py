@@ -84,10 +84,14 @@ class FedLaw:
         at_least(0, seed=self.seed)
         at_least(1, batch=self.batch, max_models=self.max_models, min_updates=self.min_updates)
         at_least(LEAST, panel=self.panel)
-        if (self.mode == "fixed" or self.no_proxy == "fixed_gamma") and self.gamma is None:
+        fixed = self.mode == "fixed" or self.no_proxy == "fixed_gamma"
+        if fixed and self.gamma is None:
             raise UsageError(
                 "FL-S102", "a fixed gamma is not given", "write e.g. fedlaw:mode=fixed,gamma=0.99"
             )
+        if self.gamma is not None and not fixed:
+            what = f"gamma={self.gamma} with mode={self.mode!r}, which does not look at it"
+            raise UsageError("FL-S102", what, "write gamma_max to bound it, or mode=fixed")
         if self.two_stage and self.mode != "both":
             raise UsageError(
                 "FL-S102", f"two_stage with mode={self.mode!r}", "two stages learn both: drop one"

@@ -81,13 +81,13 @@ def bandwidth_of(text: str) -> tuple[float, float]:
     if "=" not in text:
         both = size_of(text) if text else float("inf")
         return both, both
-    found = {"down": float("inf"), "up": float("inf")}
+    found: dict[str, float] = {}
     for part in text.split(","):
         way, _, rate = part.partition("=")
-        if way.strip() not in found:
+        if way.strip() not in ("down", "up") or way.strip() in found:
             raise UsageError("FL-S108", f"--bandwidth {text!r}", "write down=100mbit,up=20mbit")
         found[way.strip()] = size_of(rate)
-    return found["down"], found["up"]
+    return found.get("down", float("inf")), found.get("up", float("inf"))
 
 
 def size_of(text: str) -> float:

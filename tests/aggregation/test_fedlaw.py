@@ -385,6 +385,7 @@ def test_it_says_what_it_needs(spec: str, needs: set[str]) -> None:
     "spec",
     [
         "fedlaw:mode=lamda", "fedlaw:mode=fixed", "fedlaw:no_proxy=fixed_gamma", "fedlaw:gamma=0",
+        "fedlaw:gamma=2", "fedlaw:mode=lambda,gamma=0.9",
         "fedlaw:gamma_max=-1", "fedlaw:gamma_max=inf", "fedlaw:epochs=-1", "fedlaw:lr=0",
         "fedlaw:batch=0", "fedlaw:optimizer=adamw", "fedlaw:form=tanh", "fedlaw:no_proxy=guess",
         "fedlaw:screen=-1",

@@ -63,3 +63,9 @@ def test_nothing_given_is_no_limit() -> None:
     assert bandwidth_of("up=1MB") == (math.inf, 1e6)
     assert dropout_of("") == (math.inf, 60.0)
     assert dropout_of("5") == (5.0, 60.0)
+
+
+@pytest.mark.parametrize("text", ["sideways=1mbit", "up=1mbit,up=2mbit", "up=1mbit,2mbit"])
+def test_a_way_is_up_or_down_and_stands_once(text: str) -> None:
+    with pytest.raises(AtollError, match=f"FL-S108: --bandwidth '{text}'"):
+        bandwidth_of(text)
