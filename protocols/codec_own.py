@@ -28,6 +28,8 @@ class Own:
         found = getattr(self._codec, name)
         if name == "fit":
             return lambda shapes: Own(self._pack(found, shapes), self._spec)
+        if name == "contractive":
+            return lambda: Own(self._pack(found), self._spec)
         if name == "encode_read":
             return lambda *given: self._pack(lambda: _placed(found(*given), given[-1]))
         if name == "encode_from":

@@ -27,7 +27,7 @@ HEAD = 8  # bytes of the draw
 
 
 class RandomK:
-    """Unbiased: a value that is sent stands for its run. With `+ef` it stands for itself."""
+    """Unbiased: a value that is sent stands for its run. With `+ef`, or down, for itself."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"lossy", "sparse"})
     trainable_only = True
@@ -37,7 +37,7 @@ class RandomK:
         fraction: float = 0.01,  # that is sent; 1 / fraction is rounded to a whole number
         bits: int = 16,  # a value: 16 or 32
         seed: int = 0,  # the same on both sides: it is part of the codec's name
-        unbiased: bool = True,  # a value stands for its run; with +ef for itself, whatever is given
+        unbiased: bool = True,  # a value stands for its run; with +ef, or down, for itself
     ) -> None:
         self.fraction = fraction_of("randomk", fraction)
         self.every = round(1 / self.fraction)

@@ -64,8 +64,8 @@ class Codec(Protocol):
       `encode_from(values, state, out) -> (bytes, state)`; `encode` then starts afresh every time
     - `encode_read(read, count, out)`: `encode` of values that a `Decoder` reads, tile by tile from
       the front
-    - `contractive()`: the same codec for use with error feedback, where it is to leave out, but not
-      to make up for what it left out
+    - `contractive()`: the same codec for use with error feedback and in chains of models, where it
+      is to leave out, but not to make up for what it left out
     """
 
     @property
@@ -193,9 +193,9 @@ def codec(spec: str | Chain) -> Codec:
             f"codec {chain.text!r} is a {type(found).__name__}",
             "a codec has name, size, encode and decoder: see atoll.protocols.codecs.Codec",
         )
-    if chain.feedback is not None and hasattr(found, "contractive"):
-        found = found.contractive()
     made_codec = typing.cast("Codec", found)
+    if chain.feedback is not None:
+        made_codec = contracted(made_codec)
     if chain.own:
         from atoll.protocols.codec_own import Own
 
@@ -242,6 +242,12 @@ def accumulate(
 def reads(one: Codec) -> bool:
     """Whether values need not lie anywhere for `one` to pack them: see `encode_read`."""
     return hasattr(one, "encode_read")
+
+
+def contracted(one: Codec) -> Codec:
+    """The same codec where what it leaves out is sent later: it must not make up for it, too."""
+    contractive = getattr(one, "contractive", None)
+    return one if contractive is None else typing.cast("Codec", contractive())
 
 
 def encode_read(one: Codec, read: Decoder, count: int, out: memoryview) -> memoryview:

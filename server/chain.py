@@ -18,7 +18,7 @@ from torch import Tensor
 from atoll.protocols import chains
 from atoll.protocols.blobs import INLINE, Blob, BlobInfo, Section
 from atoll.protocols.bounds import MAX_DIFFERENCES
-from atoll.protocols.codecs import FP32, TILE, Codec, Decoder, as_tensor, reads
+from atoll.protocols.codecs import FP32, TILE, Codec, Decoder, as_tensor, contracted, reads
 from atoll.protocols.payload import Payload
 from atoll.protocols.sent import Sent
 from atoll.protocols.tensors import group_of, pack, sections_of
@@ -56,7 +56,7 @@ class Chain:
         """Begin at `anchor`. `folder` is the chain's own; large versions are files in it."""
         self.label = f"{codec.name}/{anchor.number}"
         self.newest = anchor.number
-        self._codec = codec
+        self._codec = contracted(codec)  # what one difference leaves out is part of the next
         self._store = store
         self._folder = folder
         self._sections = sections_of(store.manifest, codec)
