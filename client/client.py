@@ -342,7 +342,7 @@ class Client:
         self._line = line
         self._spawn(self._beat(line, welcome.heartbeat_seconds))
         logger.info("client=%s is in the run at %s", self.name, self.address)
-        self._post(said.Welcomed())
+        self._post(said.Welcomed(welcome.lease_seconds))
 
     async def _beat(self, line: Line, seconds: float) -> None:
         while self._line is line:

@@ -55,7 +55,8 @@ class Session:
 
     seed: str = ""  # of the jitter: the node id, so that no two clients come back together
     base_seconds: float = 0.2  # of the first wait; doubles with each failure
-    cap_seconds: float = 30.0
+    cap_seconds: float = 30.0  # of a wait, at most
+    lease: float = float("inf")  # seconds that the server holds our place, also from its restart on
     give_up_seconds: float = float("inf")  # without a server for so long: Quit FL-C101
     first_seconds: float = float("inf")  # the same, until it was in the run for the first time
     known: bool = False  # it was in the run: its server will be back
@@ -87,7 +88,8 @@ class Session:
             case Answered():
                 self.answered, self.silent_since = True, now
                 return []
-            case Welcomed():
+            case Welcomed(lease):
+                self.lease = lease if lease > 0 else float("inf")  # else it did not say
                 self.phase, self.failures, self.known, self.failed = "online", 0, True, None
                 return [Deliver(u) for u in self.outbox if u not in self.received]
             case Lost(reason, retry):
@@ -143,7 +145,8 @@ class Session:
         stop = self._stop() if not self.fetched else []
         if now >= self._end():
             return [*stop, *self._give_up(now)]
-        limit = min(self.cap_seconds, self.base_seconds * 2.0 ** min(self.failures, 30))
+        cap = min(self.cap_seconds, max(self.base_seconds, self.lease / 2))
+        limit = min(cap, self.base_seconds * 2.0 ** min(self.failures, 30))
         jitter = random.Random(f"{self.seed}/{self.failures}").random()
         self.failures += 1
         self.due = min(self._end(), now + max(retry, limit * jitter))

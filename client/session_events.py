@@ -16,7 +16,9 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Welcomed:
-    """The server took us in."""
+    """The server took us in, and holds our place for `lease` seconds of silence."""
+
+    lease: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)

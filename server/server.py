@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, object]
 
-LINGER = 10.0  # seconds at most, after the end of a run, for clients that have not heard of it
+PAUSE = 30.0  # seconds that a client which lost us may wait until it looks again, or half a lease
+LINGER = 5.0  # seconds more, after the end of a run, for clients that have not heard of it
 MOST_WAIT = 10.0  # seconds that a question waits for news
 
 
@@ -242,8 +243,9 @@ class Server:
 
     async def _linger(self, host: "Host", stopping: "asyncio.Task[bool]") -> None:
         lingering = asyncio.create_task(host.reception.linger())
+        longest = min(PAUSE, self.spec.lease / 2) + LINGER
         await asyncio.wait(
-            (lingering, stopping), timeout=LINGER, return_when=asyncio.FIRST_COMPLETED
+            (lingering, stopping), timeout=longest, return_when=asyncio.FIRST_COMPLETED
         )
         lingering.cancel()
 

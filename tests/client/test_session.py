@@ -1,5 +1,6 @@
 """The client's session machine: what it does next, and what it never does."""
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -210,6 +211,21 @@ def test_backoff_is_bounded_jittered_and_starts_anew_after_a_welcome() -> None:
         assert isinstance(connect, Connect)
         assert connect.at <= 0.5
     assert waits["a"] != waits["b"] != waits["c"]
+
+
+def test_a_client_looks_for_its_server_while_that_holds_its_place() -> None:
+    """A server that had been down for a minute, and then had two versions to go, was over before
+    its clients looked again: they waited for ever. With a lease of 20 s they lost their orders."""
+    for lease, most in ((20.0, 10.0), (1e-9, 0.2), (0.0, 30.0), (math.nan, 30.0)):
+        longest = 0.0
+        session = online()
+        session.handle(Welcomed(lease), 0.0)
+        for _ in range(60):
+            (connect,) = session.handle(Lost("no answer"), 0.0)
+            assert isinstance(connect, Connect)
+            longest = max(longest, connect.at)
+            session.handle(Tick(session.due), 0.0)
+        assert 0.9 * most < longest <= most
 
 
 def test_a_server_that_names_a_time_is_not_asked_before() -> None:
