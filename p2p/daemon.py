@@ -32,6 +32,8 @@ if sys.platform.startswith("linux"):
         sys.exit(1)
 os.execv(binary, sys.argv[2:])
 """
+# Else libp2p has two daemons listen on one port, and who connects meets the one or the other.
+ALONE = {"LIBP2P_TCP_REUSEPORT": "false"}
 
 
 class Daemon:
@@ -93,7 +95,7 @@ class Daemon:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-ISc", BECOME, str(os.getpid()), str(binary), *arguments,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
+                stderr=asyncio.subprocess.STDOUT, env={**os.environ, **ALONE},
             )  # fmt: skip
         except OSError as error:
             raise _did_not_start(f"{binary}: {error.strerror}") from error

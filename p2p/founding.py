@@ -22,7 +22,7 @@ from atoll.p2p import folder as folders
 from atoll.p2p import manifest
 from atoll.p2p.contribution import packer
 from atoll.p2p.invite import ADDRESSES, Invite, write
-from atoll.p2p.node import Node
+from atoll.p2p.node import started
 from atoll.p2p.work import Work, facts
 from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.durable import put_private
@@ -62,8 +62,7 @@ async def found(
     where it cannot be, PeerError where the daemon does not start; then `folder` stays as it was."""
     draft = await asyncio.to_thread(_draft, wish, device, speed_factor)
     try:
-        node = Node(folder, listen=listen)
-        await node.start()
+        node = await started(folder, listen)
         try:
             places, listen, peer = await node.addresses(), node.listen, node.id
         finally:

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atoll.p2p import calls
+from atoll.p2p import calls, ports
 from atoll.p2p.calls import CALL_SECONDS, Answer, Stream, no_answer, within
 from atoll.p2p.daemon import Daemon, unreachable
 from atoll.p2p.folder import disk
@@ -287,6 +287,20 @@ class Node:
         if self._dht is None:
             raise no_answer("this peer's daemon", "it is being restarted")
         return self._dht
+
+
+async def started(folder: Path, listen: Sequence[str], bootstrap: Sequence[str] = ()) -> Node:
+    """A node that is up; on any port where another program took its own since that was found free.
+    PeerError as Node.start."""
+    node = Node(folder, listen=listen, bootstrap=bootstrap)
+    try:
+        await node.start()
+    except PeerError as error:
+        if error.code != "FL-P201" or ports.all_free(listen):
+            raise
+        logger.warning("%s: another program has its port, it takes another", folder)
+        return await started(folder, ports.any_port(listen), bootstrap)
+    return node
 
 
 async def _ended(p2p: Any) -> None:

@@ -31,7 +31,7 @@ from atoll.p2p.labour import Training
 from atoll.p2p.manifest import Manifest, verify
 from atoll.p2p.memory import Memory
 from atoll.p2p.newcomers import fetch_manifest
-from atoll.p2p.node import Node
+from atoll.p2p.node import Node, started
 from atoll.p2p.post import Post
 from atoll.p2p.roads import Roads
 from atoll.p2p.roster import Entry, local_steps, weight
@@ -214,15 +214,13 @@ class Peer:
             for listen in listens
         ]
         for i, (listen, bootstrap) in enumerate(tries):
-            node = Node(self.folder, listen=listen if self._listen else (), bootstrap=bootstrap)
             try:
-                await node.start()
+                self._node = await started(self.folder, listen if self._listen else (), bootstrap)
             except PeerError:
                 if i == len(tries) - 1:
                     raise
             else:
-                self._node = node
-                self._habits.listen = node.listen
+                self._habits.listen = self._node.listen
                 return
 
     def _listens(self) -> list[tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """Ports: whether one is free.
 
-Asked before a daemon is started, since two of them can listen on one port: libp2p sets
-SO_REUSEPORT, and who connects meets the one or the other.
+Asked before a daemon is started, which says less of why it cannot listen. Of two that are started
+at once both may find it free; the second daemon is refused then.
 """
 
 import errno

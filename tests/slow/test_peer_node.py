@@ -78,6 +78,31 @@ def shelf_of(node: Node, *blobs: Blob) -> bulk.Shelf:
     return bulk.Shelf(node, find)
 
 
+def test_a_port_has_one_daemon_and_who_comes_second_takes_another(tmp_path: Path) -> None:
+    """Two `fl-peer join` at the same moment found 7448 free, and libp2p had both daemons listen on
+    it: who connected met the one or the other, so the two never heard of each other, and each round
+    of three waited for whom it could not reach (20 s instead of 0.2)."""
+
+    async def inside() -> None:
+        first = await node.started(tmp_path / "a", LOOPBACK)
+        try:
+            refused = Node(tmp_path / "b", listen=first.listen)
+            with pytest.raises(PeerError, match="in use") as caught:
+                await refused.start()
+            assert caught.value.code == "FL-P201"
+            second = await node.started(tmp_path / "c", first.listen, await first.addresses())
+            try:
+                assert second.listen != first.listen
+                await first.serve("echo", echo)
+                assert await answered(second, first.id, b"hi") == f"{second.id} hi".encode()
+            finally:
+                await second.stop()
+        finally:
+            await first.stop()
+
+    asyncio.run(inside())
+
+
 def test_calls_arrive_with_the_callers_id_and_refusals_with_their_reason(tmp_path: Path) -> None:
     async def work(first: Node, second: Node) -> None:
         await first.serve("echo", echo)
