@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -43,7 +44,7 @@ class Gate:
     """Admission over a started Node. `open` it, `close` it.
 
     `on_admitted(entry)`: a new member, or a known one that says something new of itself.
-    `on_removed(peer)`: its entry was not renewed for ten minutes.
+    `on_removed(peer)`: it was not heard for ten minutes.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class Gate:
 
     def _hear(self, letter: bytes, caller: str | None) -> None:
         before = {e.peer: e for e in self.roster.entries()}
-        entry = self.roster.hear(letter, time.time(), caller)
+        entry = self.roster.hear(letter, time.time(), time.monotonic(), caller)
         if isinstance(entry, RemoteError):
             raise entry
         known = before.get(entry.peer)
@@ -274,15 +275,15 @@ class Gate:
     # ---- the life of it ------------------------------------------------------------------------
 
     async def _living(self) -> None:
-        turn, noted = 0, 0.0
+        turn, noted = 0, -math.inf
         while not self._closed:
-            now = time.time()
+            now, clock = time.time(), time.monotonic()
             if now - self.me.at > RENEW or now < self.me.at - roster.AHEAD:
                 await self._renew()
-            if now - noted > RENEW / 2 and await self._note():
-                noted = now
+            if clock - noted > RENEW / 2 and await self._note():
+                noted = clock
             await self._look()
-            for peer in self.roster.expire(now):
+            for peer in self.roster.expire(clock):
                 self.on_removed(peer)
             members = self.roster.entries()
             if members:

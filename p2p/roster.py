@@ -24,7 +24,7 @@ from atoll.protocols.errors import RemoteError
 LARGEST = 4 << 10  # bytes of an entry
 MEMBERS = 256  # at most
 FRESH = 600.0  # seconds for which an entry is believed
-AHEAD = 60.0  # seconds by which another's clock may be before ours
+AHEAD = 60.0  # seconds by which the date of one that another hands on may be before our clock
 DOMAIN = b"atoll-roster-v1\0"
 ADDRESSES = 8
 KEY = re.compile("[0-9a-f]{64}")
@@ -125,63 +125,79 @@ def read(data: bytes, invite: Invite) -> Entry | RemoteError:
     return entry
 
 
+@dataclass(slots=True)
+class _Known:
+    entry: Entry
+    data: bytes  # as it was written
+    fresh: float  # when its peer was last heard, by `clock`
+
+
 @dataclass
 class Roster:
-    """Pure: the caller has the clock. `now` is Unix time."""
+    """Pure: the caller has the clocks. `now` is Unix time, `clock` seconds that nobody sets: whose
+    clock is set while it takes part forgets nobody, and is not forgotten."""
 
     invite: Invite
     me: str  # is never an entry of this
-    _known: dict[str, tuple[Entry, bytes]] = field(default_factory=dict)
+    _known: dict[str, _Known] = field(default_factory=dict)
     _gone: dict[str, float] = field(default_factory=dict)  # peer -> its entries up to then are old
 
-    def hear(self, data: bytes, now: float, caller: str | None = None) -> Entry | RemoteError:
-        """Take an entry in; `caller`: who brings it must be who it is about. A known one, or an
-        older one, changes nothing: the entry that counts is returned."""
+    def hear(
+        self, data: bytes, now: float, clock: float, caller: str | None = None
+    ) -> Entry | RemoteError:
+        """Take an entry in; `caller`: who brings it must be who it is about. It is there, whatever
+        its clock says; of another's entry only the date tells that it is not an old one. A known
+        one, or an older one, changes nothing: the entry that counts is returned."""
         entry = read(data, self.invite)
         if isinstance(entry, RemoteError):
             return entry
         if caller is not None and caller != entry.peer:
             return _malformed("it is another peer's")
-        if not now - FRESH <= entry.at <= now + AHEAD:
+        if caller is None and not now - FRESH <= entry.at <= now + AHEAD:
             return _malformed(f"it was written {now - entry.at:.0f} s ago; are both clocks right?")
         if entry.at <= self._gone.get(entry.peer, 0.0):
             return _malformed("its peer has left since")
+        fresh = clock if caller is not None else clock - max(0.0, now - entry.at)
         known = self._known.get(entry.peer)
-        if known is not None and known[0].at >= entry.at:
-            return known[0]
+        if known is not None:
+            known.fresh = max(known.fresh, fresh)
+            if known.entry.at >= entry.at:
+                return known.entry
+            fresh = known.fresh
         if known is None and len(self._known) >= MEMBERS and entry.peer != self.me:
             return RemoteError("FL-P307", f"the run has {MEMBERS} members", "try again later")
         if entry.peer != self.me:
-            self._known[entry.peer] = entry, data
+            self._known[entry.peer] = _Known(entry, data, fresh)
         return entry
 
     def entries(self) -> list[Entry]:
         """All, by peer."""
-        return [self._known[peer][0] for peer in sorted(self._known)]
+        return [self._known[peer].entry for peer in sorted(self._known)]
 
     def letters(self) -> list[bytes]:
         """All as they were written, newest first: what is handed on."""
-        newest = sorted(self._known.values(), key=lambda known: (-known[0].at, known[0].peer))
-        return [data for _, data in newest]
+        newest = sorted(self._known.values(), key=lambda one: (-one.entry.at, one.entry.peer))
+        return [one.data for one in newest]
 
     def holds(self, peer: str) -> bool:
         return peer in self._known
 
     def get(self, peer: str) -> Entry | None:
-        return self._known[peer][0] if peer in self._known else None
+        return self._known[peer].entry if peer in self._known else None
 
     def forget(self, peer: str) -> None:
         """It has left: only an entry written after its last one brings it back."""
         if peer in self._known:
-            self._gone[peer] = self._known.pop(peer)[0].at
+            self._gone[peer] = self._known.pop(peer).entry.at
             while len(self._gone) > MEMBERS:
                 del self._gone[next(iter(self._gone))]
 
-    def expire(self, now: float) -> list[str]:
-        """Forget those whose entries were not renewed; who they are."""
-        old = [p for p, (entry, _) in sorted(self._known.items()) if entry.at < now - FRESH]
+    def expire(self, clock: float) -> list[str]:
+        """Forget those who were not heard for long; who they are. They come back when they speak,
+        and what others still hand on of them is too old."""
+        old = [p for p, known in sorted(self._known.items()) if known.fresh < clock - FRESH]
         for peer in old:
-            self.forget(peer)
+            del self._known[peer]
         return old
 
 

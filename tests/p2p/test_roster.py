@@ -14,7 +14,8 @@ from atoll.p2p.roster import Entry, Roster, local_steps, share, weight
 from atoll.protocols.errors import RemoteError
 from tests.p2p.people import INVITE, MANIFEST, entry_of, key, person
 
-NOW = 1_000_000.0
+NOW = 1_000_000.0  # Unix time
+CLOCK = 500.0  # at NOW, of the clock that nobody sets
 
 
 @pytest.fixture
@@ -33,14 +34,14 @@ def test_an_entry_is_taken_from_its_peer_and_from_others(people: list[Identity])
     book = Roster(INVITE, a.id)
     entry = entry_of(b, NOW)
     data = roster.write(entry, b, INVITE)
-    assert book.hear(data, NOW, caller=b.id) == entry
-    assert book.hear(data, NOW) == entry
+    assert book.hear(data, NOW, CLOCK, caller=b.id) == entry
+    assert book.hear(data, NOW, CLOCK) == entry
     assert book.entries() == [entry]
     assert book.letters() == [data]
     assert book.holds(b.id)
     assert book.get(b.id) == entry
     assert book.get("nobody") is None
-    assert book.hear(roster.write(entry_of(a, NOW), a, INVITE), NOW) == entry_of(a, NOW)
+    assert book.hear(roster.write(entry_of(a, NOW), a, INVITE), NOW, CLOCK) == entry_of(a, NOW)
     assert not book.holds(a.id)  # the own entry is not a member's
 
 
@@ -48,8 +49,8 @@ def test_the_newest_entry_counts(people: list[Identity]) -> None:
     a, b, _ = people
     book = Roster(INVITE, a.id)
     new, old = entry_of(b, NOW, speed=2.0), entry_of(b, NOW - 5, speed=9.0)
-    assert book.hear(roster.write(new, b, INVITE), NOW) == new
-    assert book.hear(roster.write(old, b, INVITE), NOW) == new
+    assert book.hear(roster.write(new, b, INVITE), NOW, CLOCK) == new
+    assert book.hear(roster.write(old, b, INVITE), NOW, CLOCK) == new
     assert book.entries() == [new]
 
 
@@ -59,18 +60,20 @@ def test_what_is_false_is_refused(people: list[Identity]) -> None:
     good = roster.write(entry_of(b, NOW), b, INVITE)
     wrong_secret = replace(INVITE, secret=bytes(32))
     another_run = replace(INVITE, run="another")
-    assert refused(book.hear(good, NOW, caller=c.id), "FL-P305", "another peer's")
+    assert refused(book.hear(good, NOW, CLOCK, caller=c.id), "FL-P305", "another peer's")
     for other in (wrong_secret, another_run):
-        assert refused(book.hear(roster.write(entry_of(b, NOW), b, other), NOW), "FL-P304", "shown")
+        assert refused(
+            book.hear(roster.write(entry_of(b, NOW), b, other), NOW, CLOCK), "FL-P304", "shown"
+        )
     forged = roster.write(entry_of(b, NOW), c, INVITE)  # b's id, c's key
-    assert refused(book.hear(forged, NOW), "FL-P305", "not signed")
+    assert refused(book.hear(forged, NOW, CLOCK), "FL-P305", "not signed")
     letter = json.loads(good)
     letter["said"] = letter["said"].replace('"speed":5.0', '"speed":6.0')
-    assert refused(book.hear(json.dumps(letter).encode(), NOW), "FL-P305", "not signed")
+    assert refused(book.hear(json.dumps(letter).encode(), NOW, CLOCK), "FL-P305", "not signed")
     for at in (NOW - 601, NOW + 61):
         data = roster.write(entry_of(b, at), b, INVITE)
-        assert refused(book.hear(data, NOW), "FL-P305", "clocks")
-    assert refused(book.hear(b"x" * 5000, NOW), "FL-P305", "5000 bytes")
+        assert refused(book.hear(data, NOW, CLOCK), "FL-P305", "clocks")
+    assert refused(book.hear(b"x" * 5000, NOW, CLOCK), "FL-P305", "5000 bytes")
     assert book.entries() == []
     long = f"/ip4/10.0.0.7/tcp/1/{'q' * 440}/p2p/{b.id}"
     with pytest.raises(ValueError, match="at most"):
@@ -81,22 +84,54 @@ def test_one_who_left_is_not_brought_back_by_an_old_entry(people: list[Identity]
     a, b, _ = people
     book = Roster(INVITE, a.id)
     data = roster.write(entry_of(b, NOW), b, INVITE)
-    book.hear(data, NOW)
+    book.hear(data, NOW, CLOCK)
     book.forget(b.id)
     book.forget("nobody")
-    assert refused(book.hear(data, NOW), "FL-P305", "left")
+    assert refused(book.hear(data, NOW, CLOCK), "FL-P305", "left")
     again = entry_of(b, NOW + 1)
-    assert book.hear(roster.write(again, b, INVITE), NOW + 1) == again
+    assert book.hear(roster.write(again, b, INVITE), NOW + 1, CLOCK + 1) == again
 
 
 def test_who_is_not_renewed_is_forgotten(people: list[Identity]) -> None:
     a, b, c = people
     book = Roster(INVITE, a.id)
     for who, at in ((b, NOW), (c, NOW + 500)):
-        book.hear(roster.write(entry_of(who, at), who, INVITE), NOW + 500)
-    assert book.expire(NOW + 599) == []
-    assert book.expire(NOW + 601) == [b.id]
+        book.hear(roster.write(entry_of(who, at), who, INVITE), NOW + 500, CLOCK + 500)
+    assert book.expire(CLOCK + 599) == []
+    assert book.expire(CLOCK + 601) == [b.id]
     assert [e.peer for e in book.entries()] == [c.id]
+
+
+def test_who_speaks_for_itself_is_believed_whatever_its_clock_says(people: list[Identity]) -> None:
+    """One whose clock was set an hour on, or back, lost all others at once, or was lost by them
+    after ten minutes; and when its clock was right again it was not taken for an hour more."""
+    a, b, c = people
+    book = Roster(INVITE, a.id)
+    for when in (NOW, NOW + 3600, NOW + 3600.1):  # set an hour on, and back: dates never fall
+        entry = entry_of(b, when)
+        assert book.hear(roster.write(entry, b, INVITE), NOW, CLOCK, caller=b.id) == entry
+    assert refused(book.hear(roster.write(entry, b, INVITE), NOW, CLOCK), "FL-P305", "clocks")
+    known = entry_of(c, NOW)
+    data = roster.write(known, c, INVITE)
+    book.hear(data, NOW, CLOCK)
+    assert book.hear(data, NOW + 7200, CLOCK + 590, caller=c.id) == known  # our own clock was set
+    former = roster.write(entry_of(b, NOW), b, INVITE)  # it was killed, and has its right clock now
+    assert book.hear(former, NOW, CLOCK + 590, caller=b.id) == entry
+    assert book.expire(CLOCK + 1180) == []
+    assert book.expire(CLOCK + 1191) == sorted([b.id, c.id])
+
+
+def test_who_was_not_heard_for_long_comes_back_by_its_own_word_alone(
+    people: list[Identity],
+) -> None:
+    a, b, _ = people
+    book = Roster(INVITE, a.id)
+    data = roster.write(entry_of(b, NOW), b, INVITE)
+    book.hear(data, NOW, CLOCK, caller=b.id)
+    assert book.expire(CLOCK + 601) == [b.id]
+    assert refused(book.hear(data, NOW + 601, CLOCK + 601), "FL-P305", "601 s ago")
+    assert book.hear(data, NOW + 601, CLOCK + 601, caller=b.id) == entry_of(b, NOW)
+    assert book.expire(CLOCK + 602) == []
 
 
 def test_a_full_roster_takes_nobody_new(
@@ -105,14 +140,16 @@ def test_a_full_roster_takes_nobody_new(
     a, b, c = people
     monkeypatch.setattr(roster, "MEMBERS", 1)
     book = Roster(INVITE, a.id)
-    book.hear(roster.write(entry_of(b, NOW), b, INVITE), NOW)
-    assert refused(book.hear(roster.write(entry_of(c, NOW), c, INVITE), NOW), "FL-P307", "members")
+    book.hear(roster.write(entry_of(b, NOW), b, INVITE), NOW, CLOCK)
+    assert refused(
+        book.hear(roster.write(entry_of(c, NOW), c, INVITE), NOW, CLOCK), "FL-P307", "members"
+    )
     newer = entry_of(b, NOW + 1)
-    assert book.hear(roster.write(newer, b, INVITE), NOW) == newer
+    assert book.hear(roster.write(newer, b, INVITE), NOW, CLOCK) == newer
     for who in (b, c):  # and it does not remember all who ever left
-        book.hear(roster.write(entry_of(who, NOW + 2), who, INVITE), NOW)
+        book.hear(roster.write(entry_of(who, NOW + 2), who, INVITE), NOW, CLOCK)
         book.forget(who.id)
-    assert isinstance(book.hear(roster.write(newer, b, INVITE), NOW), Entry)
+    assert isinstance(book.hear(roster.write(newer, b, INVITE), NOW, CLOCK), Entry)
 
 
 def test_garbage_is_refused_and_never_raises(people: list[Identity]) -> None:
