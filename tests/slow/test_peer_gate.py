@@ -265,7 +265,8 @@ def test_of_two_from_one_directory_the_earlier_one_hears_that_it_ends(tmp_path: 
         shutil.copy(tmp_path / "1" / "identity.key", tmp_path / "2")
         earlier = await swarm.gate(node, invite)
         await until(lambda: know_each_other(gate, earlier))
-        later = await swarm.gate(await swarm.node(invite.addresses), invite)
+        # Of a place to start from it would hear, now and then, that the other cannot be reached.
+        later = await swarm.gate(await swarm.node(), invite)
         assert later.me.peer == earlier.me.peer
         await until(earlier.doubled.is_set)
         assert not later.doubled.is_set()
