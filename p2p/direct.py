@@ -110,7 +110,8 @@ class Direct:
             return await loop.run_in_executor(self._threads, _take, line, blob, dest, shorter)
         except RemoteError as error:
             if error.code == "FL-P203":
-                self._lines.pop(peer, None)  # it may have come back with another certificate
+                if self._lines.get(peer) is line:  # it may have come back, with another certificate
+                    del self._lines[peer]
                 line.channel.close()
             raise
 
@@ -154,7 +155,10 @@ class Direct:
 
 def _take(line: _Line, blob: str, dest: memoryview, shorter: bool) -> Got:
     asked = json.dumps({"token": line.token, "blob": blob}).encode()
-    call = line.channel.unary_stream(METHOD)(asked)
+    try:
+        call = line.channel.unary_stream(METHOD)(asked)
+    except ValueError as error:  # closed, since another transfer over it broke off
+        raise _broken(blob, "its connection is closed") from error
     watch = _Watch(call)
     held, began, sha256, sha = 0, 0.0, b"", hashlib.sha256()
     hashing = not blob.startswith("in/")  # nobody compares an input's
