@@ -12,17 +12,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from atoll.client.local import TorchTrainer
-from atoll.client.room import disk
 
 FILE = "inner.safetensors"
 
 
 def write(trainer: TorchTrainer, folder: Path, run: str = "") -> None:
-    """Whole or not at all. ClientError FL-S203."""
+    """Whole or not at all. OSError where the disk does not take it."""
     beside = folder / f"{FILE}.tmp"
-    with disk(folder):
+    try:
         save_file(trainer.optimizer_state(), beside, {"run": run})
-        beside.replace(folder / FILE)
+    except SafetensorError as error:  # of a full disk too
+        raise OSError(str(error)) from error
+    beside.replace(folder / FILE)
 
 
 def read(trainer: TorchTrainer, folder: Path, run: str = "") -> None:

@@ -39,6 +39,6 @@ def disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ClientError(
             "FL-S203",
-            f"client folder {folder} cannot be written: {error.strerror}",
+            f"client folder {folder} cannot be written: {error.strerror or error}",
             "free space on its disk and start this client again",
         ) from error

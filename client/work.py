@@ -18,6 +18,7 @@ from atoll.client.local import TorchTrainer
 from atoll.client.localdp import LocalDP
 from atoll.client.outbox import Outbox
 from atoll.client.packing import Made, pack
+from atoll.client.room import disk
 from atoll.client.trainer import Task, Trained, Trainer
 from atoll.protocols import tensors
 from atoll.protocols.blobs import BlobInfo
@@ -173,7 +174,8 @@ class Workbench:
         assert result.update == update, f"{result.update} is not {update}"
         finite(self.manifest, Payload(packed.sections, packed.view, up))
         if not snapshot and _keeps(self.trainer) and self.outbox.folder is not None:
-            inner.write(self.trainer, self.outbox.folder, self.outbox.memory.run)
+            with disk(self.outbox.folder):
+                inner.write(self.trainer, self.outbox.folder, self.outbox.memory.run)
         kept = dict(trained.state)
         if self._remembers and not snapshot:
             kept[residual.KIND] = residual.change(state, packed.after)

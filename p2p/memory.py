@@ -64,7 +64,7 @@ class Memory:
 
     def open(self) -> None:
         """PeerError FL-P406 where another process has it."""
-        with _disk(self.folder):
+        with on_disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.folder.chmod(0o700)
             self._lock = open(self.folder / "lock", "ab")  # noqa: SIM115  # until `close`
@@ -75,7 +75,7 @@ class Memory:
             raise in_use(self.folder) from error
         for torn in self.folder.glob("*.tmp"):
             torn.unlink(missing_ok=True)
-        with _disk(self.folder):  # whom `fl-peer leave` tells
+        with on_disk(self.folder):  # whom `fl-peer leave` tells
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()).encode())
             self._lock.flush()
@@ -94,7 +94,7 @@ class Memory:
     def recall(self, run: str) -> Kept | None:
         """None where nothing is kept. PeerError FL-P407 where it is another run's."""
         path = self.folder / "state.json"
-        with _disk(path):
+        with on_disk(path):
             if not path.exists():
                 return None
             data = path.read_bytes()
@@ -128,7 +128,7 @@ class Memory:
 
     def retire(self) -> None:
         """After a goodbye: this peer never comes back under its name, which is the first to go."""
-        with _disk(self.folder):
+        with on_disk(self.folder):
             for pattern in ("identity.key", "state.json", "model-*", "mean-*"):
                 for path in self.folder.glob(pattern):
                     path.unlink(missing_ok=True)
@@ -147,7 +147,7 @@ class Memory:
         return [path for path in found if path.stem.partition("-")[2] not in named]
 
     def remove(self, paths: Sequence[Path]) -> None:
-        with _disk(self.folder):
+        with on_disk(self.folder):
             for path in paths:
                 path.unlink(missing_ok=True)
 
@@ -157,7 +157,7 @@ class Memory:
         tensors = {"anchor": model.anchor, **{f"outer/{n}": t for n, t in model.outer.items()}}
         about = {"round": str(model.round), "digest": model.digest}
         path = self.folder / f"model-{chain}.safetensors"
-        with _disk(path):
+        with on_disk(path):
             save_file(tensors, f"{path}.tmp", metadata=about)
             place(path)
 
@@ -225,7 +225,7 @@ class Memory:
 
     def _write(self, name: str, write: Callable[[IO[bytes]], object]) -> None:
         path = self.folder / name
-        with _disk(path):
+        with on_disk(path):
             with open(f"{path}.tmp", "wb") as file:
                 write(file)
             place(path)
@@ -241,7 +241,7 @@ def _packed(digest: str, data: memoryview) -> Packed:
 
 
 @contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def on_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -34,6 +34,7 @@ from atoll.client.local import LocalConfig, TorchTrainer
 from atoll.client.models import build, manifest_of
 from atoll.client.specs import trainer_on
 from atoll.client.trainer import Task
+from atoll.p2p.memory import on_disk
 from atoll.protocols.codecs import as_bytes
 from atoll.protocols.errors import ClientError, UsageError
 from atoll.protocols.events import Then
@@ -242,7 +243,8 @@ class Work:
 
     def _keep(self) -> None:
         if self._folder is not None:
-            inner.write(self._trainer, self._folder)
+            with on_disk(self._folder / inner.FILE):
+                inner.write(self._trainer, self._folder)
 
     def _remember(self) -> None:
         if self._folder is not None:

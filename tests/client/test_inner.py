@@ -14,6 +14,7 @@ from atoll.client.work import Workbench
 from atoll.protocols import tensors
 from atoll.protocols.blobs import BlobInfo
 from atoll.protocols.codecs import codec
+from atoll.protocols.errors import ClientError
 from atoll.protocols.messages import Order
 
 CONFIG = LocalConfig(lr=0.01, batch=4, optimizer="adamw", keep_optimizer_state=True, device="cpu")
@@ -52,6 +53,16 @@ class Client:
 
     def ends(self) -> None:
         self.outbox.close()
+
+
+def test_a_disk_that_does_not_take_the_moments_is_told(tmp_path: Path) -> None:
+    """What safetensors raises of a full disk is no OSError: it was called a bug."""
+    one = Client(tmp_path, "R")
+    (tmp_path / "inner.safetensors.tmp").mkdir()
+    with pytest.raises(ClientError, match="cannot be written") as refused:
+        one.order(1)
+    assert refused.value.code == "FL-S203"
+    one.ends()
 
 
 def test_a_client_that_was_restarted_goes_on_with_its_moments(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from atoll.client.models import manifest_of
 from atoll.p2p.work import Facts, Trained, Work, facts, facts_of
-from atoll.protocols.errors import UsageError
+from atoll.protocols.errors import PeerError, UsageError
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,14 @@ def test_moments_that_were_torn_are_begun_anew(tmp_path: Path) -> None:
     file = tmp_path / "inner.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(worked(Work(Small(), tmp_path, shard="a")).delta, kept)
+
+
+def test_a_disk_that_does_not_take_the_moments_is_told(tmp_path: Path) -> None:
+    """What safetensors raises of a full disk is no OSError: it was called a bug."""
+    (tmp_path / "inner.safetensors.tmp").mkdir()
+    with pytest.raises(PeerError, match="cannot be kept") as refused:
+        worked(Work(Small(), tmp_path, shard="a"))
+    assert refused.value.code == "FL-P405"
 
 
 def test_work_that_is_not_finite_counts_nothing_and_spoils_no_later_round() -> None:
