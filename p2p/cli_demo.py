@@ -37,7 +37,10 @@ EXIT_MISSED = 5  # not all of it happened in time: what did went well
     "--timeout", default=120.0, show_default=True, metavar="SECONDS",
     help="End by then, with exit code 5 if it was not over.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Of the first model and the batches.")
+@click.option(
+    "--seed", type=click.IntRange(0, (1 << 53) - 1), default=0, show_default=True,
+    help="Of the first model and the batches.",
+)  # fmt: skip
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("atoll-swarm"),
     show_default=True, help="The model, the peers' directories and logs go there.",

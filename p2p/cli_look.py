@@ -11,7 +11,7 @@ import click
 from atoll.p2p import folder as folders
 from atoll.p2p.line import near_members, waits
 from atoll.protocols import console
-from atoll.protocols.errors import PeerError
+from atoll.protocols.errors import PeerError, UsageError
 
 if TYPE_CHECKING:
     import psutil
@@ -115,6 +115,8 @@ def leave(folder: Path, timeout: float, as_json: bool) -> None:
     """Have the peer in FOLDER say goodbye and end."""
     import psutil
 
+    if not timeout >= 0:
+        raise UsageError("FL-S108", f"--timeout {timeout}", "give seconds, 0 or more")
     folders.read(folder)
     pid = folders.pid(folder)
     if pid is None:

@@ -28,6 +28,13 @@ _FOLDER = click.option(
 )
 
 
+def _printable(context: click.Context, option: click.Parameter, name: str) -> str:
+    """It stands in a table of others, who take no other."""
+    if not name.isprintable():
+        raise click.BadParameter(f"{name!r} is not printable")
+    return name
+
+
 def _machine(command: F) -> F:
     """Options of how this machine takes part."""
     for option in (
@@ -46,7 +53,10 @@ def _machine(command: F) -> F:
             "--port", type=click.IntRange(0, 65535), default=None,
             help=f"TCP port for other peers.  [default: {ports.USUAL} where it is free, else any]",
         ),
-        click.option("--name", default="", help="This peer's, for people.  [default: the host's]"),
+        click.option(
+            "--name", default="", callback=_printable,
+            help="This peer's, for people.  [default: the host's]",
+        ),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -87,7 +97,10 @@ def _machine(command: F) -> F:
     "--first", type=click.IntRange(1), default=1, show_default=True, metavar="PEERS",
     help="Members that the first round waits for.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Of the first model and the batches.")
+@click.option(
+    "--seed", type=click.IntRange(0, (1 << 53) - 1), default=0, show_default=True,
+    help="Of the first model and the batches.",
+)  # fmt: skip
 @click.option("--no-start", is_flag=True, help="Found it only; `fl-peer start` trains.")
 @_FOLDER
 @_machine

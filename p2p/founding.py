@@ -23,6 +23,7 @@ from atoll.p2p import manifest
 from atoll.p2p.contribution import packer
 from atoll.p2p.invite import ADDRESSES, Invite, write
 from atoll.p2p.node import started
+from atoll.p2p.roster import MEMBERS
 from atoll.p2p.work import Work, facts
 from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.durable import put_private
@@ -92,6 +93,8 @@ async def found(
 
 def _draft(wish: Wish, device: str, speed_factor: float) -> manifest.Manifest:
     """All of the manifest but who founds it. Blocks: the model is made, and some steps tried."""
+    if wish.first > MEMBERS:
+        raise UsageError("FL-S108", f"--first {wish.first}", f"a run has {MEMBERS} members at most")
     outer(wish.outer)
     ways = parse_ways(wish.codec)
     for chain in (ways.up[0], ways.down[0]):
