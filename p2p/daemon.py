@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import importlib.resources
 import os
+import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -19,6 +21,8 @@ from atoll.protocols.errors import PeerError
 START_SECONDS = 15.0
 LOOKING = 40.0  # seconds for whoever joins until a member has answered
 STOP_SECONDS = 2.0
+NOTE = "sockets"  # the file that says where they lie, if not beside it
+SHORT = "atoll-"  # how such a directory's name begins
 LONGEST_SOCKET = 100  # bytes: a Unix socket's path ends at 107, hivemind adds a name to it
 # Has the kernel kill it when its parent's thread ends, and becomes p2pd; where the kernel cannot,
 # it dies when its socket's other end is silent for long. A program of its own, not a function
@@ -48,7 +52,7 @@ class Daemon:
         self.gone = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._short: tempfile.TemporaryDirectory[str] | None = None
+        self._short: Path | None = None
         self._said: list[str] = []
 
     @property
@@ -57,8 +61,8 @@ class Daemon:
         if len(os.fsencode(self.folder)) + 48 <= LONGEST_SOCKET:
             return self.folder
         if self._short is None:
-            self._short = tempfile.TemporaryDirectory(prefix="atoll-")  # made with mode 0700
-        return Path(self._short.name)
+            self._short = _short(self.folder)
+        return self._short
 
     @property
     def control(self) -> str:
@@ -130,7 +134,8 @@ class Daemon:
             await self._reading
         self.gone.set()
         if self._short is not None:
-            self._short.cleanup()
+            shutil.rmtree(self._short, ignore_errors=True)
+            (self.folder / NOTE).unlink(missing_ok=True)
             self._short = None
 
     def kill(self) -> None:
@@ -157,6 +162,30 @@ class Daemon:
             text = line.decode(errors="replace").strip()
             self._said = [*self._said[-9:], text]
             yield text
+
+
+def _short(folder: Path) -> Path:
+    """A private directory for the sockets of one whose path is too long. That of a process that was
+    killed goes: nobody else would remove it. Not where it is in use: `folder` may be a copy."""
+    note = folder / NOTE
+    with contextlib.suppress(OSError, ValueError):
+        former = Path(note.read_text())
+        ours = former.parent == Path(tempfile.gettempdir()) and former.name.startswith(SHORT)
+        if ours and not _answers(former / "p2pd.sock"):
+            shutil.rmtree(former)
+    made = Path(tempfile.mkdtemp(prefix=SHORT))  # with mode 0700
+    with contextlib.suppress(OSError):  # then it is left behind by who is killed
+        note.write_text(str(made))
+    return made
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as trial:
+        try:
+            trial.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def unreachable(bootstrap: Sequence[str], why: str) -> PeerError:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from atoll.p2p import bulk, node
 from atoll.p2p.calls import MOST
+from atoll.p2p.daemon import Daemon
 from atoll.p2p.node import RECORD, Node
 from atoll.protocols.blobs import Blob, BlobInfo
 from atoll.protocols.errors import AtollError, PeerError, RemoteError
@@ -290,6 +292,33 @@ def test_a_folder_with_a_long_path_is_no_obstacle_and_stays_private(tmp_path: Pa
             assert folder.stat().st_mode & 0o077 == 0
         await node.stop()
         assert not sockets.exists()
+
+    asyncio.run(work())
+
+
+def test_sockets_of_a_long_path_are_removed_after_a_kill_too(tmp_path: Path) -> None:
+    """Each SIGKILL left a directory with two sockets among the temporary ones. A copy of the folder
+    leaves those alone that are in use."""
+    deep, copy = tmp_path / ("d" * 90), tmp_path / ("c" * 90)
+
+    async def work() -> None:
+        node = Node(deep, listen=LOOPBACK)
+        await node.start()
+        sockets = node.daemon.sockets
+        copy.mkdir()
+        shutil.copy(deep / "sockets", copy)
+        other = Daemon(copy, LOOPBACK)
+        assert other.sockets != sockets
+        await other.stop()
+        assert (sockets / "p2pd.sock").exists()
+        node.daemon.kill()
+        await node.daemon.gone.wait()
+        daemon = Daemon(deep, LOOPBACK)  # what the next life has
+        assert daemon.sockets != sockets
+        assert not sockets.exists()
+        await daemon.stop()
+        assert not (deep / "sockets").exists()
+        await node.stop()
 
     asyncio.run(work())
 
