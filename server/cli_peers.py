@@ -43,8 +43,9 @@ def like_peers(spec: "RunSpec", manifest: "Manifest", given: Collection[str]) ->
     for name in ("model", "data", "outer", "seed"):
         asked, theirs = getattr(spec, name), getattr(manifest, name)
         if name in given and asked != theirs:
+            said = "none" if asked == "" else asked  # as it is typed
             raise UsageError(
-                "FL-S104", f"--{name} {asked}, but the peers of this run have {theirs}",
+                "FL-S104", f"--{name} {said}, but the peers of this run have {theirs}",
                 "leave it out: what is trained is said once, by the run's founder",
             )  # fmt: skip
     local = asdict(local_of(manifest))

@@ -1,6 +1,7 @@
 """Options: what nobody can mean is refused before anything starts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,8 @@ def test_what_the_peers_train_is_not_said_anew_by_a_server_among_them(name: str)
     with pytest.raises(UsageError, match=rf"--{name} \w+, but the peers of this run have") as bad:
         like_peers(own, MANIFEST, ("strategy", name))
     assert bad.value.code == "FL-S104"
+    with pytest.raises(UsageError, match="--data none, but"):
+        like_peers(replace(own, data=""), MANIFEST, ("data",))
     same = like_peers(own, MANIFEST, ())
     assert like_peers(same, MANIFEST, ("strategy", name)) == same
 
