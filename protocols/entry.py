@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -15,6 +16,8 @@ def start(module: str, garbage_every: int = 0) -> NoReturn:
     `garbage_every`: objects made between two searches for garbage; 0: as Python does. With 7,000,
     not 700, a client, whose imports make half a million that stay, takes a tenth less to start.
     """
+    # gRPC reads it when it is imported; else each handshake that fails is a line on the terminal.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if garbage_every:
         gc.set_threshold(garbage_every)
     try:

@@ -1,6 +1,9 @@
 """Direct bulk: a connection that breaks off is one that another road takes over from."""
 
 import asyncio
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -50,3 +53,33 @@ def test_who_hears_late_that_a_connection_broke_leaves_the_next_one_alone() -> N
         await direct.close()
 
     asyncio.run(play())
+
+
+PORT_SCANNED = """
+import asyncio, contextlib
+
+async def play():
+    from atoll.p2p.direct import Direct
+    direct = Direct(None, None)
+    await direct.open("127.0.0.1")
+    reader, writer = await asyncio.open_connection("127.0.0.1", direct._port)
+    writer.write(b"GET / HTTP/1.1\\r\\n\\r\\n")
+    with contextlib.suppress(OSError):
+        await reader.read()  # until it is hung up on
+    writer.close()
+    await direct.close()
+
+def main():
+    asyncio.run(play())
+"""
+
+
+def test_a_stranger_at_the_port_writes_nothing_on_the_terminal(tmp_path: Path) -> None:
+    """Each handshake that failed was a line of gRPC's there: a port scan filled the screen."""
+    (tmp_path / "scanned.py").write_text(PORT_SCANNED)
+    code = "from atoll.protocols.entry import start; start('scanned')"
+    run = [sys.executable, "-c", code]
+    ended = subprocess.run(
+        run, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
