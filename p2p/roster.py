@@ -153,7 +153,8 @@ class Roster:
             return entry
         if caller is not None and caller != entry.peer:
             return _malformed("it is another peer's")
-        if caller is None and not now - FRESH <= entry.at <= now + AHEAD:
+        others = caller is None and entry.peer != self.me
+        if others and not now - FRESH <= entry.at <= now + AHEAD:
             return _malformed(f"it was written {now - entry.at:.0f} s ago; are both clocks right?")
         if entry.at <= self._gone.get(entry.peer, 0.0):
             return _malformed("its peer has left since")

@@ -121,6 +121,18 @@ def test_who_speaks_for_itself_is_believed_whatever_its_clock_says(people: list[
     assert book.expire(CLOCK + 1191) == sorted([b.id, c.id])
 
 
+def test_the_own_entry_of_a_life_with_a_wrong_clock_is_heard(people: list[Identity]) -> None:
+    """Others have it, and take no older one: who starts again with its clock right, and at another
+    address, must date what it says after it."""
+    a, b, _ = people
+    book = Roster(INVITE, a.id)
+    former = entry_of(a, NOW + 3600)
+    assert book.hear(roster.write(former, a, INVITE), NOW, CLOCK) == former
+    assert refused(
+        book.hear(roster.write(entry_of(b, NOW + 3600), b, INVITE), NOW, CLOCK), "FL-P305", "clocks"
+    )
+
+
 def test_who_was_not_heard_for_long_comes_back_by_its_own_word_alone(
     people: list[Identity],
 ) -> None:
