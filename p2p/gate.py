@@ -205,6 +205,8 @@ class Gate:
         before = {e.peer: e for e in self.roster.entries()}
         entry = self.roster.hear(letter, time.time(), time.monotonic(), caller)
         if isinstance(entry, RemoteError):
+            if caller is None:
+                self._ask_itself(letter)
             raise entry
         known = before.get(entry.peer)
         if entry.peer == self._node.id:
@@ -216,6 +218,13 @@ class Gate:
             self._changed.set()
             self.on_admitted(entry)
         if known is None and caller is None:
+            self._hello_soon(entry)
+
+    def _ask_itself(self, letter: bytes) -> None:
+        """An entry that is true but for its date may be of a member whose clock is wrong, which
+        cannot take ours from others either: without a hello no group could have us both."""
+        entry = roster.read(letter, self._invite)
+        if isinstance(entry, Entry) and not self.roster.holds(entry.peer):
             self._hello_soon(entry)
 
     def _heard_of_me(self, entry: Entry) -> None:

@@ -294,6 +294,32 @@ def test_a_clock_that_was_set_back_makes_no_double(tmp_path: Path) -> None:
     play(tmp_path, work)
 
 
+def test_a_newcomer_and_a_member_whose_clock_is_wrong_get_to_know_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither took the other's entry from a third, and each refused groups with the other in it: no
+    round was made in 90 s."""
+
+    async def work(swarm: Swarm) -> None:
+        founder = await swarm.node()
+        invite = await invite_to(founder)
+        gate = await swarm.gate(founder, invite)
+        wrong = await swarm.gate(await swarm.node(invite.addresses), invite)
+        await until(lambda: know_each_other(gate, wrong))
+        hear = wrong.roster.hear
+        monkeypatch.setattr(
+            wrong.roster, "hear", lambda data, now, *more: hear(data, now + 3600, *more)
+        )
+        wrong.me = replace(wrong.me, at=wrong.me.at + 3600)
+        await wrong._renew()
+        assert await wrong._note()  # nor is its former entry in the directory
+        await until(lambda: gate.roster.entries()[0].at == wrong.me.at)
+        newcomer = await swarm.gate(await swarm.node(invite.addresses), invite)
+        await until(lambda: know_each_other(gate, wrong, newcomer), 20.0)
+
+    play(tmp_path, work)
+
+
 def test_a_gate_wants_the_manifest_of_its_invite(tmp_path: Path) -> None:
     async def work(swarm: Swarm) -> None:
         node = await swarm.node()
