@@ -12,7 +12,7 @@ from typing import Literal
 from atoll.p2p import ports
 from atoll.p2p.invite import Invite
 from atoll.p2p.newcomers import by_peer, fetch_manifest, reached_by
-from atoll.p2p.node import Node
+from atoll.p2p.node import Node, started
 from atoll.protocols import console
 from atoll.protocols.errors import AtollError, PeerError, RemoteError
 
@@ -65,18 +65,21 @@ async def _door(
     folder: Path, port: int | None, host: str
 ) -> AsyncIterator[tuple[Node, list[Check]]]:
     """A node that listens, for a moment, and knows nobody: who wants to talk to it must connect."""
-    seen = []
-    if port is None:
-        port = ports.USUAL if ports.free(host, ports.USUAL) else 0
-        if not port:
-            said = f"{ports.USUAL} is taken: another is used"
+    wanted = ports.USUAL if port is None else port
+    if port is not None:
+        ports.check(host, port)
+    usable = wanted if port is not None or ports.free(host, wanted) else 0
+    door = await started(folder / "door", (f"/ip4/{host}/tcp/{usable}",))
+    try:
+        seen = [Check("daemon", "good", "p2pd starts and answers")]
+        used = int(door.listen[0].split("/")[4])
+        if wanted not in (0, used):
+            said = f"{wanted} is taken: another is used"
             seen.append(Check("port", "note", said, "see --port"))
-    ports.check(host, port)
-    async with _up(Node(folder / "door", listen=(f"/ip4/{host}/tcp/{port}",))) as door:
-        used = door.listen[0].split("/")[4]
-        seen.insert(0, Check("daemon", "good", "p2pd starts and answers"))
         seen.append(Check("port", "good", f"TCP {used} can be listened on"))
         yield door, seen
+    finally:
+        await door.stop()
 
 
 def _disk() -> Check:

@@ -296,7 +296,8 @@ async def started(folder: Path, listen: Sequence[str], bootstrap: Sequence[str] 
     try:
         await node.start()
     except PeerError as error:
-        if error.code != "FL-P201" or ports.all_free(listen):
+        taken = "in use" in error.message or not ports.all_free(listen)  # perhaps for a moment
+        if error.code != "FL-P201" or not taken:
             raise
         logger.warning("%s: another program has its port, it takes another", folder)
         return await started(folder, ports.any_port(listen), bootstrap)

@@ -1,5 +1,6 @@
 """fl-peer as a user has it: real processes, real hivemind, a directory for each peer."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,7 +18,8 @@ import psutil
 import pytest
 
 from atoll.p2p import folder as folders
-from atoll.p2p import invite
+from atoll.p2p import invite, ports
+from atoll.p2p.doctor import examine
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("hivemind")
@@ -168,6 +170,18 @@ def test_what_stands_in_the_way_is_told(shell: Shell, tmp_path: Path) -> None:
     code, told = asked[4].result()
     assert (code, told["code"]) == (64, "FL-P401")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_doctor_that_is_second_at_a_free_port_takes_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two at once both found 7448 free, and one told of a daemon that does not start."""
+    with silent_port() as port:
+        monkeypatch.setattr(ports, "USUAL", port)
+        monkeypatch.setattr(ports, "free", lambda *_: True)
+        found = asyncio.run(examine(None, None, "127.0.0.1"))
+    told = [(c.name, c.verdict) for c in found if c.name in ("daemon", "port")]
+    assert told == [("daemon", "good"), ("port", "note"), ("port", "good")]
 
 
 def test_a_daemon_that_is_missing_is_told(shell: Shell, tmp_path: Path) -> None:
