@@ -100,11 +100,11 @@ async def peer(number: int, folder: Path, elements: int) -> None:
             plan = Plan(group, (1.0,) * len(group), tuple(parts))
             mine = Contribution(delta, parse(asked["codec"]))
             attempts.append(asked["attempt"])
+            exchange.turn()  # only now: others may have fetched the last one's mean later than this
             exchange.begin(asked["attempt"], plan, loop.time() + 60, mine)
             end = await ended.get()
             assert isinstance(end, Done), end
             _say({"digest": end.digest})
-            exchange.turn()
     await direct.close()
     await node.stop()
 
