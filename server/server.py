@@ -243,10 +243,8 @@ class Server:
 
     async def _linger(self, host: "Host", stopping: "asyncio.Task[bool]") -> None:
         lingering = asyncio.create_task(host.reception.linger())
-        longest = min(PAUSE, self.spec.lease / 2) + LINGER
-        await asyncio.wait(
-            (lingering, stopping), timeout=longest, return_when=asyncio.FIRST_COMPLETED
-        )
+        most, first = min(PAUSE, self.spec.lease / 2) + LINGER, asyncio.FIRST_COMPLETED
+        await asyncio.wait((lingering, stopping), timeout=most, return_when=first)
         lingering.cancel()
 
     def _assemble(self, uploads: Uploads) -> "Assembly":
