@@ -57,6 +57,9 @@ BEHIND = 0.2  # seconds what was derived may wait for an input to be written wit
 class World(Protocol):
     """What a driver does not do itself. Nothing here may block or raise."""
 
+    def ready(self, order: Order) -> None:
+        """It will be delivered once it is written: pack it meanwhile. Nothing of it may show."""
+
     def deliver(self, order: Order) -> None: ...
 
     def interrupt(self, order: Order, then: Then) -> None: ...
@@ -198,18 +201,19 @@ class Driver:
             raise self.error
 
     async def _close(self) -> None:
-        assert self._loop is not None
         try:
+            await self._disk.do(lambda: None)  # behind what a cancelled `serve` was writing
             await self._settle()
             await self._disk.do(self.journal.flush)
         except AtollError as error:
             self.fail(error)
-        self._disk.close()
-        self._timers.close()
-        self._late.close()
-        if self._limit is not None:
-            self._limit.cancel()
-        self._serving = False
+        finally:
+            self._disk.close()
+            self._timers.close()
+            self._late.close()
+            if self._limit is not None:
+                self._limit.cancel()
+            self._serving = False
         for last in self._queue.rest():
             if callable(last):
                 last()
@@ -286,15 +290,22 @@ class Driver:
         batch = self.journal.take(payloads, *self.world.spent())
         if batch.size <= AT_ONCE:
             self.journal.write(batch)  # into memory: handing it over would take longer
-            writing = self._disk.do(self.journal.seal)
+            writing = self._disk.do(self.journal.seal, at_once=True)
         else:
             writing = self._disk.do(partial(self.journal.commit, batch))
         try:
             followed = self._follow(said)
+            whole = [*said, *followed]
+            self._pack(whole)
         finally:
             await writing
-        for one in (*said, *followed):
-            self._say(one)
+        try:
+            for one in whole:
+                self._carry_out(one)
+            await asyncio.sleep(0)  # orders are on their way before the rest takes its time
+        finally:
+            for one in whole:
+                self._note(one)
         if followed:
             self._late.within(BEHIND)
         self._since_snapshot += len(said)
@@ -326,12 +337,26 @@ class Driver:
             self._settling = self._urgent = False  # what is urgent in it is said with the rest
         return followed
 
+    def _pack(self, decided: list[_Decided]) -> None:
+        """What will leave when they are written is made ready while they are."""
+        for one in decided:
+            for effect in one.effects:
+                if isinstance(effect, Deliver):
+                    self.world.ready(effect.order)
+
     def _waited(self) -> None:
         self._due = True
         self._queue.put(None)
 
-    def _say(self, one: _Decided) -> None:
-        """An input is written: carry out what was decided about it."""
+    def _carry_out(self, one: _Decided) -> None:
+        """An input is written: do what was decided about it."""
+        for effect in one.effects:
+            self._perform(effect)
+        if one.input.then is not None and one.heard is not None:
+            one.input.then()
+
+    def _note(self, one: _Decided) -> None:
+        """What was decided is done: tell the history and the rules that end a run."""
         if one.heard is None:
             return
         event, now = one.input.event, one.input.now
@@ -340,10 +365,6 @@ class Driver:
         elif isinstance(event, Merged):
             self.rules.merged(event.stats)
         one.heard()
-        for effect in one.effects:
-            self._perform(effect)
-        if one.input.then is not None:
-            one.input.then()
         if isinstance(event, Merged | Evaluated | TimerFired):
             self._check_rules(now)
 

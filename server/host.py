@@ -113,6 +113,11 @@ class Host:
 
     # ---- the driver's world --------------------------------------------------------------------
 
+    def ready(self, order: Order) -> None:
+        session = self.sessions.of.get(order.client)
+        if session is not None:
+            self.outgoing.ready(session, order)
+
     def deliver(self, order: Order) -> None:
         session = self.sessions.of.get(order.client)
         if session is not None:

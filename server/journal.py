@@ -117,7 +117,6 @@ class Journal:
     def __init__(self, path: Path, run: str, *, durable: bool = True) -> None:
         """Open or make `path`. `durable` False skips fsync: then a power cut loses the tail."""
         self.run = run
-        self._durable = durable
         try:
             self.base = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self.base.execute("PRAGMA journal_mode=WAL")
@@ -125,7 +124,8 @@ class Journal:
             self.base.executescript(SCHEMA)
             found = self.base.execute("SELECT coalesce(max(seq), 0) FROM event").fetchone()
             live = self.base.execute("SELECT segment FROM payload WHERE segment IS NOT NULL")
-            self._log = PayloadLog(path.parent, [int(row[0]) for row in live])
+            segments = [int(row[0]) for row in live]
+            self._log = PayloadLog(path.parent, segments, durable=durable)
         except sqlite3.DatabaseError as error:
             full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
             raise ServerError(
@@ -203,8 +203,7 @@ class Journal:
     def seal(self) -> None:
         """The second half: what was written is durable."""
         with self._transaction():
-            if self._durable:
-                self._log.sync()
+            self._log.write()
             self.base.execute("COMMIT")
         assert self._writing is not None, "write a batch first"
         if self._writing.entries:
@@ -224,7 +223,8 @@ class Journal:
         return bool(self._entered or self._decided) and not self._lost
 
     def _row(self, payload: Payload) -> tuple[object, ...]:
-        """A row of `payload`, whose bytes, where they came with it, are put into the log."""
+        """A row of `payload`, whose bytes, where they came with it, are put into the log: they are
+        written when the batch is sealed."""
         if payload.data is None:
             return payload.id, self.run, _info(payload), None, None
         place = self._log.put(payload.data)
@@ -317,6 +317,7 @@ class Journal:
         except BaseException as error:
             if self.base.in_transaction:
                 self.base.execute("ROLLBACK")
+                self._log.take_back()
             if self._writing is not None:
                 self._lost = True
                 self._decided = self._writing.decided + self._decided

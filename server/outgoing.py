@@ -11,7 +11,9 @@ from atoll.aggregation import half
 from atoll.protocols import blobwire, messages, tensors, wire_pb2
 from atoll.protocols.blobs import INLINE, Blob
 from atoll.protocols.errors import AtollError
+from atoll.protocols.links import PLAIN
 from atoll.protocols.messages import Result
+from atoll.protocols.packed import Parts
 from atoll.protocols.sent import sent_to_order
 from atoll.server.chain import Load
 from atoll.server.history import ClientTotals
@@ -28,6 +30,17 @@ class Traffic:
 
     up: int = 0
     down: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """An order as it goes out over one session."""
+
+    session: Session
+    version: int
+    load: Load
+    parts: Parts
+    beside: int  # bytes that it brings beside the model
 
 
 class Outgoing:
@@ -53,27 +66,46 @@ class Outgoing:
         self._fail = fail
         self._extra_size = sum(s.length for s in tensors.extra_sections(workshop.extras.down))
         self._packed: dict[tuple[int, str], bytes] = {}  # models as last sent, in orders
+        self._ready: dict[str, _Packed] = {}  # orders about to be sent
         self._packed_extras = (-1, b"")  # what goes beside the version last ordered
 
+    def ready(self, session: Session, order: Order) -> None:
+        """Pack what will be sent as this order, while there is time. Nothing is counted yet."""
+        if session.link.down == PLAIN:  # a chain's depends on what is held when it is sent
+            self._ready = {i: p for i, p in self._ready.items() if p.version == order.version}
+            packed = self._pack(session, order)
+            if packed is not None:
+                self._ready[order.id] = packed
+
     def order(self, session: Session, order: Order) -> None:
-        load = self.load(session, order.version)
-        if load is None:
-            return
-        key = order.version, load.sent.base
-        if key not in self._packed:  # once for all who start from it and hold the same
-            self._packed = {k: p for k, p in self._packed.items() if k[0] == order.version}
-            self._packed[key] = sent_to_order(load.sent).SerializeToString()
+        packed = self._ready.pop(order.id, None)
+        if packed is None or packed.session is not session:
+            packed = self._pack(session, order)
+        if packed is not None:
+            self._sent(session, packed.load)
+            self.counted(order.client).down += packed.beside
+            session.send_parts(packed.parts)
+
+    def _pack(self, session: Session, order: Order) -> "_Packed | None":
+        """None: the run ends."""
         try:
+            load = self._load(session, order.version)
+            key = order.version, load.sent.base
+            if key not in self._packed:  # once for all who start from it and hold the same
+                self._packed = {k: p for k, p in self._packed.items() if k[0] == order.version}
+                self._packed[key] = sent_to_order(load.sent).SerializeToString()
             extra, beside = self._besides(order)
+            size = self._beside_size(order)
         except AtollError as error:
             self._fail(error)
-            return
+            return None
         told = messages.Order(order.id, 0, order.version, order.steps, None, extra=extra)
-        session.send_parts(messages.packed_order(told, self._packed[key], beside))
+        parts = messages.packed_order(told, self._packed[key], beside)
+        return _Packed(session, order.version, load, parts, size)
 
     def _besides(self, order: Order) -> tuple[Mapping[str, float], bytes]:
-        """What goes beside a model, counted as sent: numbers, and vectors packed. ServerError
-        FL-S206 where its client's own cannot be read."""
+        """What goes beside a model: numbers, and vectors packed. ServerError FL-S206 where its
+        client's own cannot be read."""
         extra, vectors = order.extra, self._packed_beside(order.version)
         if self._workshop.merger.half is None:
             return extra, vectors
@@ -83,7 +115,6 @@ class Outgoing:
             extra |= half.told_to(numbers, order.client)
             own = self._table.blob(numbers, order.client)
             vectors += _beside(own) if own is not None else b""
-        self.counted(order.client).down += self._beside_size(order)
         return extra, vectors
 
     def _packed_beside(self, version: int) -> bytes:
@@ -101,14 +132,20 @@ class Outgoing:
     def load(self, session: Session, version: int) -> Load | None:
         """What is to be sent, and is counted as sent, for `version`. None: the run ends."""
         try:
-            load = self._links.load(session.link, version, self._run.published, session.held)
+            load = self._load(session, version)
         except AtollError as error:
             self._fail(error)
             return None
-        base = load.sent.base
-        session.held = (base.partition("@")[0], version) if base else None
-        self.counted(session.client).down += load.size
+        self._sent(session, load)
         return load
+
+    def _load(self, session: Session, version: int) -> Load:
+        return self._links.load(session.link, version, self._run.published, session.held)
+
+    def _sent(self, session: Session, load: Load) -> None:
+        base = load.sent.base
+        session.held = (base.partition("@")[0], load.sent.version) if base else None
+        self.counted(session.client).down += load.size
 
     def size(self, order: Order) -> int:
         """Bytes of what an order of now brings down."""

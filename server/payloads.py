@@ -16,6 +16,7 @@ from atoll.server.uploads import disk_free
 SEGMENT = 32 << 20  # bytes after which a new segment is begun
 LEAST = 1 << 20  # of a segment where the disk is small
 SHARE = 32  # a segment is at most this part of what is free, for some live at a time
+BUFFERS = 512  # payloads written by one call of the system, which takes 1,024 on Linux
 SUFFIX = ".payloads"
 
 
@@ -28,13 +29,21 @@ class Place:
 class PayloadLog:
     """`live` are the segments of the payloads that are still known, one entry for each payload."""
 
-    def __init__(self, folder: Path, live: Iterable[int], *, segment: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        live: Iterable[int],
+        *,
+        durable: bool = True,
+        segment: int | None = None,
+    ) -> None:
         self.folder = folder
+        self._durable = durable
         self._live = Counter(live)
         self._spare: Path | None = None
         self._fd = -1
         self._at = 0
-        self._dirty = False
+        self._put: list[bytes] = []  # not written yet: the end of the segment up to `_at`
         self._number = max(self._live, default=0)
         for path in folder.glob(f"*{SUFFIX}"):
             if not path.stem.isdecimal() or int(path.stem) not in self._live:
@@ -42,26 +51,36 @@ class PayloadLog:
         self._segment = segment or fitting(disk_free(folder))
 
     def put(self, data: bytes) -> Place:
-        """Append; OSError where the disk does not take it, and then nothing has changed."""
+        """Where `data` will lie, once `write` has written it."""
         if self._fd < 0 or self._at >= self._segment:
             self._turn()
-        try:
-            self._write(data)
-        except OSError:
-            if not self._give_back():
-                raise
-            self._write(data)
         place = Place(self._number, self._at)
         self._at += len(data)
         self._live[self._number] += 1
-        self._dirty = True
+        self._put.append(data)
         return place
 
-    def sync(self) -> None:
-        """Make what was put survive a power cut."""
-        if self._dirty:
-            os.fdatasync(self._fd)
-            self._dirty = False
+    def write(self) -> None:
+        """Write what was put; `durable`: it survives a power cut from then on. OSError where the
+        disk does not take it: then none of it was put."""
+        start = self._at - sum(map(len, self._put))
+        try:
+            self._write(start)
+        except OSError:
+            try:
+                if not self._give_back():
+                    raise
+                self._write(start)
+            except OSError:
+                self.take_back()
+                raise
+        self._put.clear()
+
+    def take_back(self) -> None:
+        """What was put and is not written never was."""
+        self._at -= sum(map(len, self._put))
+        self._live[self._number] -= len(self._put)
+        self._put.clear()
 
     def read(self, place: Place, size: int) -> bytes:
         """The bytes, fewer than `size` where they never reached the disk."""
@@ -84,10 +103,15 @@ class PayloadLog:
             os.close(self._fd)
             self._fd = -1
 
-    def _write(self, data: bytes) -> None:
-        written = 0
-        while written < len(data):  # a nearly full disk writes short
-            written += os.pwrite(self._fd, memoryview(data)[written:], self._at + written)
+    def _write(self, at: int) -> None:
+        waiting = [memoryview(data) for data in self._put]
+        while waiting:
+            written = os.pwritev(self._fd, waiting[:BUFFERS], at)
+            at += written
+            while waiting and written >= len(waiting[0]):
+                written -= len(waiting.pop(0))
+            if written:  # a nearly full disk writes short
+                waiting[0] = waiting[0][written:]
 
     def _give_back(self) -> bool:
         """Let the disk have what only makes us quicker; False where there is nothing of it."""
@@ -98,14 +122,15 @@ class PayloadLog:
         return True
 
     def _turn(self) -> None:
+        self.write()
         former = self._number
-        self.sync()
         self.close()
         path = self._path(former + 1)
         if self._spare is not None:
             os.replace(self._spare, path)
             self._spare = None
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        synced = os.O_DSYNC if self._durable else 0
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | synced, 0o600)
         self._number, self._at = former + 1, 0
         if former and not self._live[former]:
             del self._live[former]

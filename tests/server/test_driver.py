@@ -72,6 +72,8 @@ class Answering:
     dropped: tuple[str, ...] = ()
     driver: Driver = field(init=False)
 
+    def ready(self, order: Order) -> None: ...
+
     def deliver(self, order: Order) -> None:
         if self.paces:
             loop = asyncio.get_running_loop()
@@ -558,6 +560,47 @@ def test_while_the_disk_is_at_it_nobody_is_told_anything(tmp_path: Path) -> None
     assert said == ["a", "receipt"]
 
 
+def test_orders_are_made_ready_while_their_input_is_written_and_leave_before_history_is(
+    tmp_path: Path,
+) -> None:
+    """A round waits for them; nobody waits for the history."""
+    said: list[str] = []
+    ready = threading.Event()
+
+    class Saying(Answering):
+        def ready(self, order: Order) -> None:
+            said.append(f"ready {order.id}")
+            ready.set()
+
+        def deliver(self, order: Order) -> None:
+            asyncio.get_running_loop().call_soon(said.append, f"sent {order.id}")
+
+        def heard(
+            self, now: float, event: Event, actions: list[Action], effects: list[Effect]
+        ) -> Callable[[], None]:
+            return lambda: said.append(f"heard {type(event).__name__}")
+
+    with driven(tmp_path, FedAvg(min_clients=1, steps=1), Saying()) as driver:
+        seal = driver.journal.seal
+
+        def slowly() -> None:
+            assert ready.wait(10), "it was not made ready while this was written"
+            said.append("written")
+            seal()
+
+        driver.journal.seal = slowly  # type: ignore[method-assign]
+
+        async def post() -> None:
+            driver.attach()
+            driver.post(JOINED, then=lambda: said.append("receipt"))
+            await driver._take(await driver._queue.all())
+
+        asyncio.run(post())
+        driver._disk.close()
+        driver.journal.seal = seal  # type: ignore[method-assign]
+    assert said == ["ready o0", "written", "receipt", "sent o0", "heard ClientJoined"]
+
+
 def test_what_the_world_no_longer_needs_goes_with_the_next_inputs(tmp_path: Path) -> None:
     with driven(tmp_path, Deadline()) as driver:
         world_of(driver).meta.append(("membership", "{}"))
@@ -627,6 +670,40 @@ class Quick(Answering):
 
     def merge(self, merge: Merge) -> None:
         self.driver.derive(Merged(merge.version, tuple(u for u, _ in merge.items)))
+
+
+def test_a_driver_that_is_cancelled_while_it_writes_ends_when_that_is_written(
+    tmp_path: Path,
+) -> None:
+    """What had followed was written from another thread meanwhile, and then the journal closed."""
+    begun, ended = threading.Event(), threading.Event()
+    with driven(tmp_path, FedBuff(size=1, steps=5), Quick()) as driver:
+        seal = driver.journal.seal
+
+        def slowly() -> None:
+            begun.set()
+            time.sleep(0.05)
+            seal()
+            ended.set()
+
+        async def cancelled() -> bool:
+            driver.attach()
+            driver.post(JOINED)
+            await driver._take(await driver._queue.all())
+            driver.journal.seal = slowly  # type: ignore[method-assign]
+            driver.post(result(driver.run.open["a"]))
+            running = asyncio.create_task(driver.serve())
+            while not begun.is_set():  # noqa: ASYNC110  # another thread says so
+                await asyncio.sleep(0)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            return ended.is_set()
+
+        assert asyncio.run(cancelled())
+        driver.journal.seal = seal  # type: ignore[method-assign]
+        kinds = [type(event).__name__ for _, event, _ in rows(driver)]
+        assert kinds == ["ClientJoined", "UpdateReceived", "Merged"]
 
 
 def test_what_follows_from_an_input_has_its_time_not_that_of_what_waits(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The journal: all of a batch or nothing, in the order in which it came, and back as it was."""
 
+import fcntl
 import os
 import sqlite3
 from pathlib import Path
@@ -113,11 +114,16 @@ def test_bytes_are_on_the_disk_before_the_rows_that_name_them(
     reader = sqlite3.connect(tmp_path / "journal.sqlite")
     seen: list[tuple[str, int]] = []
 
-    def synced(fd: int) -> None:
+    real = os.pwritev
+
+    def written(fd: int, parts: list[memoryview], at: int) -> int:
+        done = real(fd, parts, at)
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DSYNC, "it returns before the disk has it"
         named = reader.execute("SELECT count(*) FROM payload").fetchone()[0]
         seen.append((os.readlink(f"/proc/self/fd/{fd}"), named))
+        return done
 
-    monkeypatch.setattr(os, "fdatasync", synced)
+    monkeypatch.setattr(os, "pwritev", written)
     book.append(EVENTS[:1])
     assert seen == []  # nothing but rows: SQLite's own
     book.append(EVENTS[1:2], payloads=[payload("o0.0")])
