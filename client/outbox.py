@@ -131,18 +131,20 @@ class Outbox:
 
     def put(self, result: Result, view: memoryview) -> None:
         """Keep a result, its bytes in a view that `buffer` gave."""
+        update = result.update
         small = len(view) <= INLINE  # then it lies in the description itself
         packed = messages.packed_result(result, view if small else b"")
         if self._slots is not None and small and len(packed) <= ROOM:
-            self._slot[result.update] = self._slots.put(packed)
+            self._slot[update] = self._slots.put(packed)
         elif self.folder is not None:
             with disk(self.folder):
-                rewrite(self.folder / f"{result.update}{SUFFIX}", packed)
+                rewrite(self.folder / f"{update}{SUFFIX}", packed)
         if small:
-            self._packed[result.update] = packed
-        self._bytes[result.update] = view
-        self._results[result.update] = result
-        self.steps += result.steps if result.final else 0
+            self._packed[update] = packed
+        self._bytes[update] = view
+        self._results[update] = result
+        if result.final:
+            self.steps += result.steps
 
     def get(self, update: str) -> tuple[Result, memoryview] | None:
         if update not in self._results:

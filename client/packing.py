@@ -8,7 +8,7 @@ from torch import Tensor
 from atoll.client.trainer import Tensors
 from atoll.protocols import feedback, tensors
 from atoll.protocols.blobs import Section
-from atoll.protocols.codecs import Codec, encode_read, reads
+from atoll.protocols.codecs import TILE, Codec, all_finite, encode_read, reads
 from atoll.protocols.codecspec import ErrorFeedback
 from atoll.protocols.feedback import State
 from atoll.protocols.manifest import Manifest
@@ -31,6 +31,7 @@ class Packed:
     sections: tuple[Section, ...]
     view: memoryview
     after: State  # of the client's error feedback, and of its codec
+    finite: bool = False  # it is a delta alone, and no value of it is NaN or Inf
 
 
 def pack(
@@ -50,15 +51,15 @@ def pack(
     size = sum([s.length for s in planned])
     varies = getattr(up, "variable", False)
     view = memoryview(bytearray(size)) if varies else room(size)
-    at, sections, after = 0, [], state
+    at, sections, after, sure = 0, [], state, False
     for section in planned:
         part = view[at : at + section.length]
         codec = tensors.section_codec(section.group, up)
         if section.group != "trainable":
             used = codec.encode(_beside(manifest, made, section), part)
         elif codec.name == "fp32":
-            _delta(manifest, made, tensors.as_flat(part))
-            used = part
+            delta = _delta(manifest, made, tensors.as_flat(part))
+            used, sure = part, section.count <= TILE and all_finite(delta)
         elif rule is None and made.protect is None and reads(codec):
             difference = Difference(manifest, made.base.read("trainable"), made.tensors)
             used = encode_read(codec, difference, section.count, part)
@@ -72,7 +73,7 @@ def pack(
         packed = room(at)
         packed[:] = view[:at]
         view = packed
-    return Packed(tuple(sections), view, after)
+    return Packed(tuple(sections), view, after, sure and len(planned) == 1)
 
 
 def _delta(manifest: Manifest, made: Made, out: Tensor | None = None) -> Tensor:

@@ -42,6 +42,7 @@ class Job:
 
     order: messages.Order
     line: Line | None  # that it came by
+    here: bool  # its model came with it
     asked: Then | None = None  # to send or to drop
     snapshots: int = 0  # asked for
     taken: int = 0  # of these
@@ -104,8 +105,8 @@ class Training:
     def begin(self, order: messages.Order, line: Line | None) -> None:
         """Train an order that came by `line`."""
         assert self.bench is not None
-        job = self._job = Job(order, line)
-        if job.order.sent.here:
+        job = self._job = Job(order, line, order.sent.here)
+        if job.here:
             self._post(said.Fetched(job.order.id))
         working = self._hand.do(functools.partial(self._train, self.bench, job))
         working.add_done_callback(functools.partial(self._worked, job))
@@ -144,7 +145,7 @@ class Training:
 
         def report(step: int) -> None:
             job.step = step
-            if step == 0 and not job.order.sent.here:
+            if step == 0 and not job.here:
                 loop.call_soon_threadsafe(self._post, said.Fetched(job.order.id))
 
         def fetch(info: BlobInfo, dest: memoryview) -> None:

@@ -64,6 +64,7 @@ class Workbench:
         half = algorithm.server_half() if isinstance(algorithm, LocalAlgorithm) else None
         self._says = half.says if half is not None else ()
         self._extras = extras_of(half, manifest.counts["trainable"])
+        self._sections = tensors.extra_sections(self._extras.up)
         if private is not None and half is not None and half.up:
             raise ClientError(
                 "FL-C107",
@@ -152,7 +153,7 @@ class Workbench:
         state = self.keep.now(residual.KIND) if self._remembers else {}
         made = Made(base, trained.tensors, self._extras_of(trained), self._protect)
         packed = pack(
-            self.manifest, made, tensors.extra_sections(self._extras.up), up, rule, state,
+            self.manifest, made, self._sections, up, rule, state,
             lambda size: self.outbox.buffer(update, size),
         )  # fmt: skip
         result = Result(
@@ -172,7 +173,8 @@ class Workbench:
             snapshot=snapshot,
         )
         assert result.update == update, f"{result.update} is not {update}"
-        finite(self.manifest, Payload(packed.sections, packed.view, up))
+        if not packed.finite:
+            finite(self.manifest, Payload(packed.sections, packed.view, up))
         if not snapshot and _keeps(self.trainer) and self.outbox.folder is not None:
             with disk(self.outbox.folder):
                 inner.write(self.trainer, self.outbox.folder, self.outbox.memory.run)

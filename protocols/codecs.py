@@ -310,9 +310,10 @@ class Mapped:
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
+        self._count = values.numel()
 
     def __call__(self, lo: int, hi: int, out: Tensor) -> Tensor:
-        whole = lo == 0 and hi == len(self.values)  # to cut nothing off costs as much as to cut
+        whole = lo == 0 and hi == self._count  # to cut nothing off costs as much as to cut
         return self.values if whole else self.values[lo:hi]
 
 

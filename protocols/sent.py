@@ -25,8 +25,9 @@ class Sent:
     @property
     def here(self) -> bool:
         """Whether nothing has to be fetched."""
-        whole = self.model is None or len(self.inline) > 0
-        return whole and all(inline for _, inline in self.differences)
+        if self.model is not None:
+            return len(self.inline) > 0
+        return all(inline for _, inline in self.differences)
 
 
 def sent_to_order(sent: Sent) -> wire_pb2.Order:

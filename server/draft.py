@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from atoll.server.books import Books
 from atoll.server.modelfile import Layout, layout
 from atoll.server.regions import FileRegion, MemoryRegion, Region, Sealed, disk, write_file
 
+IN_MEMORY = nullcontext()  # what is not on a disk needs no watch over it
 MODEL, OUTER, FACTS = "model.safetensors", "outer.safetensors", "version.json"
 
 
@@ -131,10 +133,9 @@ class Draft:
         self._shelf, self._sealed = shelf, sealed
         self._at = {s.group: at for s, at in placed(shelf.sections)}
         self._outer_layout = outer_layout(outer)
-        self._folder = shelf.folder / f"{number}.tmp"
         self._small = shelf.layout.size <= shelf.memory_limit
         self._outer: Region | None = None
-        with disk(self._folder):
+        with self._disk():
             if not self._small:
                 fresh(self._folder)
             self._model = self._region(MODEL, shelf.layout, sha=True)
@@ -147,7 +148,7 @@ class Draft:
 
     def write(self, group: Group, lo: int, values: Tensor) -> None:
         """Put elements [lo, lo + len) of a group's flat vector in place. ServerError FL-S203."""
-        with disk(self._folder):
+        with self._disk():
             self._model.write(self._at[group] + lo * values.itemsize, as_bytes(values))
 
     def place(self, group: Group, lo: int, hi: int) -> Tensor | None:
@@ -163,7 +164,7 @@ class Draft:
         """Put elements [lo, lo + len) of a vector of the outer state in place. FL-S203."""
         assert self._outer is not None, "this draft was opened without outer state"
         at, dtype, _ = self._outer_layout.offsets[name]
-        with disk(self._folder):
+        with self._disk():
             self._outer.write(at + lo * dtype.itemsize, as_bytes(values))
 
     def rewind(self) -> None:
@@ -179,7 +180,7 @@ class Draft:
     ) -> Version:
         """The version; every element must have been written. ServerError FL-S203."""
         shelf = self._shelf
-        with disk(self._folder):
+        with self._disk():
             model = self._model.seal()
             outer = self._outer.seal() if self._outer is not None else Sealed(memoryview(b""))
             facts = Facts(
@@ -202,6 +203,13 @@ class Draft:
             self._outer.close()
         if not self._small:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _folder(self) -> Path:
+        return self._shelf.folder / f"{self.number}.tmp"
+
+    def _disk(self) -> AbstractContextManager[None]:
+        return IN_MEMORY if self._small else disk(self._folder)
 
     def _region(self, name: str, lies: Layout, *, sha: bool) -> Region:
         if self._small:

@@ -119,9 +119,7 @@ class Host:
             self.outgoing.ready(session, order)
 
     def deliver(self, order: Order) -> None:
-        session = self.sessions.of.get(order.client)
-        if session is not None:
-            self.outgoing.order(session, order)
+        self.outgoing.order(self.sessions.of.get(order.client), order)
 
     def interrupt(self, order: Order, then: Then) -> None:
         session = self.sessions.of.get(order.client)

@@ -37,7 +37,6 @@ class _Packed:
     """An order as it goes out over one session."""
 
     session: Session
-    version: int
     load: Load
     parts: Parts
     beside: int  # bytes that it brings beside the model
@@ -72,13 +71,14 @@ class Outgoing:
     def ready(self, session: Session, order: Order) -> None:
         """Pack what will be sent as this order, while there is time. Nothing is counted yet."""
         if session.link.down == PLAIN:  # a chain's depends on what is held when it is sent
-            self._ready = {i: p for i, p in self._ready.items() if p.version == order.version}
             packed = self._pack(session, order)
             if packed is not None:
                 self._ready[order.id] = packed
 
-    def order(self, session: Session, order: Order) -> None:
+    def order(self, session: Session | None, order: Order) -> None:
         packed = self._ready.pop(order.id, None)
+        if session is None:
+            return
         if packed is None or packed.session is not session:
             packed = self._pack(session, order)
         if packed is not None:
@@ -101,7 +101,7 @@ class Outgoing:
             return None
         told = messages.Order(order.id, 0, order.version, order.steps, None, extra=extra)
         parts = messages.packed_order(told, self._packed[key], beside)
-        return _Packed(session, order.version, load, parts, size)
+        return _Packed(session, load, parts, size)
 
     def _besides(self, order: Order) -> tuple[Mapping[str, float], bytes]:
         """What goes beside a model: numbers, and vectors packed. ServerError FL-S206 where its

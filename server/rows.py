@@ -1,6 +1,6 @@
 """Rows: what was heard and decided, as the rows of a run's history (`server/history.py`)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from atoll.protocols.events import (
     Action,
@@ -29,7 +29,7 @@ class Recorder:
         run: Run,
         now: float,
         event: Event,
-        actions: Iterable[Action],
+        actions: Collection[Action],
         effects: Iterable[Effect],
         up: int = 0,
         down: Callable[[Order], int] = lambda order: 0,
@@ -37,7 +37,10 @@ class Recorder:
         """Rows of one call of `run.handle`; `up` are the bytes of its update, `down` says those of
         an order's model."""
         yield from self._heard(now, event, up)
-        version = run.version - sum(isinstance(a, Aggregate) for a in actions)
+        version = run.version
+        for action in actions:
+            if isinstance(action, Aggregate):
+                version -= 1
         for action in actions:
             if isinstance(action, Aggregate):
                 version += 1
