@@ -6,6 +6,7 @@ that moves bulk bytes, so that a client trains and transfers at the same time.
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -145,6 +146,7 @@ class Client:
         self._bulk.shutdown(wait=False, cancel_futures=True)
         self._keep.close()
         self._outbox.close()
+        gc.unfreeze()
 
     # ---- what the machine says -----------------------------------------------------------------
 
@@ -296,6 +298,7 @@ class Client:
         if self._keep.lost:
             logger.warning("client=%s private state is lost: %s", self.name, self._keep.lost)
         await self._training.prepare(lambda: self._part.make(info))
+        gc.freeze()  # torch and the trainer's data stay: they need not be looked at again
         return {order for order, _ in stale}
 
     def _hear(self, line: Line, message: wire_pb2.ServerMessage) -> None:

@@ -50,7 +50,7 @@ from atoll.server.timers import Timers
 logger = logging.getLogger(__name__)
 
 LAZY = 0.005  # seconds an input may wait for others when all that waits for it is a receipt
-AT_ONCE = 2 << 20  # bytes of payloads that are copied without another thread
+AT_ONCE = 2 << 20  # bytes of payloads that are described without another thread
 BEHIND = 0.2  # seconds what was derived may wait for an input to be written with
 
 
@@ -288,9 +288,12 @@ class Driver:
         said, self._unsaid = self._unsaid, []
         payloads = [one.input.payload for one in said if one.input.payload is not None]
         batch = self.journal.take(payloads, *self.world.spent())
-        if batch.size <= AT_ONCE:
-            self.journal.write(batch)  # into memory: handing it over would take longer
-            writing = self._disk.do(self.journal.seal, at_once=True)
+        if batch.size <= AT_ONCE:  # rows go into memory: to hand them over would take longer
+            spills = self.journal.stage(batch)
+            if spills:
+                self._disk.do(self.journal.spill, at_once=True)
+            self.journal.write()
+            writing = self._disk.do(self.journal.seal, at_once=not spills)
         else:
             writing = self._disk.do(partial(self.journal.commit, batch))
         try:

@@ -140,6 +140,8 @@ class Journal:
         self._decided: list[tuple[str, int]] = []
         self._written = self.seq
         self._writing: Batch | None = None
+        self._places: dict[str, Place] = {}  # of its payloads, by update
+        self._spilt: OSError | None = None  # why they could not be put there
         self._dropped: list[tuple[int | None]] = []  # segments of payloads it forgets
         self._lost = False  # a batch could not be written: nothing that followed from it may be
 
@@ -183,14 +185,37 @@ class Journal:
 
     def commit(self, batch: Batch) -> None:
         """Write it down, durably. ServerError FL-S203 where the disk does not take it: then what
-        was entered since is forgotten with it."""
-        self.write(batch)
+        was entered since is forgotten with it.
+
+        In four parts, so that a loop need not wait for the disk: `spill` and `seal` do, and are
+        for another thread, one after the other; `write` may go on while `spill` does.
+        """
+        self.stage(batch)
+        self.spill()
+        self.write()
         self.seal()
 
-    def write(self, batch: Batch) -> None:
-        """The first half of `commit`: nothing is durable, and nothing waits for the disk."""
+    def stage(self, batch: Batch) -> bool:
+        """Say where its payloads will lie. Whether there are any to spill."""
         assert self._writing is None, "a batch is being written"
         self._writing = batch
+        with self._transaction():
+            self._places = {
+                p.id: self._log.put(p.data) for p in batch.payloads if p.data is not None
+            }
+        return bool(self._places)
+
+    def spill(self) -> None:
+        """Put the payloads there. That the disk does not take them is told by `seal`."""
+        try:
+            self._log.write()
+        except OSError as error:
+            self._spilt = error
+
+    def write(self) -> None:
+        """Write the rows, of which nothing is durable yet."""
+        batch = self._writing
+        assert batch is not None, "stage a batch first"
         with self._transaction():
             self.base.execute("BEGIN IMMEDIATE")
             self._many(EVENT, [entry.row(self.run) for entry in batch.entries])
@@ -201,11 +226,12 @@ class Journal:
             self._many(META, batch.meta)
 
     def seal(self) -> None:
-        """The second half: what was written is durable."""
+        """Make the rows durable, once the payloads are that they name."""
         with self._transaction():
-            self._log.write()
+            if self._spilt is not None:
+                raise self._spilt
             self.base.execute("COMMIT")
-        assert self._writing is not None, "write a batch first"
+        assert self._writing is not None, "stage a batch first"
         if self._writing.entries:
             self._written = self._writing.entries[-1].seq
         dropped, self._dropped, self._writing = self._dropped, [], None
@@ -223,11 +249,10 @@ class Journal:
         return bool(self._entered or self._decided) and not self._lost
 
     def _row(self, payload: Payload) -> tuple[object, ...]:
-        """A row of `payload`, whose bytes, where they came with it, are put into the log: they are
-        written when the batch is sealed."""
-        if payload.data is None:
+        """A row of `payload`, whose bytes lie in the log where they came with it."""
+        place = self._places.get(payload.id)
+        if place is None:
             return payload.id, self.run, _info(payload), None, None
-        place = self._log.put(payload.data)
         return payload.id, self.run, _info(payload), place.segment, place.offset
 
     def decide(self, seq: int, actions: Sequence[Action]) -> None:
@@ -317,7 +342,8 @@ class Journal:
         except BaseException as error:
             if self.base.in_transaction:
                 self.base.execute("ROLLBACK")
-                self._log.take_back()
+            self._log.take_back()
+            self._spilt = None
             if self._writing is not None:
                 self._lost = True
                 self._decided = self._writing.decided + self._decided

@@ -2,10 +2,12 @@
 
 A database copies a 100 KB value page by page, twice; here it is one write into a file that was
 used before. The journal's rows say where each payload lies; a segment whose payloads are all
-forgotten is taken again for new ones. All calls block: make them from the journal's thread.
+forgotten is taken again for new ones. `write` waits for the disk and may be called in a thread of
+its own, while nothing is put; everything else is for one thread at a time.
 """
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ class PayloadLog:
         self._spare: Path | None = None
         self._fd = -1
         self._at = 0
+        self._lock = threading.RLock()  # held while what was put is written, or taken back
         self._put: list[bytes] = []  # not written yet: the end of the segment up to `_at`
         self._number = max(self._live, default=0)
         for path in folder.glob(f"*{SUFFIX}"):
@@ -63,24 +66,26 @@ class PayloadLog:
     def write(self) -> None:
         """Write what was put; `durable`: it survives a power cut from then on. OSError where the
         disk does not take it: then none of it was put."""
-        start = self._at - sum(map(len, self._put))
-        try:
-            self._write(start)
-        except OSError:
+        with self._lock:
+            start = self._at - sum(map(len, self._put))
             try:
-                if not self._give_back():
-                    raise
                 self._write(start)
             except OSError:
-                self.take_back()
-                raise
-        self._put.clear()
+                try:
+                    if not self._give_back():
+                        raise
+                    self._write(start)
+                except OSError:
+                    self.take_back()
+                    raise
+            self._put.clear()
 
     def take_back(self) -> None:
         """What was put and is not written never was."""
-        self._at -= sum(map(len, self._put))
-        self._live[self._number] -= len(self._put)
-        self._put.clear()
+        with self._lock:
+            self._at -= sum(map(len, self._put))
+            self._live[self._number] -= len(self._put)
+            self._put.clear()
 
     def read(self, place: Place, size: int) -> bytes:
         """The bytes, fewer than `size` where they never reached the disk."""

@@ -9,6 +9,7 @@ The port accepts before torch is imported; callers wait for the run, not for a c
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -219,6 +220,7 @@ class Server:
         assert self._stop is not None
         assembly = self._assembly = await asyncio.to_thread(self._assemble, uploads)
         await assembly.begin()
+        gc.freeze()  # torch's 200,000 objects, which will stay, need not be looked at again
         host.set_result(assembly.host)
         self._signals(True)
         if ready is not None:
@@ -240,6 +242,7 @@ class Server:
         finally:
             stopping.cancel()
             self._signals(False)
+            gc.unfreeze()
 
     async def _linger(self, host: "Host", stopping: "asyncio.Task[bool]") -> None:
         lingering = asyncio.create_task(host.reception.linger())

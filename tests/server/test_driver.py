@@ -842,13 +842,13 @@ def test_inputs_for_which_only_receipts_wait_are_written_together(tmp_path: Path
     with driven(tmp_path, FedAvg(steps=1, min_clients=3), Careful()) as driver:
         receipts: list[str] = []
         commits: list[int] = []
-        write = driver.journal.write
+        stage = driver.journal.stage
 
-        def counted(batch: Batch) -> None:
-            write(batch)
+        def counted(batch: Batch) -> bool:
             commits.append(len(batch.entries))
+            return stage(batch)
 
-        driver.journal.write = counted  # type: ignore[method-assign]
+        driver.journal.stage = counted  # type: ignore[method-assign]
 
         async def three() -> None:
             driver.attach()

@@ -43,6 +43,10 @@ def journal(folder: Path) -> Journal:
     return Journal(folder / "journal.sqlite", "run", durable=False)
 
 
+def on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.payloads"))
+
+
 def payload(update: str, data: bytes | None = b"1234") -> Payload:
     section = Section("trainable", "fp32", 1, 4)
     return Payload(update, BlobInfo(f"u/{update}", 4, b"\7" * 32, (section,)), data)
@@ -210,6 +214,41 @@ def test_where_the_disk_takes_no_payload_its_batch_says_so(tmp_path: Path) -> No
     assert full.value.code == "FL-S203"
     book.append(EVENTS[:1], payloads=[payload("o0.0")])
     assert [p.data for p in book.payloads()] == [b"1234"]
+    book.close()
+
+
+def test_rows_are_written_while_payloads_are_and_sealed_after_them(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    reader = sqlite3.connect(tmp_path / "journal.sqlite")
+    book.enter(*EVENTS[0])
+    assert book.stage(book.take([payload("o0.0")]))
+    with pytest.raises(AssertionError, match="being written"):
+        book.stage(book.take())
+    book.write()
+    assert on_disk(tmp_path) == 0
+    book.spill()
+    assert on_disk(tmp_path) == 4
+    assert reader.execute("SELECT count(*) FROM event").fetchone() == (0,)
+    book.seal()
+    assert reader.execute("SELECT count(*) FROM event").fetchone() == (1,)
+    assert not book.stage(book.take())  # nothing to spill
+    book.write()
+    book.seal()
+    reader.close()
+    book.close()
+
+
+def test_payloads_that_were_put_for_rows_that_failed_are_not_known(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.enter(*EVENTS[0])
+    book.stage(book.take([payload("o0.0")], meta=[("a",)]))  # type: ignore[list-item]
+    book.spill()
+    with pytest.raises(sqlite3.Error):
+        book.write()
+    assert not book.behind
+    assert list(book.payloads()) == []
+    assert book.append(EVENTS[:1], payloads=[payload("o1.0")]) == 1
+    assert [p.id for p in book.payloads()] == ["o1.0"]
     book.close()
 
 
