@@ -1,6 +1,7 @@
 """A version of the model: as it is written, tile by tile, and as it is once it is sealed."""
 
 import functools
+import hashlib
 import os
 import shutil
 import threading
@@ -32,7 +33,7 @@ class Facts:
 
     version: int
     parent: int | None
-    sha256: str  # of the payload, hex
+    sha256: str  # of the payload, hex; empty while a small version is only in memory
     outer_check: int  # `Sealed.check` of outer.safetensors' data; 0: none
     schema: str
     inputs: tuple[tuple[str, float], ...] = ()  # (update id, weight) it was made from
@@ -62,6 +63,11 @@ class Shelf:
     layout: Layout  # of the model file
     memory_limit: int  # bytes up to which a version is small
 
+    @property
+    def small(self) -> bool:
+        """Whether they are made in memory, and go inline."""
+        return self.layout.size <= self.memory_limit
+
     def path(self, number: int) -> Path:
         return self.folder / str(number)
 
@@ -80,6 +86,7 @@ class Version:
     blobs: dict[str, Blob] = field(default_factory=dict)  # codec name -> its bytes, once encoded
     lock: threading.Lock = field(default_factory=threading.Lock)
     _flats: dict[Group, Tensor] = field(default_factory=dict, repr=False)
+    _sha256: bytes = b""
 
     @property
     def number(self) -> int:
@@ -87,7 +94,11 @@ class Version:
 
     @property
     def sha256(self) -> bytes:
-        return bytes.fromhex(self.facts.sha256)
+        """Of its payload. A small one is hashed when somebody asks: no round waits for it."""
+        if not self._sha256:
+            told = bytes.fromhex(self.facts.sha256)
+            self._sha256 = told or hashlib.sha256(self.view).digest()
+        return self._sha256
 
     @property
     def folder(self) -> Path:
@@ -133,12 +144,12 @@ class Draft:
         self._shelf, self._sealed = shelf, sealed
         self._at = {s.group: at for s, at in placed(shelf.sections)}
         self._outer_layout = outer_layout(outer)
-        self._small = shelf.layout.size <= shelf.memory_limit
+        self._small = shelf.small
         self._outer: Region | None = None
         with self._disk():
             if not self._small:
                 fresh(self._folder)
-            self._model = self._region(MODEL, shelf.layout, sha=True)
+            self._model = self._region(MODEL, shelf.layout, sha=not self._small)
             try:
                 if outer:
                     self._outer = self._region(OUTER, self._outer_layout, sha=False)

@@ -57,8 +57,8 @@ BEHIND = 0.2  # seconds what was derived may wait for an input to be written wit
 class World(Protocol):
     """What a driver does not do itself. Nothing here may block or raise."""
 
-    def ready(self, order: Order) -> None:
-        """It will be delivered once it is written: pack it meanwhile. Nothing of it may show."""
+    def ready(self, effect: Deliver | Tell) -> None:
+        """It will be carried out once it is written: pack it meanwhile. Nothing of it may show."""
 
     def deliver(self, order: Order) -> None: ...
 
@@ -344,8 +344,8 @@ class Driver:
         """What will leave when they are written is made ready while they are."""
         for one in decided:
             for effect in one.effects:
-                if isinstance(effect, Deliver):
-                    self.world.ready(effect.order)
+                if isinstance(effect, Deliver | Tell):
+                    self.world.ready(effect)
 
     def _waited(self) -> None:
         self._due = True

@@ -39,7 +39,7 @@ from atoll.server.questions import Around, Questions
 from atoll.server.reception import Reception
 from atoll.server.recover import snapshot
 from atoll.server.rows import Recorder
-from atoll.server.run import Effect, Merge, Order, Outcome, Run
+from atoll.server.run import Deliver, Effect, Merge, Order, Outcome, Run, Tell
 from atoll.server.saver import Saver
 from atoll.server.sessions import Session, Sessions
 from atoll.server.spec import RunSpec
@@ -113,10 +113,12 @@ class Host:
 
     # ---- the driver's world --------------------------------------------------------------------
 
-    def ready(self, order: Order) -> None:
-        session = self.sessions.of.get(order.client)
-        if session is not None:
-            self.outgoing.ready(session, order)
+    def ready(self, effect: Deliver | Tell) -> None:
+        match effect:
+            case Deliver(order):
+                self.outgoing.ready(order.client, order)
+            case Tell(client, outcome):
+                self.outgoing.ready(client, outcome)
 
     def deliver(self, order: Order) -> None:
         self.outgoing.order(self.sessions.of.get(order.client), order)
@@ -143,9 +145,7 @@ class Host:
         if outcome.fate != "used":
             self.workshop.forget([outcome.update])
             self._spent.append(outcome.update)
-        session = self.sessions.of.get(client)
-        if session is not None:
-            self.outgoing.outcome(session, outcome)
+        self.outgoing.outcome(self.sessions.of.get(client), outcome)
 
     def heard(
         self, now: float, event: Event, actions: list[Action], effects: list[Effect]

@@ -40,6 +40,7 @@ __all__ = ["PLAIN", "InterruptedMergeError", "MergeStats", "Merger", "scaled"]
 
 PLAIN = Sgd()
 NORM_WHOLE = 1 << 15  # elements
+FAINT = 1e-12  # a norm
 NORM_BLOCK = 1 << 12  # elements; norms add up block by block, alike for every number of threads
 
 
@@ -358,7 +359,10 @@ def scaled(decoder: Decoder, by: float) -> Decoder:
 def _squared_norm(values: Tensor) -> float:
     """In float64 over float32 blocks, so that neither threads nor alignment change a bit of it."""
     if values.numel() <= NORM_WHOLE:  # torch takes one thread for so few
-        return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+        norm = float(torch.linalg.vector_norm(values))
+        if norm < FAINT:  # squares may have been too small for float32
+            norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+        return norm * norm
     whole = values.numel() // NORM_BLOCK * NORM_BLOCK
     norms = torch.linalg.vector_norm(values[:whole].view(-1, NORM_BLOCK), dim=1).double()
     rest = torch.linalg.vector_norm(values[whole:]).double()

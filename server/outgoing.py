@@ -65,18 +65,24 @@ class Outgoing:
         self._fail = fail
         self._extra_size = sum(s.length for s in tensors.extra_sections(workshop.extras.down))
         self._packed: dict[tuple[int, str], bytes] = {}  # models as last sent, in orders
-        self._ready: dict[str, _Packed] = {}  # orders about to be sent
+        self._orders: dict[str, _Packed] = {}  # about to be sent
+        self._outcomes: dict[str, bytes] = {}  # of updates, about to be sent
         self._packed_extras = (-1, b"")  # what goes beside the version last ordered
 
-    def ready(self, session: Session, order: Order) -> None:
-        """Pack what will be sent as this order, while there is time. Nothing is counted yet."""
-        if session.link.down == PLAIN:  # a chain's depends on what is held when it is sent
-            packed = self._pack(session, order)
+    def ready(self, client: str, what: Order | Outcome) -> None:
+        """Pack what will be sent, while there is time. Nothing is counted yet."""
+        session = self._sessions.of.get(client)
+        if session is None:
+            return
+        if isinstance(what, Outcome):
+            self._outcomes[what.update] = _outcome(what)
+        elif session.link.down == PLAIN:  # a chain's depends on what is held when it is sent
+            packed = self._pack(session, what)
             if packed is not None:
-                self._ready[order.id] = packed
+                self._orders[what.id] = packed
 
     def order(self, session: Session | None, order: Order) -> None:
-        packed = self._ready.pop(order.id, None)
+        packed = self._orders.pop(order.id, None)
         if session is None:
             return
         if packed is None or packed.session is not session:
@@ -165,8 +171,11 @@ class Outgoing:
     def _numbers(self, order: Order) -> half.Numbers:
         return self._workshop.store.open(order.version).facts.numbers
 
-    def outcome(self, session: Session, outcome: Outcome) -> None:
-        session.send_later(outcome.update, partial(_outcome, outcome))
+    def outcome(self, session: Session | None, outcome: Outcome) -> None:
+        packed = self._outcomes.pop(outcome.update, None)
+        if session is not None:
+            told = partial(_outcome, outcome) if packed is None else lambda: packed
+            session.send_later(outcome.update, told)
 
     def counted(self, client: str) -> Traffic:
         if client not in self.traffic:
@@ -197,13 +206,13 @@ def _beside(blob: Blob) -> bytes:
     return made.SerializeToString()
 
 
-def _outcome(outcome: Outcome) -> wire_pb2.ServerMessage:
+def _outcome(outcome: Outcome) -> bytes:
     told = messages.Outcome(
         outcome.order, outcome.update, outcome.fate, outcome.version, outcome.reason
     )
-    return wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told))
+    return wire_pb2.ServerMessage(outcome=messages.outcome_to_wire(told)).SerializeToString()
 
 
-def _receipt(order: str, update: str, final: bool) -> wire_pb2.ServerMessage:
+def _receipt(order: str, update: str, final: bool) -> bytes:
     receipt = wire_pb2.Receipt(order=order, update=update, final=final)
-    return wire_pb2.ServerMessage(receipt=receipt)
+    return wire_pb2.ServerMessage(receipt=receipt).SerializeToString()

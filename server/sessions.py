@@ -17,7 +17,7 @@ from atoll.protocols.later import Later
 from atoll.protocols.links import PLAIN_LINK, Link
 from atoll.protocols.packed import MORE, Parts, nested, size
 
-Pack = Callable[[], wire_pb2.ServerMessage]
+Pack = Callable[[], bytes]  # makes a serialized ServerMessage
 
 LATER = 0.05  # seconds a receipt or an outcome may wait for company
 QUEUE = 256  # messages; a client that does not read is cut off rather than buffered without bound
@@ -66,7 +66,7 @@ class Session:
         self._later.done()
         waiting, self._waiting = self._waiting, {}
         for pack in waiting.values():
-            self._put((pack().SerializeToString(),))
+            self._put((pack(),))
 
     async def next(self) -> bytes | None:
         """What to write next: all that is queued in one message where the client reads that."""

@@ -176,6 +176,7 @@ class VersionStore:
             lies = outer_layout({n: v.numel() for n, v in version.outer.items()})
             parts = [as_bytes(version.outer[name]) for name in lies.offsets]
             write_file(folder / OUTER, [lies.head, *parts], durable=durable)
+        version.facts = replace(version.facts, sha256=version.sha256.hex())
         version.facts.write(folder, durable=durable)
         shutil.rmtree(version.folder, ignore_errors=True)  # the same, made before the last crash
         os.rename(folder, version.folder)
@@ -309,7 +310,8 @@ class VersionStore:
     def _encode(self, version: Version, codec: Codec) -> Blob:
         name = f"v{version.number}/{codec.name}"
         if codec.name == "fp32":
-            info = BlobInfo(name, len(version.view), version.sha256, self.shelf.sections)
+            sha256 = b"" if self.shelf.small else version.sha256
+            info = BlobInfo(name, len(version.view), sha256, self.shelf.sections)
             return Blob(info, version.view, version.crcs)
         sections = sections_of(self.manifest, codec)
         size = sum(s.length for s in sections)

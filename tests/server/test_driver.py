@@ -39,7 +39,7 @@ from atoll.server.inputs import Input, in_order
 from atoll.server.journal import Batch, Journal, dump_actions
 from atoll.server.replay import replay
 from atoll.server.rules import Rules
-from atoll.server.run import Effect, Merge, Order, Outcome, Run
+from atoll.server.run import Deliver, Effect, Merge, Order, Outcome, Run, Tell
 from atoll.server.simulator import simulate
 from atoll.server.world import Absence, ClientModel
 
@@ -72,7 +72,7 @@ class Answering:
     dropped: tuple[str, ...] = ()
     driver: Driver = field(init=False)
 
-    def ready(self, order: Order) -> None: ...
+    def ready(self, effect: Deliver | Tell) -> None: ...
 
     def deliver(self, order: Order) -> None:
         if self.paces:
@@ -568,8 +568,9 @@ def test_orders_are_made_ready_while_their_input_is_written_and_leave_before_his
     ready = threading.Event()
 
     class Saying(Answering):
-        def ready(self, order: Order) -> None:
-            said.append(f"ready {order.id}")
+        def ready(self, effect: Deliver | Tell) -> None:
+            assert isinstance(effect, Deliver)
+            said.append(f"ready {effect.order.id}")
             ready.set()
 
         def deliver(self, order: Order) -> None:

@@ -18,7 +18,7 @@ from atoll.server.driver import Driver
 from atoll.server.journal import Journal
 from atoll.server.replay import replay
 from atoll.server.rules import Rules
-from atoll.server.run import Effect, Merge, Order, Outcome, Run
+from atoll.server.run import Deliver, Effect, Merge, Order, Outcome, Run, Tell
 from atoll.server.simulator import simulate
 from atoll.server.world import crowd, exponential
 
@@ -63,7 +63,7 @@ class Instant:
     ) -> Callable[[], None]:
         return lambda: self.rows.append((now, event, actions))
 
-    def ready(self, order: Order) -> None: ...
+    def ready(self, effect: Deliver | Tell) -> None: ...
 
     def deliver(self, order: Order) -> None: ...
 

@@ -1,7 +1,6 @@
 """Sessions: what waits to be written to one client, in order and not without bound."""
 
 import asyncio
-from functools import partial
 
 import pytest
 
@@ -22,7 +21,7 @@ def outcome(number: int) -> wire_pb2.ServerMessage:
 
 
 def tell(session: Session, number: int) -> None:
-    session.send_later(f"o{number}.0", partial(outcome, number))
+    session.send_later(f"o{number}.0", outcome(number).SerializeToString)
 
 
 async def read(session: Session) -> wire_pb2.ServerMessage | None:
@@ -58,7 +57,7 @@ def test_an_outcome_stands_for_the_receipt_that_still_waits() -> None:
         session = Session("c", 1)
         for update in ("o1.0", "o2.0"):
             receipt = wire_pb2.Receipt(update=update)
-            session.send_later(update, partial(wire_pb2.ServerMessage, receipt=receipt))
+            session.send_later(update, wire_pb2.ServerMessage(receipt=receipt).SerializeToString)
         tell(session, 1)
         session.close()
         kinds = []
@@ -78,7 +77,7 @@ def test_outcomes_come_in_the_order_in_which_they_were_decided() -> None:
     async def send() -> list[str]:
         session = Session("c", 1)
         receipt = wire_pb2.Receipt(update="o2.0")
-        session.send_later("o2.0", partial(wire_pb2.ServerMessage, receipt=receipt))
+        session.send_later("o2.0", wire_pb2.ServerMessage(receipt=receipt).SerializeToString)
         tell(session, 1)
         tell(session, 2)
         session.close()
