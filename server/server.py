@@ -9,7 +9,6 @@ The port accepts before torch is imported; callers wait for the run, not for a c
 import asyncio
 import contextlib
 import fcntl
-import gc
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from atoll.protocols.channel import SERVER_OPTIONS, tune_malloc
 from atoll.protocols.codecspec import parse_ways
 from atoll.protocols.errors import RemoteError, ServerError, UsageError
 from atoll.protocols.ids import ulid
+from atoll.protocols.prompt import prompt
 from atoll.server.bulk import Bulk
 from atoll.server.check import check
 from atoll.server.claim import folder_made
@@ -217,11 +217,14 @@ class Server:
         host: "asyncio.Future[Host]",
         ready: Callable[[str], None] | None,
     ) -> Summary:
-        assert self._stop is not None
         assembly = self._assembly = await asyncio.to_thread(self._assemble, uploads)
         await assembly.begin()
-        gc.freeze()  # torch's 200,000 objects, which will stay, need not be looked at again
         host.set_result(assembly.host)
+        with prompt():
+            return await self._drive(assembly, ready)
+
+    async def _drive(self, assembly: "Assembly", ready: Callable[[str], None] | None) -> Summary:
+        assert self._stop is not None
         self._signals(True)
         if ready is not None:
             ready(self.address)
@@ -242,7 +245,6 @@ class Server:
         finally:
             stopping.cancel()
             self._signals(False)
-            gc.unfreeze()
 
     async def _linger(self, host: "Host", stopping: "asyncio.Task[bool]") -> None:
         lingering = asyncio.create_task(host.reception.linger())
