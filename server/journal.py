@@ -2,7 +2,8 @@
 
 SQLite in WAL mode, one connection, used by one thread at a time (SQLite before 3.51.3 can corrupt
 a WAL that two connections write). Inputs are entered as they are decided; a batch of them is one
-transaction, so receipts are released together.
+transaction, so receipts are released together. What it writes are pages: a table with a text as its
+key is kept WITHOUT ROWID, as one tree and not two.
 """
 
 import contextlib
@@ -38,10 +39,11 @@ CREATE TABLE IF NOT EXISTS event (
   seq INTEGER PRIMARY KEY, run TEXT NOT NULL, now REAL NOT NULL, kind TEXT NOT NULL,
   event TEXT NOT NULL, actions TEXT);
 CREATE TABLE IF NOT EXISTS payload (
-  id TEXT PRIMARY KEY, run TEXT NOT NULL, info TEXT NOT NULL, segment INTEGER, offset INTEGER);
+  id TEXT PRIMARY KEY, run TEXT NOT NULL, info TEXT NOT NULL, segment INTEGER, offset INTEGER
+  ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS snapshot (
   seq INTEGER PRIMARY KEY, run TEXT NOT NULL, now REAL NOT NULL, state TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
 EVENT = "INSERT INTO event VALUES (?, ?, ?, ?, ?, ?)"
