@@ -51,8 +51,8 @@ def train(trainer: Trainer, task: Task) -> Trained:
         made: object = trainer.train(task)
     if not isinstance(made, Trained):
         raise _broken(f"train() returned {_kind(made)}, not a Trained", RETURN)
-    for part in ("tensors", "metrics"):
-        if not isinstance(given := getattr(made, part), Mapping):
+    for part, given in (("tensors", made.tensors), ("metrics", made.metrics)):
+        if type(given) is not dict and not isinstance(given, Mapping):
             raise _broken(f"train() returned {part} as {_kind(given)}", "give {name: value}")
     for name, value in made.tensors.items():
         if not isinstance(value, Tensor):
@@ -60,14 +60,14 @@ def train(trainer: Trainer, task: Task) -> Trained:
             raise _broken(f"train() returned {name!r} as {_kind(value)}", hint)
     steps = _whole("train() gave steps", made.steps)
     examples = _whole("train() gave examples", made.examples)
-    if type(made.steps) is not int or type(made.examples) is not int:  # as numpy's
+    if steps is not made.steps or examples is not made.examples:  # numpy's, perhaps
         made = replace(made, steps=steps, examples=examples)
     if made.steps != task.steps and not (
         made.steps < task.steps and task.asked() in ("send", "drop")
     ):
         what = f"train() was asked for {task.steps} steps and ran {made.steps}"
         raise _broken(what, "run exactly task.steps, unless task.asked() says to stop")
-    if any(type(value) is not float for value in made.metrics.values()):
+    if made.metrics and any(type(value) is not float for value in made.metrics.values()):
         made = replace(made, metrics=_numbers("train", made.metrics))
     return made
 
@@ -138,7 +138,7 @@ class _told:  # noqa: N801  # a context manager; one of contextlib's takes three
 
 def _whole(name: str, value: object) -> int:
     """One that a message can say."""
-    found = _as(index, name, value, "a whole number")
+    found = value if type(value) is int else _as(index, name, value, "a whole number")
     if not 0 <= found <= MAX_COUNT:
         raise _broken(f"{name}={found}"[:80], "give a number from 0 to 2**53")
     return found

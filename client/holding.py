@@ -109,6 +109,8 @@ class Beside:
         """The vectors that came with an order; they alias what is held. ClientError FL-C103 where
         one is missing, RemoteError FL-W104 where one is no such vector."""
         found: dict[str, Tensor] = {}
+        if not order.extras and not self.expected:
+            return found
         for place, (info, inline) in enumerate(order.extras):
             view = memoryview(inline) if inline else self._fetched(place, info, fetch)
             found |= read_extras(info.sections, view, self.known)

@@ -26,7 +26,7 @@ from atoll.protocols.codecs import Codec
 from atoll.protocols.codecspec import ErrorFeedback
 from atoll.protocols.errors import ClientError
 from atoll.protocols.events import Then
-from atoll.protocols.manifest import TRAVELLING, Manifest
+from atoll.protocols.manifest import Manifest
 from atoll.protocols.messages import Order, Result
 from atoll.protocols.payload import Payload, finite
 from atoll.protocols.sent import Sent
@@ -92,9 +92,9 @@ class Workbench:
         """Bring the model that was sent into the trainer."""
         payload = self.holding.take(sent, fetch, self.down)
         named: dict[str, Any] = {}
-        for group in TRAVELLING:
-            if payload.has(group):
-                named |= tensors.unflatten(self.manifest, group, payload.read(group))
+        for section in payload.sections:
+            group = tensors.group_of(section)
+            named |= tensors.unflatten(self.manifest, group, payload.read(group))
         contract.load(self.trainer, named)
         return payload
 
@@ -172,7 +172,6 @@ class Workbench:
             final=not snapshot,
             snapshot=snapshot,
         )
-        assert result.update == update, f"{result.update} is not {update}"
         if not packed.finite:
             finite(self.manifest, Payload(packed.sections, packed.view, up))
         if not snapshot and _keeps(self.trainer) and self.outbox.folder is not None:
@@ -213,6 +212,8 @@ class Workbench:
 
     def _extras_of(self, trained: Trained) -> dict[str, Tensor]:
         """What the algorithm made besides the model, by section."""
+        if not self._extras.up:
+            return {}
         return tensors.extra_groups(self._extras.up, trained.extras, trained.said, self._says)
 
 
