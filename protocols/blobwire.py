@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from atoll.protocols import bounds, wire_pb2
 from atoll.protocols.blobs import BLOB_ID, INLINE, BlobInfo, Section
 from atoll.protocols.errors import RemoteError
+from atoll.protocols.packed import Parts, nested
+
+INLINE_FIELD = 5  # Blob.inline
 
 
 def blob_to_wire(info: BlobInfo, inline: bytes = b"") -> wire_pb2.Blob:
@@ -33,6 +36,13 @@ def _wire_sections(sections: Sequence[Section]) -> list[wire_pb2.Section]:
 def packed_sections(sections: tuple[Section, ...]) -> bytes:
     """A serialized Blob with nothing but these."""
     return wire_pb2.Blob(sections=_wire_sections(sections)).SerializeToString()
+
+
+def packed_blob(info: BlobInfo, inline: bytes | memoryview) -> Parts:
+    """A serialized Blob, whose inline bytes are not copied; empty: they are not in it."""
+    alone = wire_pb2.Blob(id=info.id, size=info.size, sha256=info.sha256).SerializeToString()
+    held = nested(INLINE_FIELD, inline) if len(inline) else ()
+    return alone, packed_sections(info.sections), *held
 
 
 def blob_from_wire(wire: wire_pb2.Blob) -> tuple[BlobInfo, bytes]:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from atoll.protocols import bounds, wire_pb2
 from atoll.protocols.blobs import BlobInfo
-from atoll.protocols.blobwire import blob_from_wire, blob_to_wire, packed_sections
+from atoll.protocols.blobwire import blob_from_wire, blob_to_wire, packed_blob
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.links import AS_THE_RUN, Link
 from atoll.protocols.packed import Parts, nested
@@ -24,9 +24,9 @@ VALIDATE = "validate"  # capability of clients that judge models in the middle o
 LOSS = "loss"  # metric of an answer
 NOTHING = BlobInfo("", 0, b"", ())  # payload of an answer without a gradient
 
-ORDER_FIELD, MODEL_FIELD, EXTRAS_FIELD = 3, 5, 9  # ServerMessage.order, Order.model, .extras
+ORDER_FIELD = 3  # ServerMessage.order
 RESULT_FIELD, ACK_FIELD = 3, 4  # ClientMessage.result, .ack
-PAYLOAD_FIELD, INLINE_FIELD = 8, 5  # Result.payload, Blob.inline
+PAYLOAD_FIELD = 8  # Result.payload
 
 Fate = Literal["used", "discarded", "superseded"]
 _THEN: tuple[Then, ...] = get_args(Then)  # in the order of the enum's numbers
@@ -172,10 +172,10 @@ def order_to_wire(order: Order) -> wire_pb2.Order:
     return wire
 
 
-def packed_order(order: Order, sent: bytes, beside: bytes = b"") -> Parts:
-    """A ServerMessage with an order, whose model is the serialized `sent_to_order` in `sent`, and
+def packed_order(order: Order, sent: Parts, beside: bytes = b"") -> Parts:
+    """A ServerMessage with an order, whose model is in `sent`, as `packed_sent` makes it, and
     `beside` an Order with nothing but extras."""
-    return nested(ORDER_FIELD, _order_alone(order).SerializeToString(), sent, beside)
+    return nested(ORDER_FIELD, _order_alone(order).SerializeToString(), *sent, beside)
 
 
 def _order_alone(order: Order) -> wire_pb2.Order:
@@ -239,11 +239,7 @@ def packed_result(result: Result, inline: bytes | memoryview) -> bytes:
     payload = result.payload
     if payload == NOTHING:
         return alone
-    info = wire_pb2.Blob(id=payload.id, size=payload.size, sha256=payload.sha256)
-    sections = packed_sections(payload.sections)
-    held = nested(INLINE_FIELD, inline) if len(inline) else ()
-    blob = nested(PAYLOAD_FIELD, info.SerializeToString(), sections, *held)
-    return b"".join((alone, *blob))
+    return b"".join((alone, *nested(PAYLOAD_FIELD, *packed_blob(payload, inline))))
 
 
 def result_from_wire(wire: wire_pb2.Result) -> Result:

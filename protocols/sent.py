@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from atoll.protocols import bounds, wire_pb2
 from atoll.protocols.blobs import BlobInfo
-from atoll.protocols.blobwire import blob_from_wire, blob_to_wire
+from atoll.protocols.blobwire import blob_from_wire, blob_to_wire, packed_blob
+from atoll.protocols.packed import Parts, nested
+
+MODEL_FIELD = 5  # Order.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,14 @@ def sent_to_order(sent: Sent) -> wire_pb2.Order:
         base_encoding=sent.base,
         differences=[blob_to_wire(info, inline) for info, inline in sent.differences],
     )
+
+
+def packed_sent(sent: Sent) -> Parts:
+    """`sent_to_order`, serialized: the bytes of a model that it has whole are not copied."""
+    if sent.model is None:
+        return (sent_to_order(sent).SerializeToString(),)
+    base = wire_pb2.Order(base_encoding=sent.base).SerializeToString()
+    return base, *nested(MODEL_FIELD, *packed_blob(sent.model, sent.inline))
 
 
 def sent_to_evaluate(sent: Sent) -> wire_pb2.Evaluate:

@@ -240,7 +240,7 @@ class Driver:
         inputs = [one for one in batch if isinstance(one, Input)]
         for one in in_order(inputs) if len(inputs) > 1 else inputs:
             self._decide(one)
-        calls = [one for one in batch if callable(one)] if len(inputs) < len(batch) else []
+        calls = [one for one in batch if callable(one)] if len(inputs) < len(batch) else ()
         if self._urgent or calls or self._due:
             await self._settle()
         elif self._unsaid:

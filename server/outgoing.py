@@ -14,7 +14,7 @@ from atoll.protocols.errors import AtollError
 from atoll.protocols.links import PLAIN
 from atoll.protocols.messages import Result
 from atoll.protocols.packed import Parts
-from atoll.protocols.sent import sent_to_order
+from atoll.protocols.sent import packed_sent
 from atoll.server.chain import Load
 from atoll.server.history import ClientTotals
 from atoll.server.links import Links
@@ -64,7 +64,7 @@ class Outgoing:
         self._sessions = sessions
         self._fail = fail
         self._extra_size = sum(s.length for s in tensors.extra_sections(workshop.extras.down))
-        self._packed: dict[tuple[int, str], bytes] = {}  # models as last sent, in orders
+        self._packed: dict[tuple[int, str], Parts] = {}  # models as last sent, in orders
         self._orders: dict[str, _Packed] = {}  # about to be sent
         self._outcomes: dict[str, bytes] = {}  # of updates, about to be sent
         self._packed_extras = (-1, b"")  # what goes beside the version last ordered
@@ -99,7 +99,7 @@ class Outgoing:
             key = order.version, load.sent.base
             if key not in self._packed:  # once for all who start from it and hold the same
                 self._packed = {k: p for k, p in self._packed.items() if k[0] == order.version}
-                self._packed[key] = sent_to_order(load.sent).SerializeToString()
+                self._packed[key] = packed_sent(load.sent)
             extra, beside = self._besides(order)
             size = self._beside_size(order)
         except AtollError as error:

@@ -14,6 +14,7 @@ from atoll.server.uploads import order_of
 from atoll.server.workshop import Workshop
 
 PAUSE = 9.0  # times a save's duration, before the next
+LEAST = 0.1  # seconds of a pause: a few dozen versions of a small model are soon made again
 
 
 class Saver:
@@ -66,8 +67,9 @@ class Saver:
             while True:
                 newest, began = self._published(), loop.time()
                 await self._once(newest)
+                pause = max(LEAST, PAUSE * (loop.time() - began))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), PAUSE * (loop.time() - began))
+                    await asyncio.wait_for(self._closing.wait(), pause)
                 if self._published() == newest or self._published() % self._every:
                     return
         except AtollError as error:

@@ -15,7 +15,7 @@ from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.errors import AtollError, RefusedError, RemoteError, ServerError
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.messages import Fate, Hello, Order, Outcome, Result
-from atoll.protocols.sent import sent_to_order
+from atoll.protocols.sent import packed_sent
 
 NODE = "01J9Z3K4M5N6P7Q8R9S0T1V2W3"
 BLOB = BlobInfo(
@@ -99,7 +99,7 @@ def test_extras_of_an_order_survive_the_wire_and_are_bounded() -> None:
     order = replace(ORDER, extras=((extras, bytes(8)), (extras, b"")))
     wire = messages.order_to_wire(order)
     assert messages.order_from_wire(wire) == order
-    sent = sent_to_order(order.sent).SerializeToString()
+    sent = packed_sent(order.sent)
     beside = wire_pb2.Order(extras=wire.extras).SerializeToString()
     packed = b"".join(messages.packed_order(replace(order, extras=()), sent, beside))
     assert messages.order_from_wire(wire_pb2.ServerMessage.FromString(packed).order) == order
