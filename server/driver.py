@@ -12,16 +12,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from atoll.protocols.errors import AtollError, ServerError
 from atoll.protocols.events import (
-    Action,
     Evaluated,
     Event,
     Merged,
     Stopping,
-    Then,
     TimerFired,
 )
 from atoll.protocols.hand import Hand
@@ -30,6 +27,7 @@ from atoll.protocols.later import Later
 from atoll.server.clock import Clock
 from atoll.server.inputs import Input, in_order
 from atoll.server.journal import Journal, Payload
+from atoll.server.outside import World
 from atoll.server.rules import Rules
 from atoll.server.run import (
     Arm,
@@ -38,8 +36,6 @@ from atoll.server.run import (
     Effect,
     Interrupt,
     Merge,
-    Order,
-    Outcome,
     Run,
     Stop,
     Tell,
@@ -52,39 +48,6 @@ logger = logging.getLogger(__name__)
 LAZY = 0.005  # seconds an input may wait for others when all that waits for it is a receipt
 AT_ONCE = 2 << 20  # bytes of payloads that are described without another thread
 BEHIND = 0.2  # seconds what was derived may wait for an input to be written with
-
-
-class World(Protocol):
-    """What a driver does not do itself. Nothing here may block or raise."""
-
-    def ready(self, effect: Deliver | Tell) -> None:
-        """It will be carried out once it is written: pack it meanwhile. Nothing of it may show."""
-
-    def deliver(self, order: Order) -> None: ...
-
-    def interrupt(self, order: Order, then: Then) -> None: ...
-
-    def quick(self, merge: Merge) -> bool:
-        """Whether this merge is quicker done than handed to another thread: then `merge` is called
-        before its inputs are written, must change nothing that outlives the process, and calls
-        `derive` before it returns."""
-
-    def merge(self, merge: Merge) -> None:
-        """Make the version in the background, then post Merged."""
-
-    def tell(self, client: str, outcome: Outcome) -> None: ...
-
-    def heard(
-        self, now: float, event: Event, actions: list[Action], effects: list[Effect]
-    ) -> Callable[[], None]:
-        """For the history and the log: what came and what was decided, while the run stands as it
-        did then. What it gives back is called when it is written."""
-
-    def spent(self) -> tuple[list[str], list[tuple[str, str]]]:
-        """Payloads no longer needed, and meta rows, to be written with the next batch."""
-
-    def busy(self) -> bool:
-        """Whether something will still be posted that a finished run should hear."""
 
 
 @dataclass(slots=True)

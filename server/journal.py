@@ -13,21 +13,12 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from atoll.protocols import state
 from atoll.protocols.blobs import BlobInfo, Section
 from atoll.protocols.errors import ServerError
-from atoll.protocols.events import (
-    Action,
-    ClientJoined,
-    ClientLeft,
-    Evaluated,
-    Event,
-    Merged,
-    Stopping,
-    TimerFired,
-    UpdateReceived,
-)
+from atoll.protocols.events import Action, Event
 from atoll.protocols.frames import checksums
 from atoll.server.payloads import PayloadLog, Place
 
@@ -52,18 +43,7 @@ PAYLOAD = "INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?, ?)"
 META = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
 FORGET = "DELETE FROM payload WHERE id = ? RETURNING segment"
 
-KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind
-    for kind in (
-        ClientJoined,
-        ClientLeft,
-        UpdateReceived,
-        TimerFired,
-        Merged,
-        Evaluated,
-        Stopping,
-    )
-}
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 @dataclass(frozen=True, slots=True)

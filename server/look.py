@@ -65,7 +65,7 @@ class Place:
 
 def served_at(state: Path) -> str | None:
     """The address in the note of the server that runs, or died, on a state directory."""
-    from atoll.server.server import read_note
+    from atoll.server.door import read_note
 
     address = read_note(state).get("address")
     return address if isinstance(address, str) else None

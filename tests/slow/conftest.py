@@ -30,10 +30,11 @@ from atoll.protocols.events import Event, Merged, UpdateReceived
 from atoll.protocols.ids import ulid
 from atoll.protocols.slots import resolve
 from atoll.protocols.wire_pb2_grpc import AtollStub
+from atoll.server.door import read_note
 from atoll.server.journal import Journal
 from atoll.server.rules import Rules
 from atoll.server.run import Run, Tell
-from atoll.server.server import Server, Summary, read_note
+from atoll.server.server import Server, Summary
 from atoll.server.spec import STRATEGIES, RunSpec, open_spec
 
 BIN = Path(sys.executable).parent
