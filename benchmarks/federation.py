@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from atoll.protocols.poller import read_where_we_wait
+
 LIMIT = 120.0  # seconds a whole run may take
 
 
@@ -209,6 +211,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--client", nargs=2)
     told = parser.parse_args()
+    read_where_we_wait()  # as the commands do
     if told.serve:
         given = dict(pair.split("=", 1) for pair in told.set)
         serve(told.folder, told.floats, told.clients, told.rounds, given)

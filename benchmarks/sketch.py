@@ -9,6 +9,7 @@ be slower. Run alone it prints one JSON line; `rate.py` runs it between its own 
 
 import asyncio
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import grpc
 import torch
 from harness import Result, main
 
-from atoll.protocols import loops
+from atoll.protocols import loops, poller
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVER_OPTIONS
 from atoll.protocols.codecs import as_bytes, as_tensor
 from atoll.protocols.frames import crc32
@@ -129,6 +130,13 @@ def sketch(floats: int, clients: int, rounds: int) -> float:
     return loops.run(_serve(floats, clients, rounds))
 
 
+def polled(floats: int, clients: int, rounds: int) -> float:
+    """The same in a process of its own, where gRPC reads as it does in our commands."""
+    command = [sys.executable, __file__, "--polled", str(floats), str(clients), str(rounds)]
+    environment = {**os.environ, poller.VARIABLE: poller.OLDER}
+    return float(subprocess.run(command, env=environment, stdout=-1, check=True).stdout)
+
+
 def run(quick: bool) -> Result:
     """The floor has none itself; its limit only tells a machine that is far too busy."""
     found = sketch(25_000, 4, 1000 if quick else 4000)
@@ -138,5 +146,7 @@ def run(quick: bool) -> Result:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--client"]:
         loops.run(_client(sys.stdin.readline().strip()))
+    elif sys.argv[1:2] == ["--polled"]:
+        print(sketch(*map(int, sys.argv[2:])))
     else:
         main(run)

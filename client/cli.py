@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from atoll.client import partspec
-from atoll.protocols import console, leaving, orphan
+from atoll.protocols import console, leaving, orphan, poller
 from atoll.protocols.address import split as split_address
 from atoll.protocols.errors import ClientError, UsageError
 from atoll.protocols.ids import machine_name
@@ -129,6 +129,7 @@ def start(
     logging.getLogger("atoll.client.client").setLevel(level)  # joined, lost, back: always told
     name = _client_name(name or machine_name())
     console.say(f"{name}: joining {address} (Ctrl-C leaves)")
+    poller.read_where_we_wait()
     with leaving.while_it_begins(as_json):
         import torch
 

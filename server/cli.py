@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from atoll.protocols import console, leaving, orphan
+from atoll.protocols import console, leaving, orphan, poller
 from atoll.protocols.errors import UsageError
 from atoll.server.cli_catalogue import COMMANDS, command
 from atoll.server.cli_demo import demo
@@ -93,6 +93,7 @@ def start(
     """Serve a run until it is over. Ctrl-C stops it for now; start again and it goes on."""
     import logging
 
+    poller.read_where_we_wait()
     from atoll.server.check import check
     from atoll.server.claim import beginning
     from atoll.server.server import Server
