@@ -15,13 +15,16 @@ def prompt() -> Iterator[None]:
     A thread that has come back from the disk asks for the interpreter after SWITCH, not after
     Python's 5 ms: in a small round the journal's waited 300 us, and as long waits a loop for a
     thread that evaluates. And what is there now, torch's 200,000 objects, will stay: the collector
-    need not look at it again. Undone at the end, as others may live in this process.
+    need not look at it again. Undone at the end, as others may live in this process; of several
+    that serve in it, by the one that came first.
     """
     before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH)
+    if first := before > SWITCH:
+        sys.setswitchinterval(SWITCH)
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
-        sys.setswitchinterval(before)
+        if first:
+            sys.setswitchinterval(before)
