@@ -25,6 +25,7 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
+    poller.read_where_we_wait()
     code = console.run(cli)
     leaving.at_once()  # the end waits for the step that a trainer is in
     sys.exit(code)
@@ -129,7 +130,6 @@ def start(
     logging.getLogger("atoll.client.client").setLevel(level)  # joined, lost, back: always told
     name = _client_name(name or machine_name())
     console.say(f"{name}: joining {address} (Ctrl-C leaves)")
-    poller.read_where_we_wait()
     with leaving.while_it_begins(as_json):
         import torch
 

@@ -28,6 +28,7 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
+    poller.read_where_we_wait()
     sys.exit(console.run(cli))
 
 
@@ -93,7 +94,6 @@ def start(
     """Serve a run until it is over. Ctrl-C stops it for now; start again and it goes on."""
     import logging
 
-    poller.read_where_we_wait()
     from atoll.server.check import check
     from atoll.server.claim import beginning
     from atoll.server.server import Server

@@ -36,6 +36,7 @@ IMPURE_FOR_A_REASON = {
     "protocols/children.py": {"os.environ"},  # what a child process gets of ours
     "protocols/console.py": {"os.environ"},  # NO_COLOR and TERM, for people's terminals
     "protocols/entry.py": {"os.environ"},  # what gRPC shall say there
+    "protocols/poller.py": {"os.environ"},  # how gRPC shall wait there
     "protocols/ids.py": {"time.time"},  # the time in a ULID; drivers make them, machines never
 }
 

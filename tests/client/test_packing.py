@@ -43,3 +43,20 @@ def test_a_difference_is_read_from_anywhere_to_anywhere() -> None:
         for size in (1, 2, 9, 100):
             hi = min(lo + size, count)
             assert torch.equal(read(lo, hi, spare), whole[lo:hi])
+
+
+@pytest.mark.parametrize(
+    ("value", "extras", "known"),
+    [(1.0, (), True), (float("nan"), (), False), (float("inf"), (), False), (1.0, ("c",), False)],
+)
+def test_an_update_is_known_to_be_finite_where_it_is_one_delta_that_is(
+    value: float, extras: tuple[str, ...], known: bool
+) -> None:
+    manifest = Manifest((TensorSpec("w", (5,), "float32", "trainable"),))
+    fp32 = codec("fp32")
+    base = Payload(*tensors.pack(manifest, {"trainable": torch.zeros(5)}, fp32), fp32)
+    local = {"w": torch.tensor([0.0, 0.0, value, 0.0, 0.0])}
+    made = Made(base, local, {f"extra:{name}": torch.zeros(5) for name in extras})
+    beside = tensors.extra_sections(dict.fromkeys(extras, 5))
+    packed = pack(manifest, made, beside, fp32, None, {}, lambda n: memoryview(bytearray(n)))
+    assert packed.finite is known

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,4 +90,33 @@ def test_a_result_that_is_no_number_is_refused_at_the_door(tmp_path: Path, bad: 
     assert line.host.run.published == 0
     assert line.assembly.workshop.uploads.names() == set()
     assert line.assembly.workshop.infos == {}
+    line.die()
+
+
+def test_what_was_packed_for_a_session_does_not_go_out_over_another(tmp_path: Path) -> None:
+    """Its codecs may be others: a client may come back while its order is being written."""
+    line = Line(tmp_path, strategy=FedBuff(size=1, steps=1))
+
+    async def talk() -> None:
+        node = ulid()
+        former = await line.hello("c", node)
+        order, _ = await line.ordered(former)
+        held = line.host.run.open["c"]
+        outgoing = line.host.outgoing
+        outgoing.ready("c", held)
+        (packed,) = outgoing._orders.values()
+        assert packed.session is former
+        session = await line.hello("c", node)  # it is told its order as one that comes back
+        assert (await line.ordered(session))[0].id == order.id
+        assert outgoing._orders == {}
+        outgoing.ready("c", held)
+        marked = replace(outgoing._orders[held.id], session=former, parts=(b"for another",))
+        outgoing._orders[held.id] = marked
+        outgoing.order(session, held)
+        assert (await line.ordered(session))[0].id == order.id
+        outgoing.ready("c", held)
+        outgoing.order(None, held)  # it has left meanwhile
+        assert outgoing._orders == {}
+
+    line.live(talk)
     line.die()

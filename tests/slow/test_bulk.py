@@ -267,6 +267,19 @@ def test_a_blob_arrives_as_it_was(server: Server, channel: Any, size: int) -> No
     assert dest == data
 
 
+def test_a_blob_that_nobody_has_hashed_yet_arrives_with_its_digest(
+    server: Server, channel: Any
+) -> None:
+    """Small models are hashed when somebody asks, and go out inline."""
+    data = payload(1000)
+    whole = blob("m1", data)
+    server.blobs["m1"] = replace(whole, info=replace(whole.info, sha256=b""))
+    call = channel.unary_stream(f"/{SERVICE}/Download")
+    asked = wire_pb2.BlobRequest(run="r1", blob="m1").SerializeToString()
+    last = frames.parse(list(call(asked, metadata=SESSION, timeout=5))[-1])
+    assert (last.last, last.sha256) == (True, whole.info.sha256)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_an_upload_arrives_as_it_was(server: Server, channel: Any, size: int) -> None:
     data = payload(size)
