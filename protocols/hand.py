@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-STILL = 0.001  # seconds a loop stands still at most, for work to begin at once
 LOOK = 1.0  # seconds after which an idle thread looks whether the process ends
 
 
@@ -26,13 +25,9 @@ class Hand:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def do(self, work: Callable[[], T], *, at_once: bool = False) -> "asyncio.Future[T]":
+    def do(self, work: Callable[[], T]) -> "asyncio.Future[T]":
         """Do this, behind all that was given before; asked for in the loop's thread. What is
-        returned holds its result or what it raised. RuntimeError where it is closed.
-
-        `at_once`: the loop stands still until it has begun, some 30 us. Otherwise it begins when
-        the loop's thread lets the interpreter go: at the end of what the loop does next.
-        """
+        returned holds its result or what it raised. RuntimeError where it is closed."""
         if self._closed:
             raise RuntimeError(f"{self._name} is closed")
         if self._thread is None:
@@ -41,13 +36,8 @@ class Hand:
             self._thread.start()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
-        begun = threading.Lock() if at_once else None
-        if begun is not None:
-            begun.acquire()
 
         def act() -> None:
-            if begun is not None:
-                begun.release()
             found, wrong = None, None
             try:
                 found = work()
@@ -57,8 +47,6 @@ class Hand:
                 loop.call_soon_threadsafe(_tell, done, found, wrong)
 
         self._work.put(act)
-        if begun is not None:
-            begun.acquire(timeout=STILL)
         return done
 
     def close(self, *, wait: bool = True) -> None:

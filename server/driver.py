@@ -252,11 +252,10 @@ class Driver:
         payloads = [one.input.payload for one in said if one.input.payload is not None]
         batch = self.journal.take(payloads, *self.world.spent())
         if batch.size <= AT_ONCE:  # rows go into memory: to hand them over would take longer
-            spills = self.journal.stage(batch)
-            if spills:
-                self._disk.do(self.journal.spill, at_once=True)
+            if self.journal.stage(batch):
+                self._disk.do(self.journal.spill)
             self.journal.write()
-            writing = self._disk.do(self.journal.seal, at_once=not spills)
+            writing = self._disk.do(self.journal.seal)
         else:
             writing = self._disk.do(partial(self.journal.commit, batch))
         try:

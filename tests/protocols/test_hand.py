@@ -97,36 +97,3 @@ asyncio.run(main())
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert made.stdout == "5\n"
-
-
-def test_work_wanted_at_once_has_begun_when_the_loop_goes_on() -> None:
-    """A loop that goes on with something else keeps the interpreter from it: 300 us, not 30."""
-
-    async def main() -> bool:
-        hand = Hand("worker")
-        try:
-            begun = []
-            for _ in range(50):
-                made = hand.do(lambda: None, at_once=True)
-                begun.append(hand._work.empty())
-                await made
-            return all(begun)
-        finally:
-            hand.close()
-
-    assert asyncio.run(main())
-
-
-def test_the_loop_does_not_stand_still_for_work_that_cannot_begin() -> None:
-    async def main() -> list[int]:
-        hand, go = Hand("worker"), threading.Event()
-        try:
-            first = hand.do(lambda: go.wait(10))
-            second = hand.do(lambda: 2, at_once=True)
-            assert not second.done()
-            go.set()
-            return [int(await first), await second]
-        finally:
-            hand.close()
-
-    assert asyncio.run(main()) == [1, 2]
