@@ -125,7 +125,6 @@ async def _write(session: "Session", context: Any) -> None:
 async def _read(host: "Host", session: "Session", context: Any) -> None:
     while (data := await context.read()) is not grpc.aio.EOF:
         host.message(session, _parse(data))
-        await asyncio.sleep(0)  # what it brought about comes first: a client that spoke waits
 
 
 def _parse(data: bytes) -> wire_pb2.ClientMessage:
