@@ -264,13 +264,8 @@ class Driver:
             self._pack(whole)
         finally:
             await writing
-        try:
-            for one in whole:
-                self._carry_out(one)
-            await asyncio.sleep(0)  # orders are on their way before the rest takes its time
-        finally:
-            for one in whole:
-                self._note(one)
+        for one in whole:
+            self._say(one)
         if followed:
             self._late.within(BEHIND)
         self._since_snapshot += len(said)
@@ -313,15 +308,8 @@ class Driver:
         self._due = True
         self._queue.put(None)
 
-    def _carry_out(self, one: _Decided) -> None:
-        """An input is written: do what was decided about it."""
-        for effect in one.effects:
-            self._perform(effect)
-        if one.input.then is not None and one.heard is not None:
-            one.input.then()
-
-    def _note(self, one: _Decided) -> None:
-        """What was decided is done: tell the history and the rules that end a run."""
+    def _say(self, one: _Decided) -> None:
+        """An input is written: carry out what was decided about it."""
         if one.heard is None:
             return
         event, now = one.input.event, one.input.now
@@ -330,6 +318,10 @@ class Driver:
         elif isinstance(event, Merged):
             self.rules.merged(event.stats)
         one.heard()
+        for effect in one.effects:
+            self._perform(effect)
+        if one.input.then is not None:
+            one.input.then()
         if isinstance(event, Merged | Evaluated | TimerFired):
             self._check_rules(now)
 
