@@ -123,7 +123,7 @@ class Journal:
         self._written = self.seq
         self._writing: Batch | None = None
         self._places: dict[str, Place] = {}  # of its payloads, by update
-        self._spilt: OSError | None = None  # why they could not be put there
+        self._spilt: Exception | None = None  # why they could not be put there
         self._dropped: list[tuple[int | None]] = []  # segments of payloads it forgets
         self._lost = False  # a batch could not be written: nothing that followed from it may be
 
@@ -180,7 +180,7 @@ class Journal:
     def stage(self, batch: Batch) -> bool:
         """Say where its payloads will lie. Whether there are any to spill."""
         assert self._writing is None, "a batch is being written"
-        self._writing = batch
+        self._writing, self._spilt = batch, None
         with self._transaction():
             self._places = {
                 p.id: self._log.put(p.data) for p in batch.payloads if p.data is not None
@@ -188,10 +188,10 @@ class Journal:
         return bool(self._places)
 
     def spill(self) -> None:
-        """Put the payloads there. That the disk does not take them is told by `seal`."""
+        """Put the payloads there. What goes wrong is told by `seal`, which then writes nothing."""
         try:
             self._log.write()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  # no row may name what is not there
             self._spilt = error
 
     def write(self) -> None:
@@ -325,7 +325,6 @@ class Journal:
             if self.base.in_transaction:
                 self.base.execute("ROLLBACK")
             self._log.take_back()
-            self._spilt = None
             if self._writing is not None:
                 self._lost = True
                 self._decided = self._writing.decided + self._decided

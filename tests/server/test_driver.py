@@ -669,13 +669,13 @@ def test_a_driver_that_is_cancelled_while_it_writes_ends_when_that_is_written(
     tmp_path: Path,
 ) -> None:
     """What had followed was written from another thread meanwhile, and then the journal closed."""
-    begun, ended = threading.Event(), threading.Event()
+    begun, free, ended = threading.Event(), threading.Event(), threading.Event()
     with driven(tmp_path, FedBuff(size=1, steps=5), Quick()) as driver:
         seal = driver.journal.seal
 
         def slowly() -> None:
             begun.set()
-            time.sleep(0.05)
+            assert free.wait(10)
             seal()
             ended.set()
 
@@ -689,6 +689,7 @@ def test_a_driver_that_is_cancelled_while_it_writes_ends_when_that_is_written(
             while not begun.is_set():  # noqa: ASYNC110  # another thread says so
                 await asyncio.sleep(0)
             running.cancel()
+            asyncio.get_running_loop().call_later(0.01, free.set)
             with pytest.raises(asyncio.CancelledError):
                 await running
             return ended.is_set()

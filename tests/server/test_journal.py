@@ -252,6 +252,30 @@ def test_payloads_that_were_put_for_rows_that_failed_are_not_known(tmp_path: Pat
     book.close()
 
 
+def test_rows_are_not_sealed_whatever_kept_their_payloads_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It happens in another thread, of which nobody awaits the end."""
+    book = journal(tmp_path)
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as broke:
+        broke.setattr(book._log, "write", broken)
+        book.enter(*EVENTS[0])
+        book.stage(book.take([payload("o0.0")]))
+        book.spill()
+        book.write()
+        with pytest.raises(ZeroDivisionError):
+            book.seal()
+    assert (list(book.rows()), list(book.payloads())) == ([], [])
+    assert book.append(EVENTS[:1], payloads=[payload("o1.0")]) == 1
+    assert [p.id for p in book.payloads()] == ["o1.0"]
+    assert on_disk(tmp_path) == 4  # what was put for the other is not written with it
+    book.close()
+
+
 def test_a_bug_in_a_batch_leaves_no_half_of_it(tmp_path: Path) -> None:
     book = journal(tmp_path)
     with pytest.raises(sqlite3.Error):
