@@ -87,7 +87,7 @@ class Driver:
         self._due = False  # it has waited long enough
         self._disk = Hand("journal")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping = False
+        self._stopping = self._halted = False
 
     def post(
         self,
@@ -139,7 +139,7 @@ class Driver:
         self._loop = asyncio.get_running_loop()
 
     async def serve(self) -> None:
-        """Handle inputs until the run has finished and its last merge is done.
+        """Handle inputs until the run has finished and its last merge is done, or `halt`.
 
         Raises what ended it otherwise, an AtollError that `error` holds too.
         """
@@ -187,8 +187,14 @@ class Driver:
             self._stopping = True
             self.post(Stopping(reason))
 
+    def halt(self) -> None:
+        """Stop for now: what is being written is said, what comes from now on is not handled; it
+        will be sent again."""
+        self._halted = True
+        self._queue.put(None)
+
     def _over(self) -> bool:
-        if self.error is not None:
+        if self.error is not None or self._halted:
             return True
         return self.run.finished is not None and not self.run.merging and not self.world.busy()
 

@@ -231,7 +231,7 @@ class Server:
         try:
             await asyncio.wait((driving, stopping), return_when=asyncio.FIRST_COMPLETED)
             over = driving.done() and assembly.driver.error is None
-            driving.cancel()  # what comes from now on is not handled: it will be sent again
+            assembly.driver.halt()
             await asyncio.gather(driving, return_exceptions=True)
             await assembly.end(over)
             if over:

@@ -700,6 +700,38 @@ def test_a_driver_that_is_cancelled_while_it_writes_ends_when_that_is_written(
         assert kinds == ["ClientJoined", "UpdateReceived", "Merged"]
 
 
+def test_a_driver_that_is_halted_while_it_writes_says_what_was_written(tmp_path: Path) -> None:
+    """The history of a stopped server ended a round before its journal and its summary."""
+    begun, free = threading.Event(), threading.Event()
+    world = Quick()
+    with driven(tmp_path, FedBuff(size=1, steps=5), world) as driver:
+        seal = driver.journal.seal
+
+        def slowly() -> None:
+            begun.set()
+            assert free.wait(10)
+            seal()
+
+        async def halted() -> None:
+            driver.attach()
+            driver.post(JOINED)
+            await driver._take(await driver._queue.all())
+            driver.journal.seal = slowly  # type: ignore[method-assign]
+            driver.post(result(driver.run.open["a"]))
+            running = asyncio.create_task(driver.serve())
+            while not begun.is_set():  # noqa: ASYNC110  # another thread says so
+                await asyncio.sleep(0)
+            driver.halt()
+            driver.post(ClientJoined("b", ClientInfo(1)))  # too late
+            asyncio.get_running_loop().call_later(0.01, free.set)
+            await running
+
+        asyncio.run(halted())
+        written = [type(event).__name__ for _, event, _ in rows(driver)]
+        assert written == ["ClientJoined", "UpdateReceived", "Merged"]
+        assert [type(event).__name__ for _, event, _ in world.heard_] == written
+
+
 def test_what_follows_from_an_input_has_its_time_not_that_of_what_waits(tmp_path: Path) -> None:
     """It was stamped later than inputs that had come meanwhile, and the run's time went back."""
     world = Quick()
