@@ -1,7 +1,6 @@
 """Assembly: all parts of one run put together, fresh or as they were left."""
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -30,7 +29,6 @@ from atoll.server.check import mixed
 from atoll.server.clock import Clock
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
-from atoll.server.history import Row, line
 from atoll.server.host import Host
 from atoll.server.joint import Group, JointMerger
 from atoll.server.journal import Journal
@@ -47,6 +45,7 @@ from atoll.server.secret import key_of, privacy_of
 from atoll.server.server import Summary
 from atoll.server.spec import STRATEGIES, RunSpec
 from atoll.server.table import table_of
+from atoll.server.totals import Row
 from atoll.server.uploads import Uploads, order_of
 from atoll.server.versions import VersionStore
 from atoll.server.workshop import Stock, Workshop
@@ -96,17 +95,14 @@ class Assembly:
             self._restore(found, uploads)
         except BaseException as error:
             self.journal.abandon()
-            with contextlib.suppress(OSError):
-                if past is not None:
-                    past.file.close()
+            if past is not None:
+                past.ledger.close()
             if isinstance(error, OSError):
                 raise _unwritten(error) from error
             raise
-        self.history, self.history_file = past.history, past.file
-        self._news: asyncio.Event | None = None  # set with the next row; made when one waits
+        self.history, self.ledger = past.history, past.ledger
         self._on_row = on_row
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._rows: list[Row] = []  # not in the file yet
         self._flushing: asyncio.TimerHandle | None = None
         self.evaluator = self._evaluator(judge)
         known = self.workshop, self.links, self.history, self.evaluator, self._row, self.questions
@@ -285,36 +281,24 @@ class Assembly:
         return Past(path, replayed, (up, down), self.journal.last())
 
     def _row(self, row: Row) -> None:
-        self._rows.append(row)
-        if self._news is not None:
-            self._news.set()
-            self._news = None
+        self.ledger.append(row)
         if self._flushing is None and self._loop is not None:
             self._flushing = self._loop.call_later(FLUSH, self._flush)
         if self._on_row is not None:
             self._on_row(dict(row))
 
     def _flush(self) -> None:
-        """Write to the history, many rows at once; where the disk does not take it, the run
-        stops."""
+        """Many rows at once; where the disk does not take them, the run stops."""
         self._flushing = None
-        rows, self._rows = self._rows, []
         try:
-            self.history_file.write("".join(map(line, rows)))
-            self.history_file.flush()
+            self.ledger.flush()
         except OSError as error:
             self.driver.fail(_unwritten(error))
 
     async def lines(self, after: int, seconds: float) -> dict[str, object]:
         """Rows from number `after` on, at most MOST_LINES; waits so long where there is none."""
-        rows = self.history.rows
-        if after >= len(rows):
-            self._news = self._news or asyncio.Event()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._news.wait()
-        told = [line(row) for row in rows[after : after + MOST_LINES]]
-        return {"lines": told, "total": len(rows)}
+        await self.ledger.news(after, seconds)
+        return {"lines": self.ledger.lines(after, MOST_LINES), "total": len(self.ledger)}
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -345,8 +329,7 @@ class Assembly:
             self._flushing.cancel()
         try:
             self._flush()
-            with contextlib.suppress(OSError):  # it was said already
-                self.history_file.close()
+            self.ledger.close()
             if self.host.reception.dismiss():
                 self.journal.note("membership", state.dumps(self.host.membership))
         finally:

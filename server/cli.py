@@ -140,6 +140,8 @@ def start(
     ended = (
         summary.reason
         or f"stopped for now; go on with: fl-server start --state {shlex.quote(str(state))}"
+        + f" --listen {server.address}" * ("listen" in spelled_out())
+        + " --insecure-lan" * insecure_lan
         + " --peer INVITE" * bool(invite)  # without it, it would go on alone
     )
     console.emit(summary, as_json, f"{ended}\n{told}{more}")

@@ -274,7 +274,7 @@ def written(
 
     history, title = History.of(found.history), f"{spec.data.split(':')[0]}, {spec.strategy}"
     files = {"history": out / "history.jsonl"}
-    files["history"].write_text("".join(map(line, found.history)))
+    files["history"].write_bytes(b"".join(map(line, found.history)))
     files["timeline"] = plots.timeline(history, out / "timeline.png", title)
     if learning is not None:
         target = found.rules.target

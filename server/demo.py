@@ -16,10 +16,11 @@ from typing import Any
 
 from atoll.protocols.children import MAX_RESTARTS, Child
 from atoll.protocols.errors import AtollError, ServerError, UsageError
-from atoll.server.history import History, Row, line
+from atoll.server.history import History, line
 from atoll.server.live import ClientView, Live, LiveView, view
 from atoll.server.look import FromFile
 from atoll.server.options import make_folder
+from atoll.server.totals import Row
 
 # Exit codes of a client that would fail the same way again: bad configuration, a mismatch, refused.
 HOPELESS = (2, 3, 64, 76, 77, 78)
@@ -274,7 +275,7 @@ class Demo:
 
             files["shares"] = strips.shares(self.history, out / "shares.png", title)
         rows = sorted(self.history.rows, key=lambda r: float(r["t"]))
-        files["history"].write_text("".join(line(row) for row in rows))
+        files["history"].write_bytes(b"".join(map(line, rows)))
         best = max(self.history.series("accuracy"), key=lambda p: p.value, default=None)
         losses = {v: m.get("loss") for _, v, m in self.history.evaluations}
         reached = self.history.seconds_to("accuracy", spec.target)

@@ -31,16 +31,16 @@ A kind that is not known here is kept and written, and counts for nothing.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import orjson
 
-OVER = "the run is over"  # why an order open at the end came to nothing
+from atoll.server.totals import Row, Totals
 
-Row = Mapping[str, Any]  # one line: JSON, the fields of its kind as above
+OVER = "the run is over"  # why an order open at the end came to nothing
 
 
 @dataclass(slots=True)
@@ -57,33 +57,6 @@ class Span:
     update: str | None = None  # None: it ended without a result
     staleness: int | None = None  # versions between base and merge; None: not merged
     reason: str = ""  # why it was not used
-
-
-@dataclass(slots=True)
-class ClientTotals:
-    """Sums over one client's life in the run."""
-
-    examples: int = 0
-    updates: int = 0  # received
-    merged: int = 0
-    discarded: int = 0
-    steps: int = 0  # of received updates
-    train_seconds: float = 0.0
-    staleness: int = 0  # sum over merged updates
-    bytes_up: int = 0
-    bytes_down: int = 0
-    restarts: int = 0
-    here: bool = True
-
-    @property
-    def mean_staleness(self) -> float:
-        """Versions; 0 where nothing was merged."""
-        return self.staleness / self.merged if self.merged else 0.0
-
-    @property
-    def pace(self) -> float:
-        """Local steps per second of training; 0 where nothing was trained."""
-        return self.steps / self.train_seconds if self.train_seconds > 0 else 0.0
 
 
 @dataclass(slots=True)
@@ -116,25 +89,21 @@ class Point:
 
 
 @dataclass
-class History:
+class History(Totals):
     """Append rows; ask for totals, series and spans. Each row costs the same, however many."""
 
     rows: list[Row] = field(default_factory=list)
-    clients: dict[str, ClientTotals] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)  # in the order they began
     open: dict[str, Span] = field(default_factory=dict)  # client -> what it is at
     groups: dict[str, Group] = field(default_factory=dict)
     merges: list[tuple[float, int]] = field(default_factory=list)  # (run clock, version)
     evaluations: list[tuple[float, int, Mapping[str, float]]] = field(default_factory=list)
-    limits: Mapping[str, Any] = field(default_factory=dict)  # as asked for last
     taken: list[Taken] = field(default_factory=list)
-    finished: str | None = None
-    epsilon: float | None = None  # that noise has cost the client that paid most; None: no noise
 
     _ordered: dict[str, Span] = field(default_factory=dict, repr=False)
-    _updates: dict[str, Span] = field(default_factory=dict, repr=False)
+    _spans: dict[str, Span] = field(default_factory=dict, repr=False)  # of updates not merged
     _waiting: dict[str, Group] = field(default_factory=dict, repr=False)  # groups not closed
-    # version -> its updates' clients and weights, until it is merged
+    # version -> its updates' spans and weights, until it is merged
     _items: dict[int, dict[str, tuple[Span, float]]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -150,11 +119,11 @@ class History:
 
         Raises ValueError, naming the line, where any other line is not a row.
         """
-        lines = path.read_text().split("\n")
         history = cls()
-        for at, line in enumerate(lines):
-            if line and at < len(lines) - 1:  # what follows the last newline is torn
-                history.append(_parse(line, f"{path}:{at + 1}"))
+        with path.open("rb") as file:
+            for at, text in enumerate(file, 1):
+                if text.endswith(b"\n") and text != b"\n":  # else it is torn
+                    history.append(parse(text, f"{path}:{at}"))
         return history
 
     @property
@@ -174,9 +143,7 @@ class History:
     def append(self, row: Row) -> None:
         """Take one row in; rows come in the order of their `t`."""
         self.rows.append(row)
-        take = _TAKERS.get(row["kind"])
-        if take is not None:
-            take(self, row, float(row["t"]))
+        super().append(row)
 
     def series(self, metric: str) -> list[Point]:
         """A metric over time, e.g. "accuracy", of the evaluated versions that have it."""
@@ -209,72 +176,51 @@ class History:
 
     # ---- one row each ------------------------------------------------------------------------
 
-    def _client(self, row: Row) -> ClientTotals:
-        name = row["client"]
-        if name not in self.clients:
-            self.clients[name] = ClientTotals()
-        return self.clients[name]
-
-    def _join(self, row: Row, t: float) -> None:
-        client = self._client(row)
-        client.examples, client.here = row["examples"], True
-
     def _leave(self, row: Row, t: float) -> None:
-        self._client(row).here = False
+        super()._leave(row, t)
         self._end(row["client"], t, row["reason"])
 
-    def _restart(self, row: Row, t: float) -> None:
-        self._client(row).restarts += 1
-
     def _train(self, row: Row, t: float) -> None:
+        super()._train(row, t)
         name = row["client"]
-        self._client(row)
         self._end(name, t, "its order was closed")
         span = Span(name, row["order"], row["version"], row["steps"], t)
         self.spans.append(span)
         self.open[name] = self._ordered[span.order] = span
 
     def _started(self, row: Row, t: float) -> None:
+        super()._started(row, t)
         span = self._ordered.get(row["order"])
         if span is not None:
             span.start = t
-            self.clients[span.client].bytes_down += row.get("bytes", 0)
 
     def _update(self, row: Row, t: float) -> None:
-        client = self._client(row)
-        client.updates += 1
-        client.steps += row["steps"]
-        client.train_seconds += row["train_seconds"]
-        client.bytes_up += row["bytes"]
-        self._pay(row["metrics"])
+        super()._update(row, t)
         span = self._ordered.get(row["order"])
         if span is None:  # the order was given before this history began
             span = Span(row["client"], row["order"], row["base"], row["steps"], row["started"])
             self.spans.append(span)
         span.end, span.update = t, row["update"]
         span.train_seconds, span.reason = row["train_seconds"], ""
-        self._updates[row["update"]] = span
+        self._spans[row["update"]] = span
         if row.get("final", True):
             self._ordered.pop(span.order, None)
             if self.open.get(span.client) is span:
                 del self.open[span.client]
 
     def _aggregate(self, row: Row, t: float) -> None:
+        super()._aggregate(row, t)
         self._items[row["version"]] = {
-            update: (self._updates[update], weight)
+            update: (self._spans[update], weight)
             for update, weight in row["items"]
-            if update in self._updates
+            if update in self._spans
         }
         merged: set[str] = set()
         for update, staleness in row["staleness"].items():
-            span = self._updates.pop(update, None)
+            span = self._spans.pop(update, None)
             if span is not None:
                 merged.add(span.client)
                 span.staleness = staleness
-                client = self.clients[span.client]
-                client.merged += 1
-                client.staleness += staleness
-
         self._close_groups(merged, t)
 
     def _close_groups(self, merged: set[str], t: float) -> None:
@@ -285,11 +231,12 @@ class History:
                 del self._waiting[group.name]
 
     def _merged(self, row: Row, t: float) -> None:
+        super()._merged(row, t)
         self.merges.append((t, row["version"]))
         items = self._items.pop(row["version"], {})
         for update, reason in row.get("dropped", ()):
             if update in items:
-                self._drop(items[update][0], reason)
+                items[update][0].staleness, items[update][0].reason = None, reason
         shares = {
             span.client: (float(row["stats"][key]), weight)
             for update, (span, weight) in items.items()
@@ -300,29 +247,16 @@ class History:
             whole = math.fsum(weight for _, weight in shares.values()) or 1.0
             parts = {client: (took, weight / whole) for client, (took, weight) in shares.items()}
             self.taken.append(Taken(t, row["version"], parts, row["stats"].get("gamma")))
-        self._pay(row["stats"])
-
-    def _drop(self, span: Span, reason: str) -> None:
-        """It was taken for merged when that was said."""
-        client = self.clients[span.client]
-        client.merged, client.discarded = client.merged - 1, client.discarded + 1
-        client.staleness -= span.staleness or 0
-        span.staleness, span.reason = None, reason
-
-    def _pay(self, told: Mapping[str, Any]) -> None:
-        if "epsilon" in told:
-            paid = math.inf if told["epsilon"] is None else float(told["epsilon"])
-            self.epsilon = max(paid, self.epsilon or 0.0)
 
     def _evaluated(self, row: Row, t: float) -> None:
         found = {k: math.nan if v is None else v for k, v in row["metrics"].items()}
         self.evaluations.append((t, row["version"], found))
 
     def _discard(self, row: Row, t: float) -> None:
-        span = self._updates.pop(row["update"], None)
+        super()._discard(row, t)
+        span = self._spans.pop(row["update"], None)
         if span is not None:
             span.reason = row["reason"]
-            self.clients[span.client].discarded += 1
 
     def _group(self, row: Row, t: float) -> None:
         name, members = row["group"], tuple(row["members"])
@@ -332,11 +266,8 @@ class History:
             self.groups[name] = self._waiting[name] = group
         group.arrival, group.latest, group.members = row["arrival"], row["latest"], members
 
-    def _limits(self, row: Row, t: float) -> None:
-        self.limits = {k: v for k, v in row.items() if k not in ("t", "kind")}
-
     def _finish(self, row: Row, t: float) -> None:
-        self.finished = row["reason"]
+        super()._finish(row, t)
         for name in list(self.open):
             self._end(name, t, OVER)
 
@@ -345,30 +276,27 @@ class History:
         if span is not None and span.end is None:
             span.end, span.reason = max(t, span.start), reason
 
-
-_TAKERS = {
-    "join": History._join,
-    "leave": History._leave,
-    "restart": History._restart,
-    "train": History._train,
-    "started": History._started,
-    "update": History._update,
-    "aggregate": History._aggregate,
-    "merged": History._merged,
-    "evaluated": History._evaluated,
-    "discard": History._discard,
-    "group": History._group,
-    "limits": History._limits,
-    "finish": History._finish,
-}
+    _takers: ClassVar[Mapping[str, Callable[[Any, Row, float], None]]] = {
+        **Totals._takers,
+        "leave": _leave,
+        "train": _train,
+        "started": _started,
+        "update": _update,
+        "aggregate": _aggregate,
+        "merged": _merged,
+        "evaluated": _evaluated,
+        "discard": _discard,
+        "group": _group,
+        "finish": _finish,
+    }
 
 
-def line(row: Row) -> str:
+def line(row: Row) -> bytes:
     """A row as the line of `history.jsonl`, newline included; what is not finite becomes null."""
     try:
-        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE).decode()
+        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # numpy's floats, and whatever else is not quite plain
-        return json.dumps(_finite(row), separators=(",", ":")) + "\n"
+        return json.dumps(_finite(row), separators=(",", ":")).encode() + b"\n"
 
 
 def _finite(value: Any) -> Any:
@@ -379,13 +307,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _parse(text: str, where: str) -> Row:
+def parse(text: str | bytes, where: str) -> Row:
+    """The row in a line. ValueError, naming `where`, where there is none."""
     try:
-        row = json.loads(text)
+        row = orjson.loads(text)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict) or "t" not in row or "kind" not in row:
-        raise ValueError(f"{where}: a row has t and kind: {text[:80]}")
+        raise ValueError(f"{where}: a row has t and kind: {str(text)[:80]}")
     return row
 
 

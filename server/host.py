@@ -28,7 +28,6 @@ from atoll.protocols.sent import sent_to_evaluate
 from atoll.server import plausible
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
-from atoll.server.history import History, Row
 from atoll.server.intake import Intake
 from atoll.server.journal import ACKS
 from atoll.server.links import Links
@@ -43,6 +42,7 @@ from atoll.server.run import Deliver, Effect, Merge, Order, Outcome, Run, Tell
 from atoll.server.saver import Saver
 from atoll.server.sessions import Session, Sessions
 from atoll.server.spec import RunSpec
+from atoll.server.totals import Row, Totals
 from atoll.server.uploads import StoredUpdate
 from atoll.server.workshop import Workshop
 
@@ -61,7 +61,7 @@ class Host:
         membership: Membership,
         workshop: Workshop,
         links: Links,
-        history: History,
+        history: Totals,
         evaluator: Evaluator | None,
         on_row: Callable[[Row], None],
         questions: Questions,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from atoll.protocols import console
 from atoll.protocols.redrawn import Redrawn
-from atoll.server.history import History, Row
+from atoll.server.history import History
+from atoll.server.totals import Row
 
 if TYPE_CHECKING:
     from rich.console import Group as Stack

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from atoll.protocols.address import split as split_address
 from atoll.protocols.errors import ClientError, ServerError
 from atoll.server import offline
-from atoll.server.history import History, Row
+from atoll.server.history import History
 from atoll.server.live import Live, LiveView, State, view
 from atoll.server.spec import RunSpec
 from atoll.server.status import Status
+from atoll.server.totals import Row
 
 ANSWER = 30.0  # seconds a server may take: it accepts first, then imports torch on a busy machine
 PATIENCE = 10.0  # seconds a server that was there may be away, e.g. restarted

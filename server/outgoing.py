@@ -16,10 +16,10 @@ from atoll.protocols.messages import Result
 from atoll.protocols.packed import Parts
 from atoll.protocols.sent import packed_sent
 from atoll.server.chain import Load
-from atoll.server.history import ClientTotals
 from atoll.server.links import Links
 from atoll.server.run import Order, Outcome, Run
 from atoll.server.sessions import Session, Sessions
+from atoll.server.totals import ClientTotals
 from atoll.server.versions import EXTRA
 from atoll.server.workshop import Workshop
 

@@ -5,17 +5,18 @@ rows than inputs, and perhaps half of the last input's. These are cut off, and c
 journal is replayed.
 """
 
-import json
 import math
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Action, Event
-from atoll.server.history import History, line
+from atoll.server.history import parse
+from atoll.server.ledger import EVERY, Ledger
 from atoll.server.rows import Recorder
 from atoll.server.run import Effect, Run
+from atoll.server.totals import Row, Totals
 
 INPUTS = frozenset(
     "join leave update aggregate train discard started merged evaluated finish".split()  # noqa: SIM905
@@ -36,29 +37,49 @@ class Past:
         """Raises ServerError FL-S206 where the file is no history, or knows more than the journal,
         OSError where the disk fails."""
         self.recorder = Recorder()
+        self.history = Totals()
         self._sizes = sizes
         self._since = replayed
+        self._marks: list[int] = []
+        self._rows = self._size = 0
         if path.exists():
-            os.truncate(path, self._whole(path.read_bytes(), replayed, journaled))
-        self.history = _read(path) if path.exists() else History()
-        self.file = path.open("a", buffering=1 << 16)
+            self._read(path, replayed, journaled)
+            os.truncate(path, self._size)
+        self.ledger = Ledger(path, self._marks, self._rows, self._size)
 
-    def _whole(self, data: bytes, replayed: float, journaled: float) -> int:
-        """How many bytes are rows of inputs of which all rows are there, or no more will come."""
-        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
-        if max((_time(one, JOURNALED) for one in lines), default=-math.inf) > journaled:
-            raise ServerError(
-                "FL-S206",
-                "journal.sqlite is older than history.jsonl: its newest part is missing",
-                "copy a state directory whole, with journal.sqlite-wal, or restore a backup",
-            )
-        times = [_time(one, INPUTS) for one in lines]
-        last = max(times, default=-math.inf)
-        keep = len(lines)
-        if last > replayed:
-            self._since = last
-            keep = times.index(last)
-        return sum(len(one) for one in lines[:keep])
+    def _read(self, path: Path, replayed: float, journaled: float) -> None:
+        """Take in the rows of inputs of which all rows are there, or no more will come."""
+        held: list[bytes] = []  # from the first row on of the last input so far
+        with path.open("rb") as file:
+            for text in file:
+                if not text.endswith(b"\n"):
+                    break  # torn
+                kind, t = _told(text)
+                if kind in JOURNALED and t > journaled:
+                    raise _older()
+                if kind in INPUTS and t > self._since:
+                    self._since = t
+                    self._take(path, held)
+                    held = []
+                if self._since > replayed:
+                    held.append(text)
+                else:
+                    self._take(path, [text])
+
+    def _take(self, path: Path, lines: list[bytes]) -> None:
+        for text in lines:
+            try:
+                self.history.append(parse(text, f"{path}:{self._rows + 1}"))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ServerError(
+                    "FL-S206",
+                    f"{path} cannot be read: {error}",
+                    "restore it from a backup, or move it away: a run goes on without it",
+                ) from error
+            if self._rows % EVERY == 0:
+                self._marks.append(self._size)
+            self._rows += 1
+            self._size += len(text)
 
     def heard(
         self, run: Run, now: float, event: Event, actions: Sequence[Action], effects: list[Effect]
@@ -69,24 +90,23 @@ class Past:
         if now >= self._since:
             for row in rows:
                 self.history.append(row)
-                self.file.write(line(row))
+                self.ledger.append(row)
+            if self.ledger.waiting >= EVERY:
+                self.ledger.flush()
 
 
-def _read(path: Path) -> History:
+def _older() -> ServerError:
+    return ServerError(
+        "FL-S206",
+        "journal.sqlite is older than history.jsonl: its newest part is missing",
+        "copy a state directory whole, with journal.sqlite-wal, or restore a backup",
+    )
+
+
+def _told(text: bytes) -> tuple[str, float]:
+    """Kind and run clock of a row; nothing of what is none: who takes it in says so."""
     try:
-        return History.read(path)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ServerError(
-            "FL-S206",
-            f"{path} cannot be read: {error}",
-            "restore it from a backup, or move it away: a run goes on without it",
-        ) from error
-
-
-def _time(text: bytes, kinds: Container[str]) -> float:
-    """The run clock of a row of one of these kinds; others do not count."""
-    try:
-        row = json.loads(text)
-        return float(row["t"]) if row["kind"] in kinds else -math.inf
-    except (ValueError, KeyError, TypeError):
-        return -math.inf  # whoever reads the history says what is wrong with it
+        row: Row = parse(text, "")
+        return str(row["kind"]), float(row["t"])
+    except (ValueError, TypeError):
+        return "", -math.inf

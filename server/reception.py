@@ -17,13 +17,13 @@ from atoll.protocols.links import Link
 from atoll.protocols.membership import Back, Joined, Left, Membership
 from atoll.server import plausible
 from atoll.server.driver import Driver
-from atoll.server.history import History, Row
 from atoll.server.links import Links, held_by
 from atoll.server.outgoing import Outgoing
 from atoll.server.questions import Questions
 from atoll.server.run import Run
 from atoll.server.sessions import Session, Sessions
 from atoll.server.spec import RunSpec
+from atoll.server.totals import Row, Totals
 from atoll.server.workshop import Workshop
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Reception:
         membership: Membership,
         workshop: Workshop,
         links: Links,
-        history: History,
+        history: Totals,
         sessions: Sessions,
         outgoing: Outgoing,
         questions: Questions,

@@ -223,5 +223,5 @@ def disk(path: Path) -> Iterator[None]:
         raise ServerError(
             "FL-S203",
             f"{path} cannot be written: {error.strerror}",
-            "free space on this disk, or keep fewer versions" if full else "check the disk",
+            f"{'free space on' if full else 'check'} its disk and start again",
         ) from error

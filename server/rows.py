@@ -14,8 +14,8 @@ from atoll.protocols.events import (
     Train,
     UpdateReceived,
 )
-from atoll.server.history import Row
 from atoll.server.run import Deliver, Effect, Order, Run, Stop
+from atoll.server.totals import Row
 
 
 class Recorder:

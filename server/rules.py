@@ -6,7 +6,7 @@ metric whose name holds `loss` or `perplexity` is better when lower, any other w
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from atoll.protocols.errors import UsageError
 
@@ -27,6 +27,7 @@ class Rules:
     # state
     best: float | None = None
     best_version: int | None = None
+    best_metrics: Mapping[str, float] = field(default_factory=dict)  # all of that evaluation
     since_best: int = 0  # evaluations
     latest_version: int = -1  # evaluated
     latest: float | None = None
@@ -61,6 +62,7 @@ class Rules:
             self.latest_version, self.latest = version, value
         if not math.isnan(value) and (self.best is None or self._better(value, self.best)):
             self.best, self.best_version, self.since_best = value, version, 0
+            self.best_metrics = dict(metrics)
         else:
             self.since_best += 1
         self._look(now)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from atoll.server.history import Row
 from atoll.server.rules import Rules
+from atoll.server.totals import Row
 
 
 @dataclass(frozen=True, slots=True)

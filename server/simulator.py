@@ -23,7 +23,6 @@ from atoll.protocols.events import (
     UpdateReceived,
 )
 from atoll.server.digest import Digest
-from atoll.server.history import Row
 from atoll.server.learning import Learning, NoLearning
 from atoll.server.rows import Recorder
 from atoll.server.rules import Rules
@@ -42,6 +41,7 @@ from atoll.server.run import (
 )
 from atoll.server.simclients import TIMER, Clients
 from atoll.server.simulation import Simulation
+from atoll.server.totals import Row
 from atoll.server.world import ClientModel, at_paces
 
 logger = logging.getLogger(__name__)

@@ -81,7 +81,9 @@ class RunSpec:
         except OSError as error:
             beside.unlink(missing_ok=True)
             raise ServerError(
-                "FL-S203", f"{path} cannot be written: {error.strerror}", "free space on its disk"
+                "FL-S203",
+                f"{path} cannot be written: {error.strerror}",
+                "free space on its disk and start again",
             ) from error
 
     @classmethod

@@ -1,9 +1,7 @@
 """Standing: where a run stands, as its server tells whoever asks, and how it ended."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 
-from atoll.server.history import History
 from atoll.server.host import Host
 from atoll.server.outgoing import Traffic
 from atoll.server.rules import Rules
@@ -11,10 +9,11 @@ from atoll.server.run import Order, Run
 from atoll.server.server import Summary
 from atoll.server.sessions import Session
 from atoll.server.spec import RunSpec
+from atoll.server.totals import Totals
 
 
 def status(
-    spec: RunSpec, host: Host, rules: Rules, history: History, now: float
+    spec: RunSpec, host: Host, rules: Rules, history: Totals, now: float
 ) -> dict[str, object]:
     """The fields of a `server/status.py` `Status`, as plain data. `now`: on the run's clock."""
     run = host.run
@@ -42,7 +41,7 @@ def status(
     }
 
 
-def _clients(host: Host, history: History, now: float) -> list[dict[str, object]]:
+def _clients(host: Host, history: Totals, now: float) -> list[dict[str, object]]:
     sent, told = host.outgoing.traffic, []
     for m in host.membership.members.values():
         order, session = host.run.open.get(m.name), host.sessions.of.get(m.name)
@@ -70,23 +69,10 @@ def _done(order: Order | None, session: Session) -> int:
     return min(step, order.steps) if order is not None and named == order.id else 0
 
 
-def summary(spec: RunSpec, run: Run, rules: Rules, history: History, now: float) -> Summary:
-    best = rules.best_version
-    metrics: Mapping[str, float] = next(
-        (
-            row["metrics"]
-            for row in reversed(history.rows)
-            if row["kind"] == "evaluated" and row["version"] == best
-        ),
-        {},
-    )
+def summary(spec: RunSpec, run: Run, rules: Rules, history: Totals, now: float) -> Summary:
+    # Waiting for clients after the end of the run is not part of it.
+    seconds = now if history.ended is None else history.ended
     return Summary(
-        spec.id, run.finished or "", run.published, run.updates_used, run.steps_used,
-        _seconds(history, now), metrics, best, rules.reached_at,
+        spec.id, run.finished or "", run.published, run.updates_used, run.steps_used, seconds,
+        rules.best_metrics, rules.best_version, rules.reached_at,
     )  # fmt: skip
-
-
-def _seconds(history: History, now: float) -> float:
-    """Run clock at the end of the run; waiting for its clients afterwards is not part of it."""
-    ended = next((row["t"] for row in reversed(history.rows) if row["kind"] == "finish"), None)
-    return now if ended is None else float(ended)

@@ -63,7 +63,7 @@ def made(folder: Path, *rows: dict[str, Any]) -> Path:
     store = VersionStore(folder / "versions", manifest)
     for number, weights in WEIGHTS.items():
         store.save(store.initial({"w": weights}, number), durable=False)
-    (folder / "history.jsonl").write_text("".join(map(line, [*ROWS, *rows])))
+    (folder / "history.jsonl").write_bytes(b"".join(map(line, [*ROWS, *rows])))
     return folder
 
 
@@ -443,9 +443,9 @@ def test_the_file_is_read_as_it_grows(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     source = FromFile(path)
     assert source.rows() == []
-    path.write_text(line(ROWS[0]) + line(ROWS[1])[:10])
+    path.write_bytes(line(ROWS[0]) + line(ROWS[1])[:10])
     assert source.rows() == [ROWS[0]]
-    with path.open("a") as file:
+    with path.open("ab") as file:
         file.write(line(ROWS[1])[10:])
     assert source.rows() == [ROWS[1]]
 

@@ -22,7 +22,7 @@ DROPPED = [r if r.get("version") != 2 or r["kind"] != "merged" else
 
 def stopped(folder: Path, rows: list[dict[str, Any]]) -> Path:
     state = made(folder)
-    (state / "history.jsonl").write_text("".join(map(line, rows)))
+    (state / "history.jsonl").write_bytes(b"".join(map(line, rows)))
     return state
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from atoll.server.history import History, Point, Row, line
+from atoll.server.history import History, Point, line
+from atoll.server.totals import Row, Totals
 
 
 def rows() -> list[Row]:
@@ -174,13 +175,13 @@ def test_seconds_left_say_nothing_where_nothing_can_be_said(
 
 def test_a_file_gives_back_the_same_history_and_forgives_a_torn_last_line(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
-    path.write_text("".join(line(row) for row in rows()) + '{"t": 3.1, "ki')
+    path.write_bytes(b"".join(map(line, rows())) + b'{"t": 3.1, "ki')
     assert History.read(path) == History.of(rows())
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
-    path.write_text(line(rows()[0]) + "{]\n" + line(rows()[1]))
+    path.write_bytes(line(rows()[0]) + b"{]\n" + line(rows()[1]))
     with pytest.raises(ValueError, match=r"history\.jsonl:2: not JSON"):
         History.read(path)
     path.write_text('{"t": 1.0}\n')
@@ -190,7 +191,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_written_as_null_and_left_out_of_series() -> None:
     row = {"t": 1.0, "kind": "evaluated", "version": 1, "metrics": {"loss": math.nan}}
-    assert line(row) == '{"t":1.0,"kind":"evaluated","version":1,"metrics":{"loss":null}}\n'
+    assert line(row) == b'{"t":1.0,"kind":"evaluated","version":1,"metrics":{"loss":null}}\n'
     history = History.of([{"t": 1.0, "kind": "evaluated", "version": 1, "metrics": {"loss": None}}])
     assert history.series("loss") == []
 
@@ -203,3 +204,36 @@ def test_an_unknown_kind_is_kept_and_counts_for_nothing() -> None:
 def test_an_empty_history_has_no_past() -> None:
     history = History()
     assert (history.now, history.version, history.spans) == (0.0, 0, [])
+
+
+def test_totals_are_those_of_the_history_and_do_not_grow_with_the_run() -> None:
+    """A server kept each row: 0.6 kB, for as long as it ran."""
+    totals, history = Totals(), History()
+    for number in range(50):
+        order = f"o{number}"
+        for row in (
+            {"t": number, "kind": "train", "client": "a", "order": order, "steps": 2, "version": 0},
+            {"t": number, "kind": "started", "order": order, "bytes": 7},
+            update(number + 0.5, "a", order, 2, 0.25),
+            merge(number, order, 1 if number % 5 == 0 else 0, lost=number % 7 == 0),
+            {"t": number, "kind": "merged", "version": number, "stats": {"epsilon": 0.1 * number},
+             "dropped": [[f"{order}.0", "bad"]] if number % 3 == 0 else []},
+            {"t": number, "kind": "evaluated", "version": number, "metrics": {"loss": 1.0}},
+        ):  # fmt: skip
+            totals.append(row)
+            history.append(row)
+    assert totals.clients == history.clients
+    assert totals.epsilon == history.epsilon == 0.1 * 49
+    a = totals.clients["a"]
+    assert (a.updates, a.merged + a.discarded, a.bytes_down) == (50, 50, 350)
+    sizes = {name: len(kept) for name, kept in vars(totals).items() if isinstance(kept, dict)}
+    assert max(sizes.values()) == 1, sizes
+
+
+def merge(number: int, order: str, staleness: int, lost: bool) -> Row:
+    if lost:
+        return {"t": number, "kind": "discard", "update": f"{order}.0", "reason": "late"}
+    return {
+        "t": number, "kind": "aggregate", "version": number, "items": [[f"{order}.0", 1.0]],
+        "staleness": {f"{order}.0": staleness},
+    }  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from atoll.server.history import History, Row
+from atoll.server.history import History
 from atoll.server.live import (
     ClientView,
     GroupView,
@@ -17,6 +17,7 @@ from atoll.server.live import (
     sparkline,
     view,
 )
+from atoll.server.totals import Row
 
 
 def drawn(shown: LiveView, width: int) -> str:

@@ -19,6 +19,7 @@ from atoll.server.rows import Recorder
 from atoll.server.rules import Rules
 from atoll.server.run import Run
 from atoll.server.simulator import simulate
+from atoll.server.totals import Totals
 from atoll.server.workshop import Stock
 
 SIZES = (10, 20)
@@ -59,11 +60,11 @@ def lived() -> tuple[Inputs, list[str]]:
         heard, actions, effects = run.handle(event, now)
         inputs.append(Row(len(inputs) + 1, now, event, None))
         lines.extend(
-            line(row)
+            line(row).decode()
             for row in recorder.rows(run, now, heard, actions, effects, up, lambda order: down)
         )
         if isinstance(event, Merged):  # what only a driver writes stands in between
-            lines.append(line({"t": now + 0.001, "kind": "back", "client": "a"}))
+            lines.append(line({"t": now + 0.001, "kind": "back", "client": "a"}).decode())
 
     simulate(strategy(), {"a": 0.1, "b": 0.3, "c": 0.7}, 12.0, listen=listen)
     return Inputs(inputs), lines
@@ -78,9 +79,14 @@ def resumed(path: Path, inputs: Inputs) -> list[str]:
     since = inputs.taken[1] if inputs.taken else float("-inf")
     past = Past(path, since, SIZES)
     recover(inputs, strategy(), Rules(), Membership(), past.heard)  # type: ignore[arg-type]
-    past.file.close()
+    past.ledger.flush()
     lines = path.read_text().splitlines(keepends=True)
-    assert [line(row) for row in past.history.rows] == lines
+    assert past.ledger.lines(0, len(lines) + 1) == lines
+    past.ledger.close()
+    again = Totals()
+    for one in lines:
+        again.append(json.loads(one))
+    assert past.history == again
     return lines
 
 
@@ -113,8 +119,8 @@ def test_with_a_snapshot_only_what_came_after_it_is_missing(tmp_path: Path) -> N
 
 def test_a_fresh_run_has_no_past(tmp_path: Path) -> None:
     past = Past(tmp_path / "history.jsonl", float("-inf"), SIZES)
-    assert past.history.rows == []
-    past.file.close()
+    assert (past.history, len(past.ledger)) == (Totals(), 0)
+    past.ledger.close()
 
 
 def test_a_journal_that_lacks_its_newest_part_is_seen(tmp_path: Path) -> None:
@@ -128,7 +134,7 @@ def test_a_journal_that_lacks_its_newest_part_is_seen(tmp_path: Path) -> None:
         Past(path, 0.0, SIZES, journaled=last - 1e-9)
     assert refused.value.code == "FL-S206"
     assert path.read_text() == "".join(lines)
-    Past(path, 0.0, SIZES, journaled=last).file.close()  # what follows from inputs may be later
+    Past(path, 0.0, SIZES, journaled=last).ledger.close()  # what follows from inputs may be later
 
 
 @pytest.mark.parametrize("row", ['{"t": 1.0}', "[]", "5", "\ufeff{}", '{"t": 1, "kind": []}'])

@@ -9,7 +9,8 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from atoll.server import plots
-from atoll.server.history import History, Row
+from atoll.server.history import History
+from atoll.server.totals import Row
 
 
 def order(client: str, number: int, start: float, end: float, steps: int) -> list[Row]:

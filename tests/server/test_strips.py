@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from atoll.server import strips
-from atoll.server.history import History, Row
+from atoll.server.history import History
+from atoll.server.totals import Row
 
 
 def merge(

@@ -317,7 +317,7 @@ class Life:
         self.assembly.journal.abandon()
         self.host._merging.shutdown()
         self.host._saver._thread.shutdown()
-        self.assembly.history_file.close()
+        self.assembly.ledger.close()
         self.assembly.workshop.merger.close()
 
 

@@ -237,7 +237,7 @@ def test_a_server_killed_with_the_newest_versions_lost_makes_them_bit_by_bit(
     made.store.save(made.store.open(lost))  # what this look took up is kept for the next life
     made.workshop.merger.close()
     made.journal.abandon()
-    made.history_file.close()
+    made.ledger.close()
     federation.server(*options)
     clients = [federation.client(f"c{i}", "--shard", f"{i}/3") for i in range(3)]
     # The next one may have been in the middle of its merge, and asks whoever is back by then; the

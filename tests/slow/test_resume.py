@@ -62,7 +62,7 @@ def test_a_run_stopped_for_now_goes_on_with_the_same_limits(
     server.interrupt()
     stopped = server.data()
     assert stopped["reason"] == ""
-    assert 4 <= stopped["versions"] < 12
+    assert 4 <= stopped["versions"] == federation.merged() < 12
     said = [f"client=c{i} has no server (the server stops for now), trying again" for i in (0, 1)]
     federation.until(lambda: all(line in logged.text for line in said))
     server = federation.server()
@@ -78,6 +78,20 @@ def test_a_run_stopped_for_now_goes_on_with_the_same_limits(
     assert again.data()["reason"] == "12 versions done"
     assert "run: this run is over, and stays so; another --state begins one" in again.said()
     assert "serving" not in again.said()
+
+
+def test_a_stopped_server_names_the_command_that_goes_on_where_it_was(
+    federation: "Federation",
+) -> None:
+    """It did not name the address at which its clients look for it."""
+    start = ("fl-server", "start", "--state", "a state", "--listen", "127.0.0.1:0")
+    server = federation.command("server", *start)
+    federation.until(lambda: "serving" in server.said(), 60, "it to serve")
+    address = server.said().split("serving ")[1].split()[0]
+    server.interrupt()
+    assert server.wait() == 0
+    again = f"fl-server start --state 'a state' --listen {address}\n"
+    assert f"stopped for now; go on with: {again}" in server.out.read_text()
 
 
 def test_a_finished_run_is_summed_up_again_and_tells_those_who_missed_its_end(
