@@ -30,7 +30,7 @@ from atoll.client.part import Maker, Part
 from atoll.client.settling import Settling
 from atoll.client.trainer import Trainer
 from atoll.client.training import Report, Training
-from atoll.protocols import bounds, loops, messages, refusals, wire_pb2
+from atoll.protocols import bounds, lifted, loops, messages, refusals, wire_pb2
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.ids import machine_name
@@ -253,13 +253,12 @@ class Client:
         line.say(hello=self._part.hello(self._training.bench, holding))
         call = channel.stream_stream(
             f"/{SERVICE}/Control",
-            response_deserializer=wire_pb2.ServerMessage.FromString,
+            response_deserializer=lifted.server_messages,
         )(line.queued())
         try:
-            async for message in call:
-                self._hear(line, message)
-                for further in message.more:
-                    self._hear(line, further)
+            async for together in call:
+                for message, bulk in together:
+                    self._hear(line, message, bulk)
         finally:
             if self._line is line:
                 self._line = None
@@ -301,12 +300,12 @@ class Client:
         gc.freeze()  # torch and the trainer's data stay: they need not be looked at again
         return {order for order, _ in stale}
 
-    def _hear(self, line: Line, message: wire_pb2.ServerMessage) -> None:
+    def _hear(self, line: Line, message: wire_pb2.ServerMessage, bulk: lifted.Bulk) -> None:
         match message.WhichOneof("kind"):
             case "welcome":
                 self._welcomed(line, message.welcome)
             case "order":
-                self._ordered(messages.order_from_wire(message.order))
+                self._ordered(messages.order_from_wire(message.order, bulk))
             case "ask":
                 self._post(said.Asked(*messages.ask_from_wire(message.ask)))
             case "receipt":
@@ -361,7 +360,7 @@ class Client:
         result, view = kept
         packed = self._outbox.packed(update)
         if packed is not None and len(view) <= line.inline_limit:
-            line.out.put(nested(RESULT_FIELD, packed))
+            line.out.put(nested(RESULT_FIELD, *packed))
         else:
             self._spawn(self._upload(line, result, view))
 

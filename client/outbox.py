@@ -23,6 +23,7 @@ from atoll.protocols.blobs import INLINE
 from atoll.protocols.errors import ClientError, RemoteError
 from atoll.protocols.ids import ulid
 from atoll.protocols.messages import Result
+from atoll.protocols.packed import Parts, size
 
 SUFFIX = ".result"
 
@@ -45,7 +46,7 @@ class Outbox:
         self.memory = Memory()
         self._results: dict[str, Result] = {}
         self._bytes: dict[str, memoryview] = {}
-        self._packed: dict[str, bytes] = {}  # small ones, as they are written and sent
+        self._packed: dict[str, Parts] = {}  # small ones, as they are written and sent
         self._slots: Slots | None = None
         self._slot: dict[str, int] = {}  # of results that lie in one
         self._steps = memoryview(bytearray(8))
@@ -134,11 +135,11 @@ class Outbox:
         update = result.update
         small = len(view) <= INLINE  # then it lies in the description itself
         packed = messages.packed_result(result, view if small else b"")
-        if self._slots is not None and small and len(packed) <= ROOM:
+        if self._slots is not None and small and size(packed) <= ROOM:
             self._slot[update] = self._slots.put(packed)
         elif self.folder is not None:
             with disk(self.folder):
-                rewrite(self.folder / f"{update}{SUFFIX}", packed)
+                rewrite(self.folder / f"{update}{SUFFIX}", b"".join(packed))
         if small:
             self._packed[update] = packed
         self._bytes[update] = view
@@ -151,7 +152,7 @@ class Outbox:
             return None
         return self._results[update], self._bytes[update]
 
-    def packed(self, update: str) -> bytes | None:
+    def packed(self, update: str) -> Parts | None:
         """A result with its bytes as a serialized `Result`; None where they are no small ones."""
         return self._packed.get(update)
 
@@ -205,5 +206,5 @@ class Outbox:
         self._results[result.update] = replace(result, inline=b"")
         self._bytes[result.update] = found
         if small:
-            self._packed[result.update] = packed
+            self._packed[result.update] = (packed,)
         return result.update

@@ -16,7 +16,7 @@ from atoll.protocols.payload import Payload
 from atoll.protocols.tensors import Difference
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Made:
     """What is to be sent: a model and what it was trained from, and the algorithm's extras."""
 
@@ -26,7 +26,7 @@ class Made:
     protect: Callable[[Tensor], object] | None = None  # makes a delta private, in place
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Packed:
     sections: tuple[Section, ...]
     view: memoryview

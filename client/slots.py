@@ -12,6 +12,7 @@ from pathlib import Path
 from atoll.client.room import map_new
 from atoll.protocols.blobs import INLINE
 from atoll.protocols.frames import checksums
+from atoll.protocols.packed import Parts, size
 
 SUFFIX = ".slot"
 ROOM = INLINE + (64 << 10)  # bytes of a packed result: its payload and what describes it
@@ -44,15 +45,19 @@ class Slots:
                 self.free(number)
         self.found.sort(key=lambda one: turns[one[0]])
 
-    def put(self, data: bytes) -> int:
-        """Keep `data`, at most ROOM bytes, until its slot is freed. ClientError FL-S203."""
-        assert len(data) <= ROOM, f"{len(data)} bytes for a slot of {ROOM}"
+    def put(self, parts: Parts) -> int:
+        """Keep what these are together, at most ROOM bytes, until its slot is freed. ClientError
+        FL-S203."""
+        length = size(parts)
+        assert length <= ROOM, f"{length} bytes for a slot of {ROOM}"
         if not self._free:
             self._free.append(self._grow())
         number = self._free.pop()
-        held = self._maps[number]
-        HEAD.pack_into(held, TURN.size, len(data), checksums(memoryview(data))[0])
-        held[START : START + len(data)] = data
+        held, at = self._maps[number], START
+        for part in parts:
+            held[at : at + len(part)] = part
+            at += len(part)
+        HEAD.pack_into(held, TURN.size, length, *checksums(held[START:at]))
         self._turn += 1
         TURN.pack_into(held, 0, self._turn)
         return number

@@ -12,6 +12,8 @@ CHUNK = 1 << 20  # bytes a chunk carries; measured: 64-256 KiB lose clearly, 1-4
 INLINE = 256 << 10  # payloads up to this size travel inside Order and Result
 BLOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-/:+=,]{0,127}")
 
+Bulk = bytes | memoryview  # read only
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -23,7 +25,7 @@ class Section:
     length: int  # bytes; sections lie end to end
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BlobInfo:
     """What a blob is, without its bytes."""
 
@@ -33,7 +35,7 @@ class BlobInfo:
     sections: tuple[Section, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Blob:
     """Bytes that can be served: sealed, never rewritten while anyone holds this."""
 

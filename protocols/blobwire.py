@@ -8,20 +8,20 @@ import functools
 from collections.abc import Sequence
 
 from atoll.protocols import bounds, wire_pb2
-from atoll.protocols.blobs import BLOB_ID, INLINE, BlobInfo, Section
+from atoll.protocols.blobs import BLOB_ID, INLINE, BlobInfo, Bulk, Section
 from atoll.protocols.errors import RemoteError
-from atoll.protocols.packed import Parts, nested
+from atoll.protocols.packed import BULK, Parts, nested, padded
 
-INLINE_FIELD = 5  # Blob.inline
+INLINE_FIELD, PAD_FIELD = 5, 6  # Blob.inline, .pad
 
 
-def blob_to_wire(info: BlobInfo, inline: bytes = b"") -> wire_pb2.Blob:
+def blob_to_wire(info: BlobInfo, inline: Bulk = b"") -> wire_pb2.Blob:
     return wire_pb2.Blob(
         id=info.id,
         size=info.size,
         sha256=info.sha256,
         sections=_wire_sections(info.sections),
-        inline=inline,
+        inline=bytes(inline),
     )
 
 
@@ -38,15 +38,21 @@ def packed_sections(sections: tuple[Section, ...]) -> bytes:
     return wire_pb2.Blob(sections=_wire_sections(sections)).SerializeToString()
 
 
-def packed_blob(info: BlobInfo, inline: bytes | memoryview) -> Parts:
-    """A serialized Blob, whose inline bytes are not copied; empty: they are not in it."""
+def packed_blob(info: BlobInfo, inline: Bulk, before: int) -> Parts:
+    """A serialized Blob, whose inline bytes are not copied; empty: they are not in it. `before`:
+    bytes before it in the message that is sent."""
     alone = wire_pb2.Blob(id=info.id, size=info.size, sha256=info.sha256).SerializeToString()
-    held = nested(INLINE_FIELD, inline) if len(inline) else ()
-    return alone, packed_sections(info.sections), *held
+    held: Parts = ()
+    if len(inline) >= BULK:
+        held = padded(PAD_FIELD, before, INLINE_FIELD, inline)
+    elif len(inline):
+        held = nested(INLINE_FIELD, inline)
+    return *held, alone, packed_sections(info.sections)
 
 
-def blob_from_wire(wire: wire_pb2.Blob) -> tuple[BlobInfo, bytes]:
-    """The blob's description and its inline bytes (empty: to be fetched, or an empty blob)."""
+def blob_from_wire(wire: wire_pb2.Blob, bulk: Bulk = b"") -> tuple[BlobInfo, Bulk]:
+    """The blob's description and its inline bytes (empty: to be fetched, or an empty blob), which
+    are `bulk` where they were taken out of it before (`lifted.py`)."""
     if len(wire.sections) > bounds.MAX_SECTIONS:
         raise bounds.malformed(
             f"{len(wire.sections)} sections, at most {bounds.MAX_SECTIONS} are taken"
@@ -59,12 +65,12 @@ def blob_from_wire(wire: wire_pb2.Blob) -> tuple[BlobInfo, bytes]:
         raise bounds.malformed(f"blob size {size}, its sections have {length}")
     if len(wire.sha256) not in (0, 32):
         raise bounds.malformed(f"a SHA-256 of {len(wire.sha256)} bytes")
-    inline = wire.inline  # each look at it is a copy
+    inline = wire.inline or bulk  # each look at it is a copy
     if len(inline) > INLINE:
         raise RemoteError(
             "FL-W103", f"{len(inline)} bytes inline, the limit is {INLINE}", "send a blob"
         )
-    if inline and len(inline) != size:
+    if len(inline) not in (0, size):
         raise bounds.malformed(f"blob size {size}, but {len(inline)} bytes inline")
     return BlobInfo(bounds.name("blob id", wire.id, BLOB_ID), size, wire.sha256, sections), inline
 

@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from atoll.protocols import bounds, wire_pb2
-from atoll.protocols.blobs import BlobInfo
+from atoll.protocols.blobs import BlobInfo, Bulk
 from atoll.protocols.blobwire import blob_from_wire, blob_to_wire, packed_blob
 from atoll.protocols.events import ClientInfo, Then
 from atoll.protocols.links import AS_THE_RUN, Link
-from atoll.protocols.packed import Parts, nested
-from atoll.protocols.sent import Sent, sent_from_wire, sent_to_order
+from atoll.protocols.packed import Parts, around, nested
+from atoll.protocols.sent import ORDER_FIELD, Sent, sent_from_wire, sent_to_order
 
 SESSION_KEY = "atoll-session"  # metadata of every call beside Control
 VALIDATE = "validate"  # capability of clients that judge models in the middle of a merge
 LOSS = "loss"  # metric of an answer
 NOTHING = BlobInfo("", 0, b"", ())  # payload of an answer without a gradient
 
-ORDER_FIELD = 3  # ServerMessage.order
 RESULT_FIELD, ACK_FIELD = 3, 4  # ClientMessage.result, .ack
 PAYLOAD_FIELD = 8  # Result.payload
+BEFORE = around(RESULT_FIELD, PAYLOAD_FIELD)  # a payload's bytes
 
 Fate = Literal["used", "discarded", "superseded"]
 _THEN: tuple[Then, ...] = get_args(Then)  # in the order of the enum's numbers
@@ -49,7 +49,7 @@ class Hello:
     base: str = ""  # what it holds of a chain of models; empty: nothing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Result:
     """A finished piece of work as the client reports it; the bytes are inline or come as a blob."""
 
@@ -62,7 +62,7 @@ class Result:
     metrics: Mapping[str, float] = field(default_factory=dict)
     final: bool = True
     snapshot: int = 0  # counts snapshots of the same order from 1; 0 for a final result
-    inline: bytes = b""
+    inline: Bulk = b""
     question: str = ""  # it answers this one, and no order
 
     @property
@@ -75,19 +75,19 @@ class Result:
         return f"{self.order}.{self.attempt}{tail}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Order:
     id: str
     attempt: int
     version: int
     steps: int
     model: BlobInfo | None
-    inline: bytes = b""
+    inline: Bulk = b""
     extra: Mapping[str, float] = field(default_factory=dict)
     deadline_seconds: float = 0.0  # advisory; 0: none
     base: str = ""
-    differences: tuple[tuple[BlobInfo, bytes], ...] = ()
-    extras: tuple[tuple[BlobInfo, bytes], ...] = ()  # vectors for the local algorithm; inline bytes
+    differences: tuple[tuple[BlobInfo, Bulk], ...] = ()
+    extras: tuple[tuple[BlobInfo, Bulk], ...] = ()  # vectors for the local algorithm; inline bytes
 
     @property
     def sent(self) -> Sent:
@@ -100,13 +100,13 @@ class Question:
 
     id: str
     model: BlobInfo
-    inline: bytes = b""
+    inline: Bulk = b""
     gradient: bool = False
     batch_statistics: bool = True
     deadline_seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     order: str
     update: str
@@ -175,7 +175,7 @@ def order_to_wire(order: Order) -> wire_pb2.Order:
 def packed_order(order: Order, sent: Parts, beside: bytes = b"") -> Parts:
     """A ServerMessage with an order, whose model is in `sent`, as `packed_sent` makes it, and
     `beside` an Order with nothing but extras."""
-    return nested(ORDER_FIELD, _order_alone(order).SerializeToString(), *sent, beside)
+    return nested(ORDER_FIELD, *sent, _order_alone(order).SerializeToString(), beside)
 
 
 def _order_alone(order: Order) -> wire_pb2.Order:
@@ -189,8 +189,9 @@ def _order_alone(order: Order) -> wire_pb2.Order:
     )
 
 
-def order_from_wire(wire: wire_pb2.Order) -> Order:
-    sent = sent_from_wire(wire)
+def order_from_wire(wire: wire_pb2.Order, bulk: Bulk = b"") -> Order:
+    """`bulk`: the model's bytes, where they were taken out of it before (`lifted.py`)."""
+    sent = sent_from_wire(wire, bulk)
     if len(wire.extras) > bounds.MAX_EXTRAS:
         raise bounds.malformed(f"{len(wire.extras)} extras, at most {bounds.MAX_EXTRAS} are taken")
     return Order(
@@ -223,8 +224,8 @@ def result_to_wire(result: Result) -> wire_pb2.Result:
     )
 
 
-def packed_result(result: Result, inline: bytes | memoryview) -> bytes:
-    """A Result with these bytes inline, which are copied once."""
+def packed_result(result: Result, inline: Bulk) -> Parts:
+    """A serialized Result with these bytes inline, which are not copied."""
     alone = wire_pb2.Result(
         order=result.order,
         attempt=result.attempt,
@@ -238,13 +239,14 @@ def packed_result(result: Result, inline: bytes | memoryview) -> bytes:
     ).SerializeToString()
     payload = result.payload
     if payload == NOTHING:
-        return alone
-    return b"".join((alone, *nested(PAYLOAD_FIELD, *packed_blob(payload, inline))))
+        return (alone,)
+    return *nested(PAYLOAD_FIELD, *packed_blob(payload, inline, BEFORE)), alone
 
 
-def result_from_wire(wire: wire_pb2.Result) -> Result:
+def result_from_wire(wire: wire_pb2.Result, bulk: Bulk = b"") -> Result:
+    """`bulk`: the payload's bytes, where they were taken out of it before (`lifted.py`)."""
     bare = bool(wire.question) and not wire.HasField("payload")
-    payload, inline = (NOTHING, b"") if bare else blob_from_wire(wire.payload)
+    payload, inline = (NOTHING, b"") if bare else blob_from_wire(wire.payload, bulk)
     if wire.question:
         bounds.name("question", wire.question, bounds.QUESTION)
     if bool(wire.question) == bool(wire.order):

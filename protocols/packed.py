@@ -3,7 +3,7 @@
 What goes over the wire is exactly what protobuf would write: a nested message is a tag, a length
 and its bytes, and the fields of a message may stand one after the other. So a model that goes to
 many clients is serialized once, and its bytes are copied once for each, when a message is joined.
-Stdlib only.
+Bulk is put first, where `lifted.py` finds it. Stdlib only.
 """
 
 import functools
@@ -11,11 +11,31 @@ import functools
 Parts = tuple[bytes | memoryview, ...]  # of one message, to be joined
 
 MORE = 16  # ClientMessage.more, ServerMessage.more
+BULK = 1 << 14  # bytes from which a field is bulk: up to 128 times as many, its length has 3 bytes
+ALIGNED = 8  # bytes of the largest number that is read where it lies
+
+
+def tag(field: int) -> bytes:
+    """What stands before the length of a field of bytes, or of a message."""
+    return varint(field << 3 | 2)
 
 
 def nested(field: int, *parts: bytes | memoryview) -> Parts:
     """`parts`, a serialized message, as the field of that number of the message around it."""
-    return varint(field << 3 | 2) + varint(sum(map(len, parts))), *parts
+    return tag(field) + varint(sum(map(len, parts))), *parts
+
+
+def padded(pad: int, before: int, field: int, bulk: bytes | memoryview) -> Parts:
+    """`bulk` as a field that begins at a multiple of ALIGNED bytes, behind as much of the field
+    `pad` as it takes; `before`: bytes of the message, up to here."""
+    mine, head = nested(field, bulk)[0], 2
+    lacks = -(before + head + len(mine)) % ALIGNED
+    return tag(pad) + bytes([lacks]) + bytes(lacks) + mine, bulk
+
+
+def around(*fields: int) -> int:
+    """Bytes before a bulky message that is in others, the first field of each: tags and lengths."""
+    return sum(len(tag(field)) + 3 for field in fields)
 
 
 def size(parts: Parts) -> int:

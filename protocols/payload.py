@@ -17,7 +17,7 @@ from atoll.protocols.tensors import EXTRA, dtype_of, extra_sections, section_cod
 Kind = Literal["model", "update"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Payload:
     """The bytes of a checked blob and how to read them."""
 

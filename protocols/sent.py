@@ -8,22 +8,24 @@ RemoteError FL-W101 with the value.
 from dataclasses import dataclass
 
 from atoll.protocols import bounds, wire_pb2
-from atoll.protocols.blobs import BlobInfo
+from atoll.protocols.blobs import BlobInfo, Bulk
 from atoll.protocols.blobwire import blob_from_wire, blob_to_wire, packed_blob
-from atoll.protocols.packed import Parts, nested
+from atoll.protocols.packed import MORE, Parts, around, nested
 
+ORDER_FIELD = 3  # ServerMessage.order
 MODEL_FIELD = 5  # Order.model
+BEFORE = around(MORE, ORDER_FIELD, MODEL_FIELD)  # a model's bytes: most orders follow an outcome
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sent:
     """`model`: None where it comes as differences."""
 
     version: int
     model: BlobInfo | None
-    inline: bytes = b""  # of the model; empty: to be fetched
+    inline: Bulk = b""  # of the model; empty: to be fetched
     base: str = ""  # `base_encoding` of wire.proto; empty: `model` is all of it
-    differences: tuple[tuple[BlobInfo, bytes], ...] = ()  # each with its bytes, if inline
+    differences: tuple[tuple[BlobInfo, Bulk], ...] = ()  # each with its bytes, if inline
 
     @property
     def here(self) -> bool:
@@ -47,7 +49,7 @@ def packed_sent(sent: Sent) -> Parts:
     if sent.model is None:
         return (sent_to_order(sent).SerializeToString(),)
     base = wire_pb2.Order(base_encoding=sent.base).SerializeToString()
-    return base, *nested(MODEL_FIELD, *packed_blob(sent.model, sent.inline))
+    return *nested(MODEL_FIELD, *packed_blob(sent.model, sent.inline, BEFORE)), base
 
 
 def sent_to_evaluate(sent: Sent) -> wire_pb2.Evaluate:
@@ -59,7 +61,7 @@ def sent_to_evaluate(sent: Sent) -> wire_pb2.Evaluate:
     )
 
 
-def sent_from_wire(wire: wire_pb2.Order | wire_pb2.Evaluate) -> Sent:
+def sent_from_wire(wire: wire_pb2.Order | wire_pb2.Evaluate, bulk: Bulk = b"") -> Sent:
     """How the model of an order, or of a version to be judged, comes."""
     base = bounds.name("base_encoding", wire.base_encoding, bounds.BASE)
     version = bounds.count("version", wire.version)
@@ -67,7 +69,7 @@ def sent_from_wire(wire: wire_pb2.Order | wire_pb2.Evaluate) -> Sent:
     if not at:
         if wire.differences:
             raise bounds.malformed(f"{len(wire.differences)} differences to no base")
-        return Sent(version, *blob_from_wire(wire.model), base)
+        return Sent(version, *blob_from_wire(wire.model, bulk), base)
     if wire.HasField("model") or int(held) + len(wire.differences) != version:
         raise bounds.malformed(
             f"version {version} as {len(wire.differences)} differences to {base}"

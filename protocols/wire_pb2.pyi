@@ -345,18 +345,20 @@ class Section(_message.Message):
     def __init__(self, group: _Optional[str] = ..., codec: _Optional[str] = ..., count: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class Blob(_message.Message):
-    __slots__ = ("id", "size", "sha256", "sections", "inline")
+    __slots__ = ("id", "size", "sha256", "sections", "inline", "pad")
     ID_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     SECTIONS_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
+    PAD_FIELD_NUMBER: _ClassVar[int]
     id: str
     size: int
     sha256: bytes
     sections: _containers.RepeatedCompositeFieldContainer[Section]
     inline: bytes
-    def __init__(self, id: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[bytes] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ..., inline: _Optional[bytes] = ...) -> None: ...
+    pad: bytes
+    def __init__(self, id: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[bytes] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ..., inline: _Optional[bytes] = ..., pad: _Optional[bytes] = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("run", "blob", "offset")

@@ -27,7 +27,7 @@ from atoll.server.regions import FileRegion, MemoryRegion, Region, Sealed, disk
 from atoll.server.versions import VersionStore
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Load:
     """What goes down to one client: blobs, and how they are announced."""
 

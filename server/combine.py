@@ -38,7 +38,7 @@ DECODED = 1 << 24  # elements of all updates together that a thread may hold dec
 Tile = Callable[[int, int, Tensor, Tensor, Area], None]  # (lo, hi, anchor, out: the delta, area)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Source:
     """One update, or a row like one: how it is read, and the strategy's weight of it."""
 
@@ -47,7 +47,7 @@ class Source:
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
     """How the deltas of one merge become one."""
 

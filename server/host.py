@@ -232,18 +232,22 @@ class Host:
 
     # ---- clients -------------------------------------------------------------------------------
 
-    def message(self, session: Session, message: wire_pb2.ClientMessage) -> None:
+    def message(
+        self, session: Session, message: wire_pb2.ClientMessage, bulk: bytes | memoryview = b""
+    ) -> None:
         """One message of a client's control stream, and those that travel in it. RemoteError ends
         the session."""
         self.membership.heard(session.client, session.fence, self.driver.clock.now())
-        self._hear(session, message)
+        self._hear(session, message, bulk)
         for further in message.more:
-            self._hear(session, further)
+            self._hear(session, further, b"")
 
-    def _hear(self, session: Session, message: wire_pb2.ClientMessage) -> None:
+    def _hear(
+        self, session: Session, message: wire_pb2.ClientMessage, bulk: bytes | memoryview
+    ) -> None:
         match message.WhichOneof("kind"):
             case "result":
-                result = messages.result_from_wire(message.result)
+                result = messages.result_from_wire(message.result, bulk)
                 (self.questions if result.question else self.intake).inline(session, result)
             case "heartbeat":
                 session.beat = message.heartbeat.order, message.heartbeat.step

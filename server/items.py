@@ -10,7 +10,7 @@ from atoll.protocols.payload import Payload, finite
 from atoll.protocols.tensors import EXTRA, SAID
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UpdateBytes:
     """One update as it came, checked by `payload.parse`."""
 

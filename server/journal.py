@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from atoll.protocols import state
-from atoll.protocols.blobs import BlobInfo, Section
+from atoll.protocols.blobs import BlobInfo, Bulk, Section
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Action, Event
 from atoll.protocols.frames import checksums
@@ -46,13 +46,13 @@ FORGET = "DELETE FROM payload WHERE id = ? RETURNING segment"
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Payload:
     """The bytes of an update, as received: here when small, else in the update store's file."""
 
     id: str
     info: BlobInfo  # without SHA-256 where there is `data`: its CRC tells whether it is whole
-    data: bytes | None
+    data: Bulk | None
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class Entry:
         return self.seq, run, self.now, kind, state.dumps_values(self.event), self.actions
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
     """What one transaction writes."""
 

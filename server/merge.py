@@ -44,7 +44,7 @@ FAINT = 1e-12  # a norm
 NORM_BLOCK = 1 << 12  # elements; norms add up block by block, alike for every number of threads
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class MergeStats:
     """What a merge did, for `Merged`."""
 

@@ -32,7 +32,7 @@ class Traffic:
     down: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Packed:
     """An order as it goes out over one session."""
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from atoll.protocols.blobs import Bulk
 from atoll.server.uploads import disk_free
 
 SEGMENT = 32 << 20  # bytes after which a new segment is begun
@@ -22,7 +23,7 @@ BUFFERS = 512  # payloads written by one call of the system, which takes 1,024 o
 SUFFIX = ".payloads"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     segment: int
     offset: int
@@ -46,14 +47,14 @@ class PayloadLog:
         self._fd = -1
         self._at = 0
         self._lock = threading.RLock()  # held while what was put is written, or taken back
-        self._put: list[bytes] = []  # not written yet: the end of the segment up to `_at`
+        self._put: list[Bulk] = []  # not written yet: the end of the segment up to `_at`
         self._number = max(self._live, default=0)
         for path in folder.glob(f"*{SUFFIX}"):
             if not path.stem.isdecimal() or int(path.stem) not in self._live:
                 path.unlink()
         self._segment = segment or fitting(disk_free(folder))
 
-    def put(self, data: bytes) -> Place:
+    def put(self, data: Bulk) -> Place:
         """Where `data` will lie, once `write` has written it."""
         if self._fd < 0 or self._at >= self._segment:
             self._turn()

@@ -23,7 +23,7 @@ from atoll.protocols.errors import ServerError
 from atoll.protocols.frames import checksums
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sealed:
     """A region that will not change: its bytes, read only, and their hashes."""
 

@@ -51,7 +51,7 @@ class Order:
     asked: bool = False  # for work before its end: fewer steps are right then
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """What became of an update; told to its client until acknowledged."""
 
@@ -62,7 +62,7 @@ class Outcome:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
     """An update whose bytes the driver holds and of which nothing is decided yet."""
 
@@ -71,7 +71,7 @@ class Held:
     steps: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Deliver:
     order: Order
 
@@ -95,7 +95,7 @@ class Merge:
     told: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tell:
     client: str
     outcome: Outcome

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from atoll.protocols import bounds, messages, refusals, wire_pb2
+from atoll.protocols import bounds, lifted, messages, refusals, wire_pb2
 from atoll.protocols.channel import SERVICE
 from atoll.protocols.errors import AtollError, RemoteError
 
@@ -59,7 +59,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             await self._abort(context, RemoteError("FL-W101", "no Hello came", "say hello first"))
         host = await asyncio.shield(self._host)
         try:
-            first = wire_pb2.ClientMessage() if first is grpc.aio.EOF else _parse(first)
+            first = wire_pb2.ClientMessage() if first is grpc.aio.EOF else _parse(first)[0]
             if first.WhichOneof("kind") != "hello":
                 raise RemoteError("FL-W101", "the first message is not Hello", "say hello first")
             session = await host.reception.greet(messages.hello_from_wire(first.hello))
@@ -124,12 +124,12 @@ async def _write(session: "Session", context: Any) -> None:
 
 async def _read(host: "Host", session: "Session", context: Any) -> None:
     while (data := await context.read()) is not grpc.aio.EOF:
-        host.message(session, _parse(data))
+        host.message(session, *_parse(data))
 
 
-def _parse(data: bytes) -> wire_pb2.ClientMessage:
+def _parse(data: bytes) -> tuple[wire_pb2.ClientMessage, lifted.Bulk]:
     try:
-        return wire_pb2.ClientMessage.FromString(data)
+        return lifted.client_message(data)
     except DecodeError as error:
         what = f"{len(data)} bytes that are no ClientMessage"
         raise RemoteError("FL-W101", what, "see protocols/wire.proto") from error

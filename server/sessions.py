@@ -73,12 +73,13 @@ class Session:
         first = await self.out.get()
         if first is None:
             return None
-        parts, length = first, size(first)
+        further: Parts = ()
+        length = size(first)
         while self.batch and length < INLINE and (other := self.out.peek()) is not None:
             self.out.drop()
-            parts += nested(MORE, *other)
+            further += nested(MORE, *other)
             length += size(other)
-        return b"".join(parts)
+        return b"".join(further + first)  # an order's model in front: `protocols/lifted.py`
 
     def _put(self, message: Parts) -> None:
         if len(self.out) < self.room:

@@ -15,7 +15,7 @@ import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from atoll.protocols.blobs import CHUNK
+from atoll.protocols.blobs import CHUNK, Bulk
 
 PART = ".part"
 SPARE = "_spare."  # no update id begins with an underscore
@@ -23,7 +23,7 @@ _TRAILER = struct.Struct("<8sQQ")  # magic, size of the update, bytes held in or
 _MAGIC = b"atoll-up"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StoredUpdate:
     """A committed update's bytes."""
 
@@ -31,7 +31,7 @@ class StoredUpdate:
     size: int
     sha256: bytes  # empty of what came inline
     path: Path | None  # None: in memory
-    data: bytes = b""
+    data: Bulk = b""
     _maps: "list[weakref.ref[mmap.mmap]]" = field(default_factory=list, compare=False, repr=False)
 
     def view(self) -> memoryview:

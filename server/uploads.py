@@ -16,7 +16,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from atoll.protocols.blobs import CHUNK, INLINE
+from atoll.protocols.blobs import CHUNK, INLINE, Bulk
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.frames import Chunk
 from atoll.server.spill import PART, SPARE, Spares, SpillFile, StoredUpdate
@@ -166,7 +166,7 @@ class Uploads:
                 raise _disk(update, error) from error
             return upload.stored
 
-    def keep(self, update: str, data: bytes) -> StoredUpdate:
+    def keep(self, update: str, data: Bulk) -> StoredUpdate:
         """Store a payload that came inline, in one step; may be repeated with the same bytes.
 
         It is not hashed: few clients say a digest of it, and the journal hashes what it keeps.

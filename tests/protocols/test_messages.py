@@ -85,7 +85,7 @@ def test_questions_and_answers_survive_the_wire() -> None:
     assert messages.result_from_wire(wire) == bare
     assert bare.update == "q7"
     for one, inline in ((answer, bytes(24)), (bare, b"")):
-        packed = wire_pb2.Result.FromString(messages.packed_result(one, inline))
+        packed = wire_pb2.Result.FromString(b"".join(messages.packed_result(one, inline)))
         assert messages.result_from_wire(packed) == replace(one, inline=inline)
     for odd in ({"order": "o1"}, {"question": ""}, {"question": "o1"}):
         wrong = messages.result_to_wire(replace(answer, **odd))  # type: ignore[arg-type]
