@@ -64,15 +64,13 @@ class Result:
     snapshot: int = 0  # counts snapshots of the same order from 1; 0 for a final result
     inline: Bulk = b""
     question: str = ""  # it answers this one, and no order
+    # the update's id: `o17.0` is order and attempt, `o17.0.s2` its second snapshot. Of an answer
+    # the question's, which is one client's alone
+    update: str = field(init=False, compare=False)
 
-    @property
-    def update(self) -> str:
-        """The update's id: `o17.0` is order and attempt, `o17.0.s2` its second snapshot. Of an
-        answer the question's, which is one client's alone."""
-        if self.question:
-            return self.question
+    def __post_init__(self) -> None:
         tail = f".s{self.snapshot}" if self.snapshot else ""
-        return f"{self.order}.{self.attempt}{tail}"
+        self.update = self.question or f"{self.order}.{self.attempt}{tail}"
 
 
 @dataclass(slots=True)

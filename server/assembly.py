@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -105,7 +105,7 @@ class Assembly:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flushing: asyncio.TimerHandle | None = None
         self.evaluator = self._evaluator(judge)
-        known = self.workshop, self.links, self.history, self.evaluator, self._row, self.questions
+        known = self.workshop, self.links, self.history, self.evaluator, self._note, self.questions
         self.host = Host(spec, found.run, membership, *known)
         self.host.recorder = past.recorder
         self.clock = Clock(found.now)
@@ -202,7 +202,7 @@ class Assembly:
         if limits != self.history.limits:
             row: dict[str, object] = {"t": self.clock.now(), "kind": "limits", **limits}
             self.history.append(row)
-            self._row(row)
+            self._note([row])
 
     def _restore(self, found: Recovered, uploads: Uploads) -> None:
         """Take up kept updates, make unsaved versions again; the rest is forgotten."""
@@ -280,12 +280,14 @@ class Assembly:
         replayed = snapshot[1] if snapshot else -math.inf
         return Past(path, replayed, (up, down), self.journal.last())
 
-    def _row(self, row: Row) -> None:
-        self.ledger.append(row)
+    def _note(self, rows: Sequence[Row]) -> None:
+        """Rows for the history's file and whoever listens."""
+        self.ledger.extend(rows)
         if self._flushing is None and self._loop is not None:
             self._flushing = self._loop.call_later(FLUSH, self._flush)
         if self._on_row is not None:
-            self._on_row(dict(row))
+            for row in rows:
+                self._on_row(dict(row))
 
     def _flush(self) -> None:
         """Many rows at once; where the disk does not take them, the run stops."""
@@ -307,9 +309,8 @@ class Assembly:
         self._loop = asyncio.get_running_loop()
         self.driver.attach()
         if self.resumed:
-            self._row(
-                {"t": self.clock.now(), "kind": "resumed", "version": self.host.run.published}
-            )
+            now, version = self.clock.now(), self.host.run.published
+            self._note([{"t": now, "kind": "resumed", "version": version}])
         self._say_limits()
         if self.driver.rules.latest_version < self.host.run.published or not self.resumed:
             self.host.evaluate(self.host.run.published)  # its evaluation died with the process

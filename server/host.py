@@ -8,9 +8,10 @@ goes is `reception.py`'s affair.
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from atoll.protocols import bounds, messages, wire_pb2
 from atoll.protocols.blobs import INLINE, Blob
@@ -63,7 +64,7 @@ class Host:
         links: Links,
         history: Totals,
         evaluator: Evaluator | None,
-        on_row: Callable[[Row], None],
+        note: Callable[[Sequence[Row]], None],
         questions: Questions,
     ) -> None:
         self.spec = spec
@@ -85,15 +86,18 @@ class Host:
         )
         self.reception = Reception(
             spec, run, membership, workshop, links, history, self.sessions, self.outgoing,
-            questions, on_row, lambda: self.driver, self._lost,
+            questions, note, lambda: self.driver, self._lost,
         )  # fmt: skip
         self.intake = Intake(
             run, membership, workshop, links, self.sessions, self.outgoing,
             lambda: self.driver, self.reception.expel,
         )  # fmt: skip
-        self._on_row = on_row
+        self._note = note
         self.recorder = Recorder()  # a resumed run brings its own
         self._groups: dict[str, tuple[tuple[str, ...], float, float]] = {}
+        self._groups_of: Callable[[float], Sequence[Any]] | None = getattr(
+            run.strategy, "groups", None
+        )
         self._spent: list[str] = []
         self._acks: list[tuple[str, str]] = []  # (client, update), not yet written down
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="merge")
@@ -155,16 +159,16 @@ class Host:
             info = self.workshop.infos.get(event.update.id)
             size = info.size if info else 0
             self.intake.learn_pace(event.update)
-        rows = list(
-            self.recorder.rows(self.run, now, event, actions, effects, size, self.outgoing.size)
-        )
-        rows.extend(self._new_groups(now))
+        sent = self.outgoing.size
+        rows = self.recorder.rows(self.run, now, event, actions, effects, size, sent)
+        if self._groups_of is not None:
+            rows.extend(self._new_groups(self._groups_of(now), now))
         return partial(self._written, event, rows)
 
     def _written(self, event: Event, rows: list[Row]) -> None:
         for row in rows:
             self.history.append(row)
-            self._on_row(row)
+        self._note(rows)
         if isinstance(event, Merged):
             self.workshop.stock.published(event)
             self._published(event.version)
@@ -172,10 +176,8 @@ class Host:
             self._judged = max(self._judged, event.version)
             self.workshop.unpin(event.version, self.driver.rules.best_version)
 
-    def _new_groups(self, now: float) -> Iterator[Row]:
+    def _new_groups(self, found: Sequence[Any], now: float) -> Iterator[Row]:
         """FedCompass's arrival groups, where one is new or has changed."""
-        groups = getattr(self.run.strategy, "groups", None)
-        found = groups(now) if groups is not None else ()
         for name, members, _, arrival, latest in found:
             told = (tuple(sorted(members)), arrival, latest)
             if self._groups.get(name) != told:
@@ -222,7 +224,7 @@ class Host:
         """Before any merge: clients can be asked, those of a former life once they are back."""
 
         def note(row: Row) -> None:
-            self._on_row({"t": self.driver.clock.now(), **row})
+            self._note([{"t": self.driver.clock.now(), **row}])
 
         around = Around(self.sessions, self.workshop.uploads, self.outgoing.counted, note)
         self.questions.listen(around, self.membership.alive())

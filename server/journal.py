@@ -6,7 +6,6 @@ transaction, so receipts are released together. What it writes are pages: a tabl
 key is kept WITHOUT ROWID, as one tree and not two.
 """
 
-import contextlib
 import json
 import math
 import sqlite3
@@ -181,10 +180,13 @@ class Journal:
         """Say where its payloads will lie. Whether there are any to spill."""
         assert self._writing is None, "a batch is being written"
         self._writing, self._spilt = batch, None
-        with self._transaction():
+        try:
             self._places = {
                 p.id: self._log.put(p.data) for p in batch.payloads if p.data is not None
             }
+        except BaseException as error:
+            self._undo(error)
+            raise
         return bool(self._places)
 
     def spill(self) -> None:
@@ -198,7 +200,7 @@ class Journal:
         """Write the rows, of which nothing is durable yet."""
         batch = self._writing
         assert batch is not None, "stage a batch first"
-        with self._transaction():
+        try:
             self.base.execute("BEGIN IMMEDIATE")
             self._many(EVENT, [entry.row(self.run) for entry in batch.entries])
             self._many(DECIDED, batch.decided)
@@ -206,13 +208,19 @@ class Journal:
             for update in batch.forget:
                 self._dropped += self.base.execute(FORGET, (update,)).fetchall()
             self._many(META, batch.meta)
+        except BaseException as error:
+            self._undo(error)
+            raise
 
     def seal(self) -> None:
         """Make the rows durable, once the payloads are that they name."""
-        with self._transaction():
+        try:
             if self._spilt is not None:
                 raise self._spilt
             self.base.execute("COMMIT")
+        except BaseException as error:
+            self._undo(error)
+            raise
         assert self._writing is not None, "stage a batch first"
         if self._writing.entries:
             self._written = self._writing.entries[-1].seq
@@ -255,7 +263,7 @@ class Journal:
     def snapshot(self, now: float, text: str) -> None:
         """A state from which reading may start, instead of from the beginning. FL-S203."""
         self.flush()
-        with self._transaction():
+        try:
             self.base.execute("BEGIN IMMEDIATE")
             self.base.execute(
                 "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?, ?)",
@@ -264,6 +272,9 @@ class Journal:
             self.base.execute("DELETE FROM snapshot WHERE seq < ?", (self.seq,))
             self.base.execute("DELETE FROM meta WHERE key LIKE ?", (ACKS + "%",))
             self.base.execute("COMMIT")
+        except BaseException as error:
+            self._undo(error)
+            raise
 
     def last(self) -> float:
         """Run clock of the newest input; minus infinity where there is none."""
@@ -316,21 +327,17 @@ class Journal:
         row = self.base.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """All of it or nothing. ServerError FL-S203 where the disk does not take it."""
-        try:
-            yield
-        except BaseException as error:
-            if self.base.in_transaction:
-                self.base.execute("ROLLBACK")
-            self._log.take_back()
-            if self._writing is not None:
-                self._lost = True
-                self._decided = self._writing.decided + self._decided
-                self._writing, self._dropped = None, []
-            if not isinstance(error, sqlite3.OperationalError | OSError):
-                raise
+    def _undo(self, error: BaseException) -> None:
+        """Take back what was begun, all of it. ServerError FL-S203 where the disk did not take
+        it."""
+        if self.base.in_transaction:
+            self.base.execute("ROLLBACK")
+        self._log.take_back()
+        if self._writing is not None:
+            self._lost = True
+            self._decided = self._writing.decided + self._decided
+            self._writing, self._dropped = None, []
+        if isinstance(error, sqlite3.OperationalError | OSError):
             raise ServerError(
                 "FL-S203",
                 f"the journal cannot be written: {error}",

@@ -6,6 +6,7 @@ machine has memory.
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -26,9 +27,9 @@ class Ledger:
         self._new: list[Row] = []  # not in the file yet
         self._news: asyncio.Event | None = None  # set with the next row; made when one waits
 
-    def append(self, row: Row) -> None:
-        self._new.append(row)
-        if self._news is not None:
+    def extend(self, rows: Sequence[Row]) -> None:
+        self._new += rows
+        if self._news is not None and rows:
             self._news.set()
             self._news = None
 

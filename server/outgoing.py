@@ -89,7 +89,8 @@ class Outgoing:
             packed = self._pack(session, order)
         if packed is not None:
             self._sent(session, packed.load)
-            self.counted(order.client).down += packed.beside
+            if packed.beside:
+                self.counted(order.client).down += packed.beside
             session.send_parts(packed.parts)
 
     def _pack(self, session: Session, order: Order) -> "_Packed | None":

@@ -86,11 +86,11 @@ class Past:
     ) -> None:
         """An input of the journal, handled again: the rows that are missing are written."""
         up, down = self._sizes
-        rows = list(self.recorder.rows(run, now, event, actions, effects, up, lambda order: down))
+        rows = self.recorder.rows(run, now, event, actions, effects, up, lambda order: down)
         if now >= self._since:
             for row in rows:
                 self.history.append(row)
-                self.ledger.append(row)
+            self.ledger.extend(rows)
             if self.ledger.waiting >= EVERY:
                 self.ledger.flush()
 

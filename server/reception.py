@@ -7,7 +7,7 @@ Between the control streams and the membership machine. What a client says in be
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from atoll.protocols import messages, refusals, state, wire_pb2
 from atoll.protocols.blobs import CHUNK, INLINE
@@ -47,7 +47,7 @@ class Reception:
         sessions: Sessions,
         outgoing: Outgoing,
         questions: Questions,
-        on_row: Callable[[Row], None],
+        note: Callable[[Sequence[Row]], None],
         driver: Callable[[], Driver],
         lost: Callable[[str], None],
     ) -> None:
@@ -60,7 +60,7 @@ class Reception:
         self._sessions = sessions
         self._outgoing = outgoing
         self._questions = questions
-        self._on_row = on_row
+        self._note = note
         self._driver = driver
         self._lost = lost
         self._manifest = json.dumps(workshop.store.manifest.to_json())
@@ -155,18 +155,17 @@ class Reception:
         if lost and totals is not None and totals.updates:
             what = ", ".join(lost)
             logger.warning("client=%s lost its state: %s", hello.client, what)
-            self._on_row(
+            self._note([
                 {"t": self._driver().clock.now(), "kind": "state-lost", "client": hello.client,
                  "state": what}
-            )  # fmt: skip
+            ])  # fmt: skip
 
     def _back(self, hello: messages.Hello, back: Back, session: Session) -> None:
         """Within its lease: its order goes on, or is sent again where it was lost on the way."""
         now = self._driver().clock.now()
         logger.info("client=%s is back after %.1f s", back.name, back.silent)
-        self._on_row(
-            {"t": now, "kind": "back", "client": back.name, "silent": round(back.silent, 3)}
-        )
+        silent = round(back.silent, 3)
+        self._note([{"t": now, "kind": "back", "client": back.name, "silent": silent}])
         order = self._run.open.get(back.name)
         if order is None or order.started is None or order.id in hello.holding:
             return

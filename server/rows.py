@@ -1,6 +1,6 @@
 """Rows: what was heard and decided, as the rows of a run's history (`server/history.py`)."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 
 from atoll.protocols.events import (
     Action,
@@ -33,10 +33,11 @@ class Recorder:
         effects: Iterable[Effect],
         up: int = 0,
         down: Callable[[Order], int] = lambda order: 0,
-    ) -> Iterator[Row]:
+    ) -> list[Row]:
         """Rows of one call of `run.handle`; `up` are the bytes of its update, `down` says those of
         an order's model."""
-        yield from self._heard(now, event, up)
+        heard = self._heard(now, event, up)
+        rows = [] if heard is None else [heard]
         version = run.version
         for action in actions:
             if isinstance(action, Aggregate):
@@ -44,43 +45,46 @@ class Recorder:
         for action in actions:
             if isinstance(action, Aggregate):
                 version += 1
-                yield self._aggregate(now, version, action)
+                rows.append(self._aggregate(now, version, action))
             elif isinstance(action, Train):
                 order = run.open.get(action.client)
                 if order is not None:  # None where the run finished in the same breath
-                    yield {
+                    rows.append({
                         "t": now, "kind": "train", "client": order.client, "order": order.id,
                         "steps": order.steps, "version": order.version,
-                    }  # fmt: skip
+                    })  # fmt: skip
             elif isinstance(action, Discard):
                 self._bases.pop(action.update, None)
-                yield _row(now, "discard", update=action.update, reason=action.reason)
+                rows.append(_row(now, "discard", update=action.update, reason=action.reason))
         for effect in effects:
             if isinstance(effect, Deliver):
                 order = effect.order
-                yield {"t": now, "kind": "started", "order": order.id, "bytes": down(order)}
+                size = down(order)
+                rows.append({"t": now, "kind": "started", "order": order.id, "bytes": size})
             elif isinstance(effect, Stop):
-                yield _row(now, "finish", reason=effect.reason)
+                rows.append(_row(now, "finish", reason=effect.reason))
+        return rows
 
-    def _heard(self, now: float, event: Event, size: int) -> Iterator[Row]:
+    def _heard(self, now: float, event: Event, size: int) -> Row | None:
         match event:
             case UpdateReceived(u):
                 self._bases[u.id] = u.base
-                yield {
+                return {
                     "t": now, "kind": "update", "client": u.client, "order": u.order,
                     "update": u.id, "steps": u.steps, "base": u.base,
                     "train_seconds": u.train_seconds, "started": u.started, "bytes": size,
                     "metrics": dict(u.metrics), "final": u.final, "current": u.current,
                 }  # fmt: skip
             case ClientJoined(client, info):
-                yield _row(now, "join", client=client, examples=info.examples)
+                return _row(now, "join", client=client, examples=info.examples)
             case ClientLeft(client, reason):
-                yield _row(now, "leave", client=client, reason=reason)
+                return _row(now, "leave", client=client, reason=reason)
             case Merged(version, _, dropped, stats):
                 lost = {"dropped": [list(d) for d in dropped]} if dropped else {}
-                yield _row(now, "merged", version=version, stats=dict(stats), **lost)
+                return _row(now, "merged", version=version, stats=dict(stats), **lost)
             case Evaluated(version, metrics):
-                yield _row(now, "evaluated", version=version, metrics=dict(metrics))
+                return _row(now, "evaluated", version=version, metrics=dict(metrics))
+        return None
 
     def _aggregate(self, now: float, version: int, action: Aggregate) -> Row:
         stale = {u: version - 1 - self._bases.pop(u) for u, _ in action.items if u in self._bases}

@@ -151,16 +151,14 @@ class Simulator:
             if self._listen is not None:
                 self._listen(self.now, heard, actions)
             if self._recorder is not None:
-                self.history.extend(
-                    self._recorder.rows(
-                        self.run,
-                        self.now,
-                        heard,
-                        actions,
-                        effects,
-                        self.clients.arrived,
-                        self._down_size,
-                    )
+                self.history += self._recorder.rows(
+                    self.run,
+                    self.now,
+                    heard,
+                    actions,
+                    effects,
+                    self.clients.arrived,
+                    self._down_size,
                 )
             if isinstance(heard, UpdateReceived):
                 self._bases[heard.update.id] = heard.update.base

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from atoll.aggregation.fedavg import FedAvg
 from atoll.protocols import console
 from atoll.protocols.events import Merged
 from atoll.server import offline
 from atoll.server.cli import cli
 from atoll.server.history import History, line
 from atoll.server.rows import Recorder
+from atoll.server.run import Run
 from tests.server.test_cli_run import ROWS, made
 
 WHY = "the merged model would not be finite"
@@ -28,7 +30,7 @@ def stopped(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_the_row_of_a_merge_names_what_it_could_not_use() -> None:
     def rows(merged: Merged) -> list[dict[str, Any]]:
-        return [dict(r) for r in Recorder()._heard(1.0, merged, 0)]
+        return list(map(dict, Recorder().rows(Run(FedAvg()), 1.0, merged, (), ())))
 
     usual = {"t": 1.0, "kind": "merged", "version": 2, "stats": {}}
     assert rows(Merged(2, ("o0.0",))) == [usual]

@@ -22,7 +22,7 @@ def text(number: int) -> str:
 def test_rows_are_told_by_number_wherever_they_are(tmp_path: Path, flushed: int) -> None:
     ledger, count = Ledger(tmp_path / "h", [], 0, 0), 2 * EVERY + 10
     for number in range(count):
-        ledger.append(row(number))
+        ledger.extend([row(number)])
         if number + 1 == flushed:
             ledger.flush()
     assert (len(ledger), ledger.waiting) == (count, count - flushed)
@@ -39,7 +39,7 @@ def test_it_goes_on_where_it_was_left(tmp_path: Path) -> None:
     path.write_text(text(0) + text(1))
     ledger = Ledger(path, [0], 2, path.stat().st_size)
     for number in range(2, EVERY + 2):
-        ledger.append(row(number))
+        ledger.extend([row(number)])
         ledger.flush()
     assert ledger.lines(EVERY - 1, 2) == [text(EVERY - 1), text(EVERY)]
     ledger.close()
@@ -52,7 +52,7 @@ def test_who_waits_for_a_row_hears_of_it_or_of_nothing(tmp_path: Path) -> None:
     async def waited() -> int:
         await ledger.news(0, 0.01)
         nothing = len(ledger)
-        asyncio.get_running_loop().call_later(0.01, ledger.append, row(0))
+        asyncio.get_running_loop().call_later(0.01, ledger.extend, [row(0)])
         await ledger.news(0, 60.0)
         await ledger.news(0, 60.0)  # it is there
         return nothing
