@@ -1,12 +1,10 @@
-"""Claim: a run begins in a folder of its own, and one that cannot begin leaves it as it was."""
+"""Claim: a run begins in a folder of its own."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from atoll.protocols.errors import ServerError
 
-TOLERATED = ("lock", "lost+found")  # in a folder in which a run begins
+TOLERATED = ("lock", "lost+found", "run.json.tmp")  # in a folder in which a run begins
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -38,35 +36,3 @@ def folder_made(folder: Path) -> Path:
             "FL-S206", f"{folder} cannot be made: {error.strerror}", "give another --state"
         ) from error
     return folder
-
-
-@contextlib.contextmanager
-def beginning(folder: Path) -> Iterator[None]:
-    """Around the start of a run: one that could not begin leaves the folder as it was.
-
-    Nothing is done where it began, or was there before, or is another server's (FL-S202).
-    """
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    fresh = not (folder / "run.json").exists()
-    try:
-        yield
-    except BaseException as error:
-        if fresh and getattr(error, "code", "") not in ("FL-S202", "FL-S109"):
-            with contextlib.suppress(OSError):  # what went wrong first is worth more
-                _withdraw(folder)
-                for made in missing:
-                    made.rmdir()
-        raise
-
-
-def _withdraw(folder: Path) -> None:
-    """Forget a run that has no version."""
-    if any((folder / "versions").glob("*")):
-        return
-    for name in ("run.json", "lock", "server.json", "history.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("journal.sqlite*"):
-        path.unlink()
-    for name in ("updates", "versions", "rows"):
-        with contextlib.suppress(OSError):
-            (folder / name).rmdir()

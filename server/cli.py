@@ -95,7 +95,7 @@ def start(
     import logging
 
     from atoll.server.check import check
-    from atoll.server.claim import beginning
+    from atoll.server.door import beginning
     from atoll.server.server import Server
     from atoll.server.spec import begun, open_spec
 
@@ -121,7 +121,7 @@ def start(
     wanted = begun(wanted, rules, init)
 
     try:
-        with beginning(state):
+        with beginning(state, wanted.id):
             spec = open_spec(state, wanted, spelled_out())
             slots = {"group": behalf} if behalf is not None else {}
             server = Server.of(

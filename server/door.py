@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ class locked:  # noqa: N801  # reads as a verb
         self.folder = folder
 
     def __enter__(self) -> None:
+        while not self._taken():
+            os.close(self._fd)  # its file was removed between the two: that lock keeps nobody out
+
+    def _taken(self) -> bool:
+        path = self.folder / "lock"
         try:
             folder_made(self.folder)
-            self._fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ServerError(
                 "FL-S206",
@@ -32,17 +38,58 @@ class locked:  # noqa: N801  # reads as a verb
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._fd)
-            pid = read_note(self.folder).get("pid", "?")
+            pid = read_note(self.folder).get("pid")
             raise ServerError(
                 "FL-S202",
-                f"state directory {self.folder} is in use by another server (pid {pid})",
-                f"stop it (kill {pid}) or give another --state",
+                f"state directory {self.folder} is in use by another server"
+                + (f" (pid {pid})" if pid else ", which is starting"),
+                f"stop it{f' (kill {pid})' if pid else ''} or give another --state",
             ) from error
+        try:
+            return os.path.samestat(os.fstat(self._fd), path.stat())
+        except FileNotFoundError:
+            return False
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # as after a kill: it names one who holds no lock
             (self.folder / "server.json").unlink()
         os.close(self._fd)
+
+
+@contextlib.contextmanager
+def beginning(folder: Path, run: str) -> Iterator[None]:
+    """Around the start of a run: one that could not begin leaves the folder as it was.
+
+    Nothing is done where it began, or was there before, or is another server's.
+    """
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    fresh = not (folder / "run.json").exists()
+    try:
+        yield
+    except BaseException as error:
+        ours = fresh and folder.exists()
+        if ours and getattr(error, "code", "") not in ("FL-S202", "FL-S109"):
+            with contextlib.suppress(OSError, ServerError):  # what went wrong first is worth more
+                with locked(folder):
+                    _withdraw(folder, run)
+                for made in missing:
+                    made.rmdir()
+        raise
+
+
+def _withdraw(folder: Path, run: str) -> None:
+    """Forget a run that has no version; of another one that was begun meanwhile, nothing."""
+    path = folder / "run.json"
+    if any((folder / "versions").glob("*")) or (path.exists() and run not in path.read_text()):
+        return
+    for name in ("run.json", "server.json", "history.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("journal.sqlite*"):
+        path.unlink()
+    for name in ("updates", "versions", "rows"):
+        with contextlib.suppress(OSError):
+            (folder / name).rmdir()
+    (folder / "lock").unlink(missing_ok=True)  # last: nobody comes in before
 
 
 def bind(server: Any, address: str) -> str:

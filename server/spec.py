@@ -11,7 +11,8 @@ from pathlib import Path
 
 from atoll.protocols import state
 from atoll.protocols.errors import ServerError
-from atoll.server.claim import folder_made, refuse_foreign
+from atoll.server.claim import refuse_foreign
+from atoll.server.door import locked
 from atoll.server.rules import LIMITS, Rules
 
 STRATEGIES: Mapping[str, str] = {
@@ -126,9 +127,10 @@ def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> Run
     path = folder / "run.json"
     if not path.exists():
         refuse_foreign(folder)
-        folder_made(folder)
-        wanted.write(path)
-        return wanted
+        with locked(folder):  # another server may be beginning there at this moment
+            if not path.exists():
+                wanted.write(path)
+                return wanted
     found = RunSpec.read(path)
     fields = {field for option in given for field in OPTIONS.get(option, (option,))}
     for name in sorted(fields.intersection(FIXED)):

@@ -1,14 +1,18 @@
 """A run takes no folder that is somebody else's, and leaves none behind that it could not use."""
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from atoll.protocols import console
 from atoll.protocols.errors import ServerError
-from atoll.server.claim import beginning
 from atoll.server.cli import cli
+from atoll.server.door import beginning, locked
 from atoll.server.spec import RunSpec, open_spec
 
 SPEC = RunSpec("01HZX0000000000000000RVN00")
@@ -20,12 +24,15 @@ def begin(folder: Path, code: str, *further: str) -> None:
         fail(folder, ServerError(code, "no", "mend it"), *further)
 
 
-def fail(folder: Path, error: BaseException, *further: str) -> None:
-    with beginning(folder):
+def fail(
+    folder: Path, error: BaseException, *further: str, meanwhile: Callable[[], object] = int
+) -> None:
+    with beginning(folder, SPEC.id):
         open_spec(folder, SPEC)
         for name in further:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text("x")
+        meanwhile()
         raise error
 
 
@@ -65,8 +72,51 @@ def test_a_run_with_a_version_stays_and_so_does_another_servers(tmp_path: Path) 
 
 def test_what_cannot_be_removed_hides_nothing(tmp_path: Path) -> None:
     """The error is the start's own, not that of tidying up."""
-    begin(tmp_path / "s", "FL-S201", "lock/in-the-way")
-    assert (tmp_path / "s" / "lock").exists()
+    begin(tmp_path / "s", "FL-S201", "journal.sqlite-wal/in-the-way")
+    assert (tmp_path / "s" / "journal.sqlite-wal").exists()
+
+
+def test_a_run_that_another_server_took_up_meanwhile_stays(tmp_path: Path) -> None:
+    """Of two that began at once, the one that failed took the other's run.json away: what that
+    one had trained could neither be read nor continued."""
+    folder = tmp_path / "s"
+    with contextlib.ExitStack() as other:
+        with pytest.raises(KeyboardInterrupt):
+            fail(folder, KeyboardInterrupt(), meanwhile=lambda: other.enter_context(locked(folder)))
+        assert (folder / "run.json").exists()
+    (folder / "run.json").unlink()
+    theirs = replace(SPEC, id="01HZX0000000000000000RVN01")
+    with pytest.raises(KeyboardInterrupt):
+        fail(folder, KeyboardInterrupt(), meanwhile=lambda: theirs.write(folder / "run.json"))
+    assert RunSpec.read(folder / "run.json") == theirs
+
+
+def test_a_run_is_not_begun_where_another_server_is_beginning(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ServerError, match="which is starting") as refused:
+        open_spec(tmp_path, SPEC)
+    assert refused.value.code == "FL-S202"
+    assert not (tmp_path / "run.json").exists()
+    assert open_spec(tmp_path, SPEC) == SPEC
+
+
+def test_a_lock_that_was_removed_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opened it before must not take it for the one that is there now."""
+    flock = fcntl.flock
+    calls: list[int] = []
+
+    def late(fd: int, how: int) -> None:
+        if not calls:
+            (tmp_path / "lock").unlink()
+        calls.append(fd)
+        flock(fd, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with locked(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(ServerError), locked(tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("foreign", ["thesis.tex", "journal.sqlite", "versions"])
@@ -92,6 +142,7 @@ def test_many_foreign_files_are_not_all_named(tmp_path: Path) -> None:
 def test_what_every_disk_or_an_earlier_start_has_is_in_nobodys_way(tmp_path: Path) -> None:
     (tmp_path / "lost+found").mkdir()
     (tmp_path / "lock").touch()
+    (tmp_path / "run.json.tmp").touch()  # killed in its first moment
     assert open_spec(tmp_path, SPEC) == SPEC
 
 
