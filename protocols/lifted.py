@@ -10,7 +10,7 @@ result.
 from atoll.protocols import wire_pb2
 from atoll.protocols.blobwire import INLINE_FIELD, PAD_FIELD
 from atoll.protocols.messages import PAYLOAD_FIELD, RESULT_FIELD
-from atoll.protocols.packed import ALIGNED, BULK, MORE, tag, varint
+from atoll.protocols.packed import ALIGNED, MORE, tag, varint
 from atoll.protocols.sent import MODEL_FIELD, ORDER_FIELD
 
 Bulk = bytes | memoryview  # of a message's model or payload; empty: if it has any, protobuf read it
@@ -55,7 +55,7 @@ def lift(data: bytes, path: tuple[bytes, ...]) -> tuple[bytes, memoryview] | Non
         at += 2 + data[at + 1]
     length = _length(data, at, INLINE)
     at += 4
-    if length is None or length < BULK or at + length > end:
+    if length is None or at + length > end:
         return None
     rest, gone = data[at + length :], at + length - begin
     for mark, around in zip(reversed(path), reversed(lengths), strict=True):

@@ -110,7 +110,7 @@ class Assembly:
         self.host.recorder = past.recorder
         self.clock = Clock(found.now)
         self.driver = Driver(found.run, self.journal, self.host, found.rules, self.clock)
-        self.driver.snapshot = self.host.snapshot
+        self.driver.snapshot = self._snapshot
         self.host.driver = self.driver
 
     # ---- parts ---------------------------------------------------------------------------------
@@ -296,6 +296,11 @@ class Assembly:
             self.ledger.flush()
         except OSError as error:
             self.driver.fail(_unwritten(error))
+
+    def _snapshot(self) -> str | None:
+        """The rows before it do not come again from the journal: they go to the file first."""
+        self._flush()
+        return None if self.driver.error is not None else self.host.snapshot()
 
     async def lines(self, after: int, seconds: float) -> dict[str, object]:
         """Rows from number `after` on, at most MOST_LINES; waits so long where there is none."""

@@ -99,6 +99,20 @@ def test_a_run_is_not_begun_where_another_server_is_beginning(tmp_path: Path) ->
     assert open_spec(tmp_path, SPEC) == SPEC
 
 
+def test_of_two_that_begin_at_once_the_second_goes_on_with_the_firsts_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = replace(SPEC, id="01HZX0000000000000000RVN01")
+
+    class Late(locked):
+        def __enter__(self) -> None:
+            theirs.write(tmp_path / "run.json")
+            super().__enter__()
+
+    monkeypatch.setattr("atoll.server.spec.locked", Late)
+    assert open_spec(tmp_path, SPEC) == theirs
+
+
 def test_a_lock_that_was_removed_keeps_nobody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from atoll.protocols.events import Event, Merged
 from atoll.protocols.membership import Membership
 from atoll.server.history import line
 from atoll.server.journal import Row
+from atoll.server.ledger import EVERY
 from atoll.server.past import Past
 from atoll.server.recover import recover, snapshot
 from atoll.server.rows import Recorder
@@ -134,7 +135,21 @@ def test_a_journal_that_lacks_its_newest_part_is_seen(tmp_path: Path) -> None:
         Past(path, 0.0, SIZES, journaled=last - 1e-9)
     assert refused.value.code == "FL-S206"
     assert path.read_text() == "".join(lines)
-    Past(path, 0.0, SIZES, journaled=last).ledger.close()  # what follows from inputs may be later
+    later = line({"t": last + 1, "kind": "evaluated", "version": 1, "metrics": {}})
+    path.write_text("".join(lines) + later.decode())  # what follows from inputs may be later
+    Past(path, 0.0, SIZES, journaled=last).ledger.close()
+
+
+def test_a_history_that_is_gone_is_written_again_not_gathered_first(tmp_path: Path) -> None:
+    inputs, _ = lived()
+    past = Past(tmp_path / "history.jsonl", float("-inf"), SIZES)
+    for _ in range(12):
+        run = Run(strategy())
+        for row in inputs.all_rows:
+            past.heard(run, row.now, *run.handle(row.event, row.now))
+    assert len(past.ledger) > 2 * EVERY
+    assert past.ledger.waiting < EVERY
+    past.ledger.close()
 
 
 @pytest.mark.parametrize("row", ['{"t": 1.0}', "[]", "5", "\ufeff{}", '{"t": 1, "kind": []}'])

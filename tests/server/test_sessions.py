@@ -4,9 +4,12 @@ import asyncio
 
 import pytest
 
-from atoll.protocols import wire_pb2
-from atoll.protocols.blobs import INLINE
+from atoll.protocols import messages, wire_pb2
+from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.errors import RemoteError
+from atoll.protocols.lifted import server_messages
+from atoll.protocols.packed import BULK
+from atoll.protocols.sent import Sent, packed_sent
 from atoll.server.sessions import LATER, QUEUE, Session, Sessions
 from tests.jumping import run
 
@@ -50,6 +53,21 @@ def test_what_is_not_urgent_travels_before_the_next_that_is() -> None:
         return await written(session)
 
     assert run(send) == ["o1.0", "|", "o2.0", "|", "o3", "|"]
+
+
+def test_an_order_behind_an_outcome_stands_where_its_model_is_found() -> None:
+    async def send() -> bytes | None:
+        session = Session("c", 1, batch=True)
+        tell(session, 1)
+        info = BlobInfo("v1/fp32", BULK, b"", (Section("trainable", "fp32", BULK // 4, BULK),))
+        told = messages.Order("o2", 0, 1, 1, None)
+        sent = packed_sent(Sent(1, info, bytes(BULK)))
+        session.send_parts(messages.packed_order(told, sent))
+        return await session.next()
+
+    data = run(send)
+    assert data is not None
+    assert [len(bulk) for _, bulk in server_messages(data)] == [0, BULK]
 
 
 def test_an_outcome_stands_for_the_receipt_that_still_waits() -> None:

@@ -1,11 +1,16 @@
 """Where a run stands, as its server tells it."""
 
+import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from atoll.aggregation.fedcompass import FedCompass
 from atoll.protocols import wire_pb2
-from atoll.protocols.events import ClientInfo
+from atoll.protocols.events import ClientInfo, ClientJoined, Evaluated
 from atoll.protocols.ids import ulid
 from atoll.protocols.messages import Hello
 from tests.server.test_workshop import Life
@@ -51,6 +56,74 @@ def test_steps_are_those_of_the_order_in_training(tmp_path: Path) -> None:
 
     life.live(greeted(life), first, 1, late)
     life.die()
+
+
+def test_no_row_is_missing_after_a_kill_behind_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last tenth of a second before it was not in the file yet, and the journal is read from
+    there on: up to 19 versions were never told of, and status counted too few updates for ever."""
+    monkeypatch.setattr("atoll.server.assembly.FLUSH", 60.0)
+    life = Life(tmp_path)
+    life.driver.snapshot_every = 4
+    life.live(9)
+    life.die()
+    again = Life(tmp_path)
+    again.live(1)
+    again.assembly._flush()
+    again.die()
+    rows = map(json.loads, (tmp_path / "history.jsonl").read_text().splitlines())
+    merged = [row["version"] for row in rows if row["kind"] == "merged"]
+    assert merged == list(range(1, 11))
+    assert again.assembly.history.clients["c"].merged == 10
+
+
+def test_a_summary_has_the_metrics_of_the_best_version_and_ends_with_the_run(
+    tmp_path: Path,
+) -> None:
+    life = Life(tmp_path)
+
+    async def judged() -> None:
+        for version, accuracy in ((1, 0.5), (2, 0.75), (3, 0.25)):
+            metrics = {"accuracy": accuracy, "loss": 1 / (version + 1)}
+            life.driver.post(Evaluated(version, metrics))
+        life.driver.stop("enough")
+        await life.until(lambda: life.host.run.finished is not None)
+        await asyncio.sleep(0.05)  # what it waits for after its end
+
+    life.live(3, judged)
+    told = life.assembly.summary()
+    life.die()
+    assert (told.best_version, told.metrics) == (2, {"accuracy": 0.75, "loss": 1 / 3})
+    assert told.seconds == life.assembly.history.ended
+    assert told.seconds <= life.assembly.clock.now() - 0.05
+    again = Life(tmp_path)
+    again.die()
+    assert again.assembly.summary().metrics == told.metrics
+    assert again.assembly.summary().seconds == told.seconds
+
+
+def test_arrival_groups_are_in_the_history_once_while_they_stay_the_same(tmp_path: Path) -> None:
+    strategy = FedCompass(min_steps=1, max_steps=4)
+    life = Life(tmp_path, strategy=strategy)
+    found: list[Any] = []
+
+    def groups(now: float) -> list[Any]:
+        return found
+
+    life.host._groups_of = groups
+    found.append(("g1", ("b", "a"), None, 1.0, 2.0))
+    noted: list[Any] = []
+    life.host._note = noted.extend
+    for _ in range(2):
+        life.host.heard(0.5, ClientJoined("c", ClientInfo(1)), [], [])()
+    found[0] = ("g1", ("a",), None, 1.5, 2.0)
+    life.host.heard(0.5, ClientJoined("d", ClientInfo(1)), [], [])()
+    life.die()
+    assert [r for r in noted if r["kind"] == "group"] == [
+        {"t": 0.5, "kind": "group", "group": "g1", "arrival": at, "latest": 2.0, "members": who}
+        for at, who in ((1.0, ["a", "b"]), (1.5, ["a"]))
+    ]
 
 
 def test_bytes_are_those_of_the_run_whoever_served_it(tmp_path: Path) -> None:
