@@ -32,6 +32,12 @@ def at_once(as_json: bool = False) -> None:
     signal.signal(signal.SIGINT, lambda *_: now(as_json))
 
 
+def soon() -> None:
+    """All is done but the end of the process: Ctrl-C changes nothing any more."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def while_it_begins(as_json: bool) -> Iterator[None]:
     """The same around what is slow to begin, or where an event loop sets signals of its own."""

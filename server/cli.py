@@ -29,7 +29,9 @@ def cli() -> None:
 
 def main() -> NoReturn:
     poller.read_where_we_wait()
-    sys.exit(console.run(cli))
+    code = console.run(cli)
+    leaving.soon()
+    sys.exit(code)
 
 
 STOPPING = "stopping (Ctrl-C again ends at once; what is acknowledged is kept in any case)"

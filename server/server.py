@@ -189,8 +189,16 @@ class Server:
     ) -> Summary:
         """As `run`, in a running loop. `ready` is called with the address when clients may come."""
         check_served(address, self._insecure_lan)
-        loop = self._loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        self._signals(True)  # also while torch is imported, in a thread that nothing interrupts
+        try:
+            return await self._open(address, ready)
+        finally:
+            self._signals(False)
+
+    async def _open(self, address: str, ready: Callable[[str], None] | None) -> Summary:
+        loop = asyncio.get_running_loop()
         with locked(self.folder):
             tune_malloc()
             host: asyncio.Future[Host] = loop.create_future()
@@ -223,7 +231,6 @@ class Server:
 
     async def _drive(self, assembly: "Assembly", ready: Callable[[str], None] | None) -> Summary:
         assert self._stop is not None
-        self._signals(True)
         if ready is not None:
             ready(self.address)
         driving = asyncio.create_task(assembly.driver.serve())
@@ -242,7 +249,6 @@ class Server:
             return assembly.summary()
         finally:
             stopping.cancel()
-            self._signals(False)
 
     async def _linger(self, host: "Host", stopping: "asyncio.Task[bool]") -> None:
         lingering = asyncio.create_task(host.reception.linger())

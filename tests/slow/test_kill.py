@@ -194,6 +194,21 @@ def test_ctrl_c_again_ends_a_server_that_waits_for_an_evaluation(
     federation.server()  # goes on
 
 
+def test_ctrl_c_twice_ends_a_server_that_is_still_starting(federation: "Federation") -> None:
+    """In a third of the tries that was a traceback: the loop was closed under the import of torch,
+    and the second Ctrl-C met that."""
+    for _ in range(3):
+        server = federation.server(wait=False)
+        federation.until((federation.state / "server.json").exists, 60, "port")
+        server.interrupt()
+        federation.until(lambda: "stopping" in server.said(), 10, "word")  # noqa: B023
+        server.interrupt()
+        assert server.wait(20) in (0, 130)
+        assert "Traceback" not in server.said()
+        (federation.state / "server.json").unlink(missing_ok=True)
+    federation.server()  # goes on
+
+
 def test_a_client_killed_in_mid_upload_delivers_without_training_again(
     federation: "Federation",
 ) -> None:
