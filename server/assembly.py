@@ -329,10 +329,11 @@ class Assembly:
         reason = self.host.run.finished if over else "the server stops for now"
         self.host.reception.farewell(reason or "", over, retry_seconds=1.0)
         await self.host.close()
-
-    def close(self) -> None:
+        self._loop = None  # rows that still come are written by `close`, in its thread
         if self._flushing is not None:
             self._flushing.cancel()
+
+    def close(self) -> None:
         try:
             self._flush()
             self.ledger.close()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from atoll.protocols.errors import ServerError
 from atoll.server.history import line
 from atoll.server.totals import Row
 
@@ -21,8 +22,8 @@ class Ledger:
     says how many there are, and `size` their bytes. Raises OSError where the disk fails."""
 
     def __init__(self, path: Path, marks: list[int], rows: int, size: int) -> None:
+        self._path = path
         self._file = path.open("ab", buffering=1 << 16)
-        self._again = path.open("rb")
         self._marks, self._rows, self._size = marks, rows, size
         self._new: list[Row] = []  # not in the file yet
         self._news: asyncio.Event | None = None  # set with the next row; made when one waits
@@ -53,11 +54,16 @@ class Ledger:
         return len(self._new)
 
     def lines(self, after: int, most: int) -> list[str]:
-        """Those from number `after` on, at most so many."""
+        """Those from number `after` on, at most so many; also when it is closed. FL-S206."""
         found: list[bytes] = []
         if after < self._rows:
-            self._again.seek(self._marks[after // EVERY])
-            found += islice(self._again, after % EVERY, after % EVERY + most)
+            try:
+                with self._path.open("rb") as file:
+                    file.seek(self._marks[after // EVERY])
+                    found += islice(file, after % EVERY, after % EVERY + most)
+            except OSError as error:  # somebody moved it away
+                what = f"{self._path} cannot be read: {error.strerror}"
+                raise ServerError("FL-S206", what, "put it back, or restart the server") from error
         new = max(0, after - self._rows)
         found += map(line, self._new[new : new + most - len(found)])
         return [text.decode() for text in found]
@@ -72,6 +78,5 @@ class Ledger:
 
     def close(self) -> None:
         """Without what was not flushed; where the disk is full that was said already."""
-        self._again.close()
         with contextlib.suppress(OSError):
             self._file.close()

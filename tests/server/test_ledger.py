@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from atoll.protocols.errors import ServerError
 from atoll.server.history import line
 from atoll.server.ledger import EVERY, Ledger
 from atoll.server.totals import Row
@@ -31,6 +32,7 @@ def test_rows_are_told_by_number_wherever_they_are(tmp_path: Path, flushed: int)
             expected = [text(n) for n in range(after, min(after + most, count))]
             assert ledger.lines(after, most) == expected, (after, most)
     ledger.close()
+    assert ledger.lines(0, count) == list(map(text, range(count)))
     assert (tmp_path / "h").read_text() == "".join(map(text, range(flushed)))
 
 
@@ -44,6 +46,18 @@ def test_it_goes_on_where_it_was_left(tmp_path: Path) -> None:
     assert ledger.lines(EVERY - 1, 2) == [text(EVERY - 1), text(EVERY)]
     ledger.close()
     assert path.read_text() == "".join(map(text, range(EVERY + 2)))
+
+
+def test_a_file_that_somebody_moved_away_is_told(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "h", [], 0, 0)
+    ledger.extend([row(0)])
+    ledger.flush()
+    (tmp_path / "h").rename(tmp_path / "elsewhere")
+    with pytest.raises(ServerError, match="put it back") as lost:
+        ledger.lines(0, 1)
+    assert lost.value.code == "FL-S206"
+    assert ledger.lines(1, 1) == []
+    ledger.close()
 
 
 def test_who_waits_for_a_row_hears_of_it_or_of_nothing(tmp_path: Path) -> None:
