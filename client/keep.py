@@ -108,7 +108,7 @@ class Keep:
         if folder is not None:
             with disk(folder):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._read(folder)
+                self._read(folder)
 
     @property
     def life(self) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from atoll.client.room import disk, map_new, rewrite
+from atoll.client.room import disk, map_new, reason, rewrite
 from atoll.client.slots import ROOM, Slots
 from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import INLINE
@@ -41,7 +41,8 @@ class Outbox:
     """`folder` None keeps everything in memory: then a killed client trains its order again."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Take the folder; ClientError FL-C108 where another client has it."""
+        """Take the folder; ClientError FL-C108 where another client has it, or what is
+        in it cannot be read, FL-S203 where its disk is full."""
         self.folder = folder
         self.memory = Memory()
         self._results: dict[str, Result] = {}
@@ -65,6 +66,9 @@ class Outbox:
                 os.write(self._lock, str(os.getpid()).encode())
             try:
                 self._read(folder)
+            except OSError as error:
+                self.close()
+                raise self._not_taken(folder, error) from error
             except BaseException:
                 self.close()
                 raise
@@ -79,7 +83,7 @@ class Outbox:
             )
         return ClientError(
             "FL-C108",
-            f"client folder {folder} cannot be taken: {error.strerror}",
+            f"client folder {folder} cannot be taken: {reason(error, folder)}",
             "give another --dir",
         )
 
@@ -173,9 +177,7 @@ class Outbox:
     def _read(self, folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             self.memory = Memory(**json.loads((folder / "client.json").read_text()))
-        with open(folder / "steps", "ab+") as file:
-            file.truncate(8)
-            self._steps = memoryview(mmap.mmap(file.fileno(), 8))
+        self._steps = map_new(folder / "steps", 8)
         for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns):
             try:
                 self._take(path.read_bytes())

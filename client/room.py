@@ -1,6 +1,7 @@
 """Room: a client's files: all of one is there or the former, and a mapped one has its place."""
 
 import contextlib
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -37,8 +38,18 @@ def disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise ClientError(
             "FL-S203",
-            f"client folder {folder} cannot be written: {error.strerror or error}",
-            "free space on its disk and start this client again",
+            f"client folder {folder} cannot be written: {reason(error, folder)}",
+            "free space on its disk and start this client again"
+            if full
+            else "mend that, or give another --dir",
         ) from error
+
+
+def reason(error: OSError, folder: Path) -> str:
+    """What is wrong, and with which file of `folder`."""
+    where = Path(str(error.filename or folder))
+    name = "" if where == folder else f"{where.name}: "
+    return f"{name}{error.strerror or error}"

@@ -231,6 +231,13 @@ def test_a_full_disk_changes_nothing_and_is_told(tmp_path: Path) -> None:
     assert values(keep, "variates") == [1]
 
 
+@pytest.mark.parametrize("name", [HELD, "held.tmp"])
+def test_a_directory_in_place_of_a_state_is_told_by_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ClientError, match=rf"FL-S203: .*: {name}: Is a directory"):
+        Keep(tmp_path)
+
+
 def test_a_kind_whose_rule_is_unknown_here_is_left_as_it_is() -> None:
     keep = opened(None)
     keep.hold("o1.0", {"other": {"x": torch.ones(1)}})

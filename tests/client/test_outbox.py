@@ -1,5 +1,6 @@
 """The outbox: what a client has finished outlives its process, whole or not at all."""
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,40 @@ def test_a_disk_that_fails_is_told(tmp_path: Path) -> None:
         Outbox(tmp_path)
     assert refused.value.code == "FL-S203"
     (tmp_path / "0.slot").rmdir()
+    Outbox(tmp_path).close()  # the folder was given back
+
+
+def test_a_disk_that_is_full_at_the_start_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count of steps was mapped over a hole: to write it killed the process by SIGBUS."""
+
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ClientError, match=r"FL-S203: .* No space left") as refused:
+        Outbox(tmp_path)
+    assert "free space" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("client.json", "FL-C108"),
+        ("o1.0.result", "FL-C108"),
+        ("o1.0.bin", "FL-C108"),
+        ("steps", "FL-S203"),
+    ],
+)
+def test_a_directory_in_place_of_a_file_is_told_by_its_name(
+    tmp_path: Path, name: str, code: str
+) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ClientError, match=rf"{code}: .*: {name}: Is a directory") as refused:
+        Outbox(tmp_path)
+    assert "another --dir" in refused.value.hint
+    (tmp_path / name).rmdir()
     Outbox(tmp_path).close()  # the folder was given back
 
 

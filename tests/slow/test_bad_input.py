@@ -450,6 +450,17 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
+def test_a_client_that_starts_on_a_full_disk_says_so(
+    running: "Federation", small_disk: Path
+) -> None:
+    """It ended without a word, by SIGBUS."""
+    fill(small_disk)
+    client = running.client("bad", "--dir", str(small_disk / "mine"))
+    code, exit_code, message = client.failure()
+    assert (code, exit_code) == ("FL-S203", 74)
+    assert "No space left" in message
+
+
 @pytest.mark.parametrize("part", ["all", "versions", "journal.sqlite", "history.jsonl", "rows"])
 def test_a_full_disk_stops_the_run_and_loses_nothing(
     federation: "Federation", small_disk: Path, part: str
