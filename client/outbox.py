@@ -26,6 +26,7 @@ from atoll.protocols.messages import Result
 from atoll.protocols.packed import Parts, size
 
 SUFFIX = ".result"
+SERVERS = ("run.json", "journal.sqlite")  # what a server's state directory has, and ours never
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Outbox:
     """`folder` None keeps everything in memory: then a killed client trains its order again."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Take the folder; ClientError FL-C108 where another client has it, or what is
+        """Take the folder; ClientError FL-C108 where another client or a server has it, or what is
         in it cannot be read, FL-S203 where its disk is full."""
         self.folder = folder
         self.memory = Memory()
@@ -54,6 +55,7 @@ class Outbox:
         self._lock = -1
         if folder is not None:
             try:
+                _not_a_servers(folder)
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,3 +212,11 @@ class Outbox:
         if small:
             self._packed[result.update] = (packed,)
         return result.update
+
+
+def _not_a_servers(folder: Path) -> None:
+    """ClientError FL-C108: a client's files among a server's would go with it, or be in its way."""
+    for name in SERVERS:
+        if (folder / name).exists():
+            what = f"{folder} is a server's state directory: it has {name}"
+            raise ClientError("FL-C108", what, "give another --dir")

@@ -220,6 +220,15 @@ def test_a_directory_in_place_of_a_file_is_told_by_its_name(
     Outbox(tmp_path).close()  # the folder was given back
 
 
+@pytest.mark.parametrize("name", ["run.json", "journal.sqlite"])
+def test_the_state_directory_of_a_server_is_not_taken(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ClientError, match=r"FL-C108: .*is a server's state directory") as refused:
+        Outbox(tmp_path)
+    assert refused.value.hint == "give another --dir"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_inline_payload_is_not_kept_twice_in_memory(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     made = replace(result(1), inline=b"")
