@@ -151,7 +151,10 @@ def _put(
 
     call = channel.stream_unary(f"/{SERVICE}/PutChunks").future(sent(), metadata=_metadata(session))
     with watch.over(call):
-        call.result()
+        try:
+            call.result()
+        except grpc.FutureCancelledError:  # by our watch; the call itself says so as an RpcError
+            raise call from None
 
 
 class _Watch:
@@ -216,6 +219,10 @@ def _persist(attempt: Callable[[_Watch], T], patience: Patience, what: str) -> T
                 failure, pause = _judge(error, what, watch)
             except RemoteError as error:
                 failure, pause = error, error.retry_seconds
+            except ValueError as error:  # so gRPC says that its channel was closed
+                if not patience.stop.is_set():
+                    raise
+                failure, pause = ClientError("FL-S208", f"{what}: {error}"), None
             if patience.stop.is_set():
                 raise ClientError("FL-S208", f"{what} interrupted at byte {max(watch.best, 0)}")
             if watch.best > before:

@@ -20,6 +20,7 @@ import grpc
 import pytest
 
 from atoll.client import transfer
+from atoll.client.line import Line
 from atoll.client.transfer import Patience
 from atoll.protocols import frames, messages, refusals, wire_pb2
 from atoll.protocols.blobs import CHUNK, Blob, BlobInfo, Section
@@ -712,6 +713,65 @@ def test_a_transfer_can_be_stopped_from_another_thread() -> None:
         with pytest.raises(ClientError, match="FL-S208"):
             transfer.download(channel, "s-a", "r1", info, memoryview(bytearray(5)), patience)
         channel.close()
+
+
+class Silent(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """A server that opens any upload and then takes no bytes of it."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.asked = threading.Event()
+
+    def service(self, handler_call_details: Any) -> Any:
+        if handler_call_details.method.endswith("/OpenUpload"):
+            state = wire_pb2.UploadState().SerializeToString()
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: state)
+        return grpc.stream_unary_rpc_method_handler(self.put)
+
+    def put(self, chunks: Iterator[bytes], context: Any) -> bytes:
+        self.asked.set()
+        self.over.wait(20)
+        return b""
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[Silent, str]]:
+    handler = Silent()
+    with ThreadPoolExecutor(2) as pool:
+        server = grpc.server(pool, handlers=[handler], options=SERVER_OPTIONS)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        yield handler, address
+        handler.over.set()
+        server.stop(None).wait()
+
+
+def test_an_upload_of_which_no_bytes_are_taken_is_given_up(silent: tuple[Silent, str]) -> None:
+    """What cancels it made gRPC raise what is no RpcError, and the client never tried again."""
+    patience = Patience(idle_seconds=0.3, retries=1, first_wait=0.01)
+    with contextlib.closing(transfer.connect(silent[1])) as channel:
+        view = memoryview(bytes(5))
+        with pytest.raises(RemoteError, match=r"FL-W112: upload of o1\.0: nothing moved"):
+            transfer.upload(channel, "s-a", "r1", result(1, 5), view, patience)
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_an_upload_ends_with_its_line(silent: tuple[Silent, str], close: bool) -> None:
+    """Closed, or told to stop: whichever its thread sees first."""
+    line = Line(bulk=transfer.connect(silent[1]))
+
+    def end() -> None:
+        silent[0].asked.wait(20)
+        if close:
+            line.close()
+        line.patience.stop.set()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    with pytest.raises(ClientError, match="FL-S208"):
+        transfer.upload(line.bulk, "s-a", "r1", result(1, 5), memoryview(bytes(5)), line.patience)
+    ending.join()
+    line.close()
 
 
 # ---- what is left behind -----------------------------------------------------------------------
