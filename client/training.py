@@ -143,9 +143,9 @@ class Training:
     def _train(self, bench: Workbench, job: Job) -> messages.Result:
         loop = self._loop()
 
-        def report(step: int) -> None:
-            job.step = step
-            if step == 0 and not job.here:
+        def report(step: object) -> None:
+            job.step = _bounded(step, job)
+            if job.step == 0 and not job.here:
                 loop.call_soon_threadsafe(self._post, said.Fetched(job.order.id))
 
         def fetch(info: BlobInfo, dest: memoryview) -> None:
@@ -187,3 +187,12 @@ class Training:
         told = wire_pb2.Evaluation(version=version, metrics=found, examples=examples)
         if (now := self._line()) is not None:
             now.say(evaluation=told)
+
+
+def _bounded(step: object, job: Job) -> int:
+    """How far a job is, as its trainer says it: within its order, or as before where that is no
+    number. Only a progress bar shows it, so nothing may end by it."""
+    try:
+        return min(max(int(step), 0), job.order.steps)  # type: ignore[call-overload, no-any-return]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: of a tensor of several
+        return job.step
