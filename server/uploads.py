@@ -84,6 +84,7 @@ class Uploads:
         self._uploads: dict[str, _Upload] = {}
         self._left: set[str] = set()  # have a file from a former process that nobody goes on with
         self._reserved = 0  # bytes of all of them
+        self._said_full = False
         self._spares = Spares(folder, spare)
         self._lock = threading.Lock()  # of the two above; held for moments only
 
@@ -176,7 +177,7 @@ class Uploads:
             raise RemoteError("FL-W103", what, "send a blob")
         with self._lock:
             if update not in self._uploads and NAME.fullmatch(update):  # nearly every one
-                self._refuse_without_room(len(data))
+                self._refuse_without_room(update, len(data))
                 stored = StoredUpdate(update, len(data), b"", None, data)
                 upload = _Upload(update, len(data), None, len(data), stored=stored)
                 self._uploads[update] = upload
@@ -271,7 +272,7 @@ class Uploads:
             upload = self._uploads.get(update)
             if new := upload is None:
                 if not admit:
-                    self._refuse_without_room(size)
+                    self._refuse_without_room(update, size)
                 small = size <= self.memory_limit
                 file = None if small else SpillFile(self.folder, update, size)
                 upload = self._uploads[update] = _Upload(update, size, file)
@@ -295,7 +296,7 @@ class Uploads:
         self._reserved -= upload.size if upload is not None else 0
         return upload
 
-    def _refuse_without_room(self, size: int) -> None:
+    def _refuse_without_room(self, update: str, size: int) -> None:
         announced = self._reserved
         if self.capacity is not None and announced + size > self.capacity:
             raise _no_room(f"{announced} of {self.capacity} bytes are taken, {size} more asked for")
@@ -306,7 +307,17 @@ class Uploads:
         if self._free(self.folder) < needed:
             self._spares.clear()
             if (free := self._free(self.folder)) < needed:
+                self._say_full(update, size, free)
                 raise _no_room(f"{free} bytes are free, {needed} would have to be")
+
+    def _say_full(self, update: str, size: int, free: int) -> None:
+        """Once: whoever is refused comes again every few seconds."""
+        if not self._said_full:
+            self._said_full = True
+            logger.warning(
+                "update=%s of %d bytes waits for room: %d bytes are free on the disk of %s, "
+                "%d must stay free", update, size, free, self.folder, self.min_free,
+            )  # fmt: skip
 
     def _take_up(self, upload: _Upload) -> None:
         """Go on with the file of a former process, else overwrite a spare one."""
@@ -338,6 +349,8 @@ class Uploads:
                     self._spares.clear()  # that may be the room it takes
                 file.write(data, upload.held)
         except OSError as error:
+            if error.errno in FULL:
+                self._say_full(upload.id, upload.size, self._free(self.folder))
             raise _disk(upload.id, error) from error
 
     def _seal(self, upload: _Upload, sha256: bytes) -> StoredUpdate:

@@ -22,6 +22,7 @@ from atoll.protocols.errors import RemoteError
 from atoll.protocols.frames import Chunk
 from atoll.server.spill import Spares, SpillFile
 from atoll.server.uploads import Uploads
+from tests.conftest import Logged
 
 SIZE = 2 * CHUNK + 77
 
@@ -356,6 +357,31 @@ def test_uploads_that_are_still_coming_count_as_disk_in_use(tmp_path: Path) -> N
     with pytest.raises(RemoteError, match="FL-W109"):
         uploads.open("o3.0", SIZE)
     assert uploads.keep("o4.0", b"small ones need no disk").size == 23
+
+
+def test_a_server_without_room_says_so_once(tmp_path: Path, logged: Logged) -> None:
+    """It stood still without a word: clients came again every five seconds, for ever."""
+    room = [SIZE + 99]
+    uploads = Uploads(tmp_path, min_free=100, free=lambda _: room[0])
+    for update in ("o1.0", "o1.0", "o2.0"):
+        with pytest.raises(RemoteError, match="FL-W109"):
+            uploads.open(update, SIZE)
+    assert logged.text == (
+        f"update=o1.0 of {SIZE} bytes waits for room: {SIZE + 99} bytes are free on the disk of "
+        f"{tmp_path}, 100 must stay free\n"
+    )
+    room[0] += 1
+    assert uploads.open("o1.0", SIZE) == 0
+
+
+def test_a_server_whose_disk_is_full_all_the_same_says_so_once(
+    uploads: Uploads, small_disk: int, logged: Logged
+) -> None:
+    uploads.open("o1.0", SIZE)
+    for _ in range(2):
+        with pytest.raises(RemoteError, match="the disk is full"):
+            uploads.put("o1.0", chunks(payload())[0])
+    assert logged.text.count("waits for room") == 1
 
 
 @pytest.fixture
