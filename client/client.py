@@ -92,6 +92,7 @@ class Client:
             self.name, self.report, self._post, lambda: self._line, self._running
         )
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
+        self._waiting: set[str] = set()  # updates for which the server has no room
         self._tasks: set[asyncio.Task[None]] = set()
         self._quit: asyncio.Future[said.Quit] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -365,11 +366,18 @@ class Client:
             self._spawn(self._upload(line, result, view))
 
     async def _upload(self, line: Line, result: messages.Result, view: memoryview) -> None:
+        def waits(told: AtollError) -> None:
+            if result.update not in self._waiting:  # else it was said: it may take hours
+                self._waiting.add(result.update)
+                words = self.name, result.update, told.message
+                logger.warning("client=%s update=%s waits: %s", *words)
+
         def send() -> None:
-            transfer.upload(line.bulk, line.token, line.run, result, view, line.patience)
+            transfer.upload(line.bulk, line.token, line.run, result, view, line.patience, waits)
 
         try:
             await asyncio.get_running_loop().run_in_executor(self._bulk, send)
+            self._waiting.discard(result.update)
             self._post(said.Received(result.update))
         except AtollError as error:
             if self._line is not line:

@@ -92,10 +92,12 @@ def upload(
     result: Result,
     view: memoryview,  # (result.payload.size,) unsigned bytes; must not change meanwhile
     patience: Patience | None = None,
+    waits: Callable[[AtollError], None] | None = None,
 ) -> Result:
     """Send a result and its bytes; on return the server holds them. May be repeated at any time.
 
-    The answer is `result` with the SHA-256 of its payload. Raises as `download`.
+    The answer is `result` with the SHA-256 of its payload. Raises as `download`. `waits` hears each
+    FL-W109: the server has no room now.
     """
     assert len(view) == result.payload.size, f"{len(view)} bytes for {result.payload.size}"
     known = result.payload.sha256
@@ -121,7 +123,7 @@ def upload(
             ask("CommitUpload", commit)
         return finished
 
-    return _persist(attempt, patience or Patience(), f"upload of {result.update}")
+    return _persist(attempt, patience or Patience(), f"upload of {result.update}", waits)
 
 
 # ---- below -----------------------------------------------------------------------------------
@@ -207,7 +209,12 @@ class _Watch:
                 call.cancel()
 
 
-def _persist(attempt: Callable[[_Watch], T], patience: Patience, what: str) -> T:
+def _persist(
+    attempt: Callable[[_Watch], T],
+    patience: Patience,
+    what: str,
+    waits: Callable[[AtollError], None] | None = None,
+) -> T:
     """Call `attempt` until it returns, or fails for good, or moves nothing too often."""
     failures, wait = 0, patience.first_wait
     with _Watch(patience) as watch:
@@ -225,6 +232,8 @@ def _persist(attempt: Callable[[_Watch], T], patience: Patience, what: str) -> T
                 failure, pause = ClientError("FL-S208", f"{what}: {error}"), None
             if patience.stop.is_set():
                 raise ClientError("FL-S208", f"{what} interrupted at byte {max(watch.best, 0)}")
+            if waits is not None and failure.code == "FL-W109":
+                waits(failure)
             if watch.best > before:
                 failures, wait = 0, patience.first_wait
             failures += 1

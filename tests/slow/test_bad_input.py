@@ -7,6 +7,7 @@ import struct
 import subprocess
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from atoll.client.trainer import Task, Trained
 from atoll.protocols import wire_pb2
 from atoll.protocols.errors import ClientError
 from atoll.server.rules import Rules
+from atoll.server.uploads import Uploads
 from tests.conftest import Logged
 
 if TYPE_CHECKING:
@@ -459,6 +461,33 @@ def test_a_client_that_starts_on_a_full_disk_says_so(
     code, exit_code, message = client.failure()
     assert (code, exit_code) == ("FL-S203", 74)
     assert "No space left" in message
+
+
+def test_an_upload_for_which_there_is_no_room_waits_and_both_sides_say_so_once(
+    federation: "Federation", monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    """Nobody said anything, and the run stood still."""
+    looks: list[int] = []
+    room = [1 << 20]
+
+    def free(folder: Path) -> int:
+        looks.append(room[0])
+        return room[0]
+
+    monkeypatch.setattr("atoll.server.uploads.RETRY", 0.05)
+    monkeypatch.setattr("atoll.server.server.Uploads", partial(Uploads, free=free))
+    local = federation.local(Rules(versions=2), strategy=ONE, model="mlp:hidden=4000")
+    guest = federation.digits("big")
+    federation.until(lambda: len(looks) > 6, 30, "refused three times")
+    room[0] = 1 << 40
+    local.ended()
+    guest.ended()
+    lines = [line for line in logged.text.splitlines() if " waits" in line]
+    told = [line for line in lines if line.startswith("client=big update=o0.0 waits: no room: ")]
+    assert len(told) == 1, lines
+    assert f"{1 << 20} bytes are free" in told[0]
+    assert len([line for line in lines if "waits for room" in line]) == 1
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("part", ["all", "versions", "journal.sqlite", "history.jsonl", "rows"])
