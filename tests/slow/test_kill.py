@@ -238,7 +238,8 @@ def test_a_client_killed_in_mid_upload_delivers_without_training_again(
 def test_an_upload_goes_on_where_it_was_when_the_server_was_killed(
     federation: "Federation",
 ) -> None:
-    """What had arrived was swept away at the next start, and all of it was sent once more."""
+    """What had arrived was swept away at the next start, and all of it was sent once more. The
+    upload went on over the closed line, and the client's log had a traceback of it."""
     (federation.folder / "big.py").write_text(BIG)
     options = [
         "--strategy", "fedbuff:size=1,steps=5", "--versions", "1", "--model", "big:Big",
@@ -259,6 +260,7 @@ def test_an_upload_goes_on_where_it_was_when_the_server_was_killed(
     assert server.data()["versions"] == 1
     report = client.data()
     assert (report["orders"], report["used"]) == (1, 1)
+    assert "Traceback" not in client.err.read_text()
     size = sum(row["bytes"] for row in federation.history("update"))
     assert size > 12 << 20
     assert gate.passed < size + (6 << 20)  # both times together; 9 would be all once more
