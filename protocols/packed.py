@@ -22,7 +22,7 @@ def tag(field: int) -> bytes:
 
 def nested(field: int, *parts: bytes | memoryview) -> Parts:
     """`parts`, a serialized message, as the field of that number of the message around it."""
-    return tag(field) + varint(sum(map(len, parts))), *parts
+    return varint(field << 3 | 2) + varint(sum(map(len, parts))), *parts
 
 
 def padded(pad: int, before: int, field: int, bulk: bytes | memoryview) -> Parts:
