@@ -28,9 +28,9 @@ def nested(field: int, *parts: bytes | memoryview) -> Parts:
 def padded(pad: int, before: int, field: int, bulk: bytes | memoryview) -> Parts:
     """`bulk` as a field that begins at a multiple of ALIGNED bytes, behind as much of the field
     `pad` as it takes; `before`: bytes of the message, up to here."""
-    mine, head = nested(field, bulk)[0], 2
-    lacks = -(before + head + len(mine)) % ALIGNED
-    return tag(pad) + bytes([lacks]) + bytes(lacks) + mine, bulk
+    head = nested(field, bulk)[0]
+    lacks = -(before + 2 + len(head)) % ALIGNED  # 2: the tag of `pad` and its length
+    return tag(pad) + bytes([lacks]) + bytes(lacks) + head, bulk
 
 
 def around(*fields: int) -> int:
