@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from atoll.client import partspec
-from atoll.protocols import console, leaving, orphan, poller
+from atoll.protocols import console, leaving, orphan, places, poller
 from atoll.protocols.address import split as split_address
 from atoll.protocols.errors import ClientError, UsageError
 from atoll.protocols.ids import machine_name
@@ -42,8 +42,9 @@ FIRST = 600.0  # seconds to wait for a server that has not been there yet
 
 _MODEL = click.option("--model", default="", help="Built-in name or MODULE:OBJECT.")
 _DATA = click.option(
-    "--data", default="", help="digits, mnist:DIR, csv:FILE, ... or MODULE:OBJECT."
-)
+    "--data", default="", callback=console.not_empty,
+    help="digits, mnist:DIR, csv:FILE, ... or MODULE:OBJECT.",
+)  # fmt: skip
 _TRAINER = click.option("--trainer", default="", help="Your own Trainer as MODULE:OBJECT.")
 _DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda:0, mps."
@@ -52,11 +53,14 @@ _DEVICE = click.option(
 
 @cli.command()
 @click.argument("address")
-@click.option("--name", default="", help="Unique in the run.  [default: this machine's]")
+@click.option(
+    "--name", default="", callback=console.not_empty,
+    help="Unique in the run: lower case letters, digits, - . _  [default: this machine's]",
+)  # fmt: skip
 @click.option(
     "--dir",
     "folder",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=places.Place(),
     default=None,
     help="Keeps finished work over restarts.  [default: atoll-client-NAME]",
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from atoll.protocols import console
+from atoll.protocols import console, places
 from atoll.protocols.errors import PeerError
 
 EXIT_MISSED = 5  # not all of it happened in time: what did went well
@@ -42,7 +42,7 @@ EXIT_MISSED = 5  # not all of it happened in time: what did went well
     help="Of the first model and the batches.",
 )  # fmt: skip
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("atoll-swarm"),
+    "--out", type=places.Place(), default=Path("atoll-swarm"),
     show_default=True, help="The model, the peers' directories and logs go there.",
 )  # fmt: skip
 @console.json_option

@@ -10,15 +10,13 @@ import click
 
 from atoll.p2p import folder as folders
 from atoll.p2p.line import near_members, waits
-from atoll.protocols import console
+from atoll.protocols import console, places
 from atoll.protocols.errors import PeerError, UsageError
 
 if TYPE_CHECKING:
     import psutil
 
-_FOLDER = click.argument(
-    "folder", type=click.Path(path_type=Path, file_okay=False), default=folders.DEFAULT
-)
+_FOLDER = click.argument("folder", type=places.Place(), default=folders.DEFAULT)
 
 
 @click.command()

@@ -11,7 +11,7 @@ import click
 from atoll.p2p import folder as folders
 from atoll.p2p import ports
 from atoll.p2p.line import Line
-from atoll.protocols import console, orphan
+from atoll.protocols import console, orphan, places
 from atoll.protocols.errors import AtollError, PeerError, UsageError
 from atoll.protocols.ids import machine_name
 
@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _FOLDER = click.option(
     "--folder",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=places.Place(),
     default=None,
     help="What this peer keeps.  [default: atoll-peer, or atoll-peer-2, ... where it is taken]",
 )
@@ -192,7 +192,7 @@ def join(
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=folders.DEFAULT)
+@click.argument("folder", type=places.Place(), default=folders.DEFAULT)
 @click.option("--stop-with-stdin", is_flag=True, hidden=True, help="With the parent.")
 @console.json_option
 def start(folder: Path, stop_with_stdin: bool, as_json: bool) -> None:

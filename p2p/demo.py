@@ -17,6 +17,7 @@ from typing import Any
 
 from atoll.p2p import folder as folders
 from atoll.p2p.demo_view import PeerView, Show, SwarmView
+from atoll.protocols import places
 from atoll.protocols.children import Child
 from atoll.protocols.errors import AtollError, PeerError, UsageError
 
@@ -97,6 +98,7 @@ class Swarm:
             raise PeerError(
                 "FL-P405", f"{spec.out}: {error.strerror or error}", "give another --out"
             ) from error
+        places.target(spec.out / folders.MODEL)
         for left in (spec.out / "peers", self.logs):
             shutil.rmtree(left, ignore_errors=True)  # of an earlier demo in the same folder
         with self._processes(), self._show:

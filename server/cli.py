@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from atoll.protocols import console, leaving, orphan, poller
+from atoll.protocols import console, leaving, orphan, places, poller
 from atoll.protocols.errors import UsageError
 from atoll.server.cli_catalogue import COMMANDS, command
 from atoll.server.cli_demo import demo
@@ -55,7 +55,7 @@ for name in COMMANDS:
 )
 @click.option(
     "--state",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=places.Place(refusal=places.state_directory),
     default=Path("atoll-state"),
     show_default=True,
     help="Everything the run is; an existing one is continued.",
@@ -63,7 +63,7 @@ for name in COMMANDS:
 @click.option("--name", default="run", show_default=True, help="For people.")
 @click.option(
     "--init",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=places.Place(folder=False),
     default=None,
     help="Start from this safetensors file.",
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from atoll.client import partspec
-from atoll.protocols import console, slots
+from atoll.protocols import console, places, slots
 from atoll.protocols.errors import ServerError
 from atoll.server.options import check_numbers, data_of, mix_options, private, private_options
 from atoll.server.presets import preset_of
@@ -76,7 +76,7 @@ def _speeds(context: click.Context, option: click.Parameter, value: str) -> tupl
 @click.option("--seed", default=0, show_default=True, help="Of the first model and of every split.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=places.Place(),
     default=Path("atoll-demo"),
     show_default=True,
     help="Model, history, plots and logs go there.",

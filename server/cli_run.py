@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from atoll.protocols import console
+from atoll.protocols import console, places
 from atoll.protocols.errors import AtollError, UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _ADDRESS = click.option(
 _JSONL = click.option(
     "--jsonl", is_flag=True, help='One JSON object a line; the last has "final": true.'
 )
-_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FOLDER = places.Place(refusal=places.state_directory)
 
 
 @click.command()
@@ -62,7 +62,7 @@ def run() -> None:
 
 
 @run.command()
-@click.argument("folder", type=_FOLDER, default=Path("."))
+@click.argument("folder", type=places.Place(), default=Path("."))
 @console.json_option
 def ls(folder: Path, as_json: bool) -> None:
     """List the runs whose state directories lie in or below FOLDER (this one, if not given)."""
@@ -122,7 +122,7 @@ def watch_run(
     "--version", "wanted", default="best", show_default=True, help="best, last, or a number."
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=None,
+    "-o", "--output", type=places.Place(folder=False), default=None,
     help="[default: NAME-vN.safetensors]",
 )  # fmt: skip
 @click.option(

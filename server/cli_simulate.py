@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from atoll.client import partspec
-from atoll.protocols import console, leaving
+from atoll.protocols import console, leaving, places
 from atoll.protocols.errors import UsageError
 from atoll.protocols.events import Action, Evaluated, Event, Merged
 from atoll.server.options import check_numbers, make_folder, rules_of, run_options, spec_of
@@ -85,7 +85,7 @@ MISSED = 5  # exit code: the target was not reached; the run itself went well
     help="What the workers are: processes of this machine, or ray[:ADDRESS], actors of a cluster.",
 )  # fmt: skip
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=None,
+    "--out", type=places.Place(), default=None,
     help="Put the history, plots and the newest model there.",
 )  # fmt: skip
 @console.json_option

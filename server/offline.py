@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from atoll.protocols import places
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.server.history import History
 from atoll.server.rules import Rules
@@ -213,6 +214,7 @@ def export(state: Path, number: int, target: Path) -> str:
     Atomic. UsageError FL-S108 where nothing can be put there, ServerError FL-S206 where the version
     is damaged, FL-S203 where the disk does not take it.
     """
+    target = places.target(target)
     if not target.parent.is_dir():
         hint = f"make it (mkdir -p {shlex.quote(str(target.parent))}), or give another --output"
         raise UsageError("FL-S108", f"no folder {target.parent}", hint)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from atoll.protocols import console
+from atoll.protocols import console, places
 from atoll.protocols.errors import UsageError
 
 if TYPE_CHECKING:
@@ -171,14 +171,19 @@ def check_numbers(given: Mapping[str, Any]) -> None:
             raise UsageError("FL-S102", f"--{option} {value}", f"give {want}")
 
 
+WRITTEN = ("model.safetensors", "history.jsonl", "timeline.png", "accuracy.png", "shares.png")
+
+
 def make_folder(out: Path) -> None:
-    """UsageError FL-S108 where it cannot be."""
+    """For what a demo or a simulation leaves. UsageError FL-S108 where it, or that, cannot be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
             "FL-S108", f"--out {out}: {error.strerror}", "give a folder that can be made"
         ) from error
+    for name in WRITTEN:
+        places.target(out / name)  # known now, not when the run is over
 
 
 def data_of(text: str) -> str:

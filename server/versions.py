@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from atoll.aggregation.outer import STEPS
+from atoll.protocols import places
 from atoll.protocols.blobs import INLINE, Blob, BlobInfo
 from atoll.protocols.codecs import FP32, TILE, Codec, all_finite, as_bytes
 from atoll.protocols.errors import ServerError, UsageError
@@ -162,7 +163,9 @@ class VersionStore:
                 version.facts.write(version.folder)
 
     def export(self, version: Version, path: Path) -> None:
-        """The model as a plain safetensors file at `path`, replaced atomically."""
+        """The model as a plain safetensors file at `path`, replaced atomically. UsageError FL-S108
+        where something else than a file is there, ServerError FL-S203."""
+        path = places.target(path)
         with disk(path):
             part = path.with_name(path.name + ".part")
             write_file(part, [self.shelf.layout.head, version.view], durable=False)

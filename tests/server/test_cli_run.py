@@ -404,6 +404,32 @@ def test_export_where_one_may_not_write_is_wrong_usage(state: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.parametrize("through", ["itself", "a link"])
+def test_export_replaces_nothing_but_a_file(
+    state: Path, tmp_path: Path, capsys: Capsys, through: str
+) -> None:
+    """As root, `-o /dev/full` made a model of the device."""
+    pipe, target = tmp_path / "pipe", tmp_path / "m.safetensors"
+    os.mkfifo(pipe)
+    target.symlink_to(pipe)
+    given = pipe if through == "itself" else target
+    error = data(capsys, "run", "export", str(state), "-o", str(given), code=2)
+    assert error["code"] == "FL-S108"
+    assert error["message"] == f"cannot write {given}: it is there, and is no regular file"
+    assert (pipe.is_fifo(), target.is_symlink()) == (True, True)
+
+
+def test_export_follows_a_link(state: Path, tmp_path: Path, capsys: Capsys) -> None:
+    """It was replaced, and what it led to stayed as it was."""
+    link, target = tmp_path / "newest", tmp_path / "models" / "m.safetensors"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for version in (1, 2):  # there is nothing yet, there is a file
+        data(capsys, "run", "export", str(state), "--version", str(version), "-o", str(link))
+        assert link.is_symlink()
+        assert torch.equal(load_file(target)["w"], WEIGHTS[version])
+
+
 def test_export_that_the_disk_does_not_take_says_so(state: Path, tmp_path: Path) -> None:
     (tmp_path / "m.safetensors.part").mkdir()
     with pytest.raises(ServerError) as refused:

@@ -84,6 +84,18 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_run(
     assert simulated(capsys, *NULL, "--out", str(out), code=2)["code"] == "FL-S108"
 
 
+@pytest.mark.parametrize("name", ["history.jsonl", "timeline.png", "model.safetensors"])
+def test_what_is_in_the_way_in_out_is_known_before_anything_is_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """It was known at the end; a pipe was waited for, for ever."""
+    (tmp_path / name).mkdir()
+    error = simulated(capsys, *NULL, "--out", str(tmp_path), code=2)
+    assert error["code"] == "FL-S108"
+    assert f"cannot write {tmp_path / name}: it is there" in error["message"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "code"),
     [

@@ -400,3 +400,12 @@ def test_vectors_beside_a_model_travel_as_one_blob_encoded_once(tmp_path: Path, 
     assert hashlib.sha256(blob.view).digest() == blob.info.sha256
     versions.save(version)
     assert store(tmp_path).open(1).facts.numbers == {"gamma": 0.5, "life/x": 3.0}
+
+
+def test_an_exported_version_replaces_nothing_but_a_file(tmp_path: Path) -> None:
+    versions = store(tmp_path / "v")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="no regular file") as refused:
+        versions.export(versions.initial(named()), tmp_path / "pipe")
+    assert refused.value.code == "FL-S108"
+    assert (tmp_path / "pipe").is_fifo()
