@@ -114,7 +114,7 @@ def find_data(spec: str) -> None:
         slots.find("data", spec, {})
         return
     path = _options(rest)[0]
-    if name not in BUILTIN or (path and not Path(path).exists()):
+    if name not in BUILTIN or (path and not is_there(Path(path))):
         load_data(spec)  # it knows better, and says what is wrong
 
 
@@ -170,6 +170,14 @@ def _from_datasets(found: object, spec: str, seed: int) -> Data:
     return Data(_infer(train), _tensors(train), _tensors(test))
 
 
+def is_there(path: Path) -> bool:
+    """Not where its name can be none: too long, or with a NUL."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def size(examples: Examples) -> int:
     return len(examples)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
 
@@ -183,7 +191,7 @@ def holdout(
         [np.arange(n)] if labels is None else [np.flatnonzero(labels == v) for v in _unique(labels)]
     )
     held = [rng.permutation(group)[: round(share * len(group))] for group in groups]
-    test = np.sort(np.concatenate(held)).astype(np.int64)
+    test = np.sort(np.concatenate([*held, np.arange(0)])).astype(np.int64)  # of no example too
     return np.setdiff1d(np.arange(n, dtype=np.int64), test), test
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from atoll.client.data import Data, DataInfo, Split, holdout
+from atoll.client.data import Data, DataInfo, Split, holdout, is_there
 from atoll.protocols.errors import DataError
+from atoll.protocols.places import shown
 
 Options = dict[str, str]
 Array = npt.NDArray[Any]
@@ -188,8 +189,8 @@ def whole(source: str, options: Mapping[str, str], name: str, default: int, leas
 
 
 def existing(path: Path) -> Path:
-    if not path.exists():
-        raise DataError("FL-D101", f"{path} does not exist", "check the path")
+    if not is_there(path):
+        raise DataError("FL-D101", f"{shown(str(path), 255)} does not exist", "check the path")
     return path
 
 

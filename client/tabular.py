@@ -45,7 +45,7 @@ def table(path: str, options: Options, seed: int) -> Data:
     labels = y if kind == "classification" else None
     train, test = holdout(len(y), seed, labels=labels)
     if min(len(train), len(test)) < 1:
-        raise DataError("FL-D105", f"{file} has {len(y)} rows", "give at least 5")
+        raise _few(file, len(y))
     features = [name for name in columns if name not in (target, site)]
     blocks = [_feature(file, name, columns[name], train) for name in features]
     if not blocks:
@@ -96,6 +96,8 @@ def _target(file: Path, name: str, values: Column, task: str) -> tuple[npt.NDArr
         return numbers.astype(np.float32), 1, "regression"
     keyed = values if numbers is None else numbers
     classes, places = np.unique(np.asarray(keyed), return_inverse=True)
+    if len(values) < 2:
+        raise _few(file, len(values))
     if len(classes) < 2:
         raise _malformed(file, f"target {name!r} is always {values[0]!r}")
     return places.astype(np.int64), len(classes), "classification"
@@ -136,6 +138,11 @@ def _numbers(values: Column) -> npt.NDArray[np.float64] | None:
         if value not in EMPTY and not math.isfinite(numbers[i]):
             return None
     return numbers
+
+
+def _few(file: Path, rows: int) -> DataError:
+    told = f"{file} has {rows} row{'s' * (rows != 1)}"
+    return DataError("FL-D105", told, "give at least 5")
 
 
 def _malformed(file: Path, what: str, hint: str = "mend the file") -> DataError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from atoll.client.data import Data, DataInfo, Split, from_user, load_data
+from atoll.client.data import Data, DataInfo, Split, find_data, from_user, load_data
 from atoll.client.topics import ALPHABET, library_text
 from atoll.protocols.errors import DataError, UsageError
 
@@ -263,6 +263,19 @@ def test_npz_that_cannot_be_used_is_malformed(
     assert refused(f"npz:{tmp_path / 'a.npz'}").code == "FL-D102"
 
 
+@pytest.mark.parametrize("kind", ["i8", "f4", "u1"])
+@pytest.mark.parametrize("n", [0, 1])
+def test_npz_of_next_to_nothing_is_too_little(tmp_path: Path, n: int, kind: str) -> None:
+    """Of no example at all it was an unexpected error: "need at least one array"."""
+    np.savez(tmp_path / "a.npz", x=np.zeros((n, 3)), y=np.zeros(n, kind))
+    assert refused(f"npz:{tmp_path / 'a.npz'}").code == "FL-D105"
+
+
+def test_npz_of_one_class_is_learned(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((10, 3)), y=np.zeros(10, np.int64))
+    assert load_data(f"npz:{tmp_path / 'a.npz'}").info == DataInfo((3,), 1)
+
+
 def test_a_file_that_is_no_archive_is_malformed(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 no zip")
     (tmp_path / "b.npz").write_bytes(b"\x80\x04}.")  # a pickle
@@ -302,6 +315,16 @@ def test_a_spec_that_names_nothing_says_what_would(spec: str, code: str, hint: s
     error = refused(spec)
     assert error.code == code
     assert hint in error.hint
+
+
+@pytest.mark.parametrize("path", ["n" * 5000, "a\0b"], ids=["long", "nul"])
+def test_a_path_that_can_never_be_is_not_there(path: str) -> None:
+    """It was an unexpected error, with the whole of it."""
+    error = refused(f"npz:{path}")
+    assert error.code == "FL-D101"
+    assert len(error.message) < 300
+    with pytest.raises(DataError):
+        find_data(f"npz:{path}")
 
 
 def test_a_path_may_have_commas(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_a_target_of_few_whole_numbers_is_classes_in_their_order(tmp_path: Path)
         ("a,b\n1,x\n2,\n", "", "FL-D102", "row 2 has no 'b'"),
         ("a,b\n1,x\n2,x\n", "", "FL-D102", "always 'x'"),
         ("a,b\n1,x\n2,y\n", "", "FL-D105", "2 rows"),
+        ("a,b\n1,x\n", "", "FL-D105", "1 row"),
         ("a,b\n1,x\n2,y\n", ",target=c", "FL-D102", "no column 'c'"),
         ("a,b\n1,x\n2,y\n", ",task=sorting", "FL-D103", "task='sorting'"),
         ("a,b\n1,x\n2,y\n", ",task=regression", "FL-D102", "not numbers"),
