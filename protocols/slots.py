@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
+from atoll.protocols.bounds import MAX_COUNT
 from atoll.protocols.errors import RAISED, AtollError, UsageError
 
 Value = bool | int | float | str
@@ -50,7 +51,12 @@ def parameters(text: str, spec: str) -> dict[str, Value]:
         name = key.strip().replace("-", "_")
         if name in params:  # the last would hold: `clip=1,noise=1,noise=0` has no noise
             raise UsageError("FL-S102", f"{spec!r}: {name} stands twice", f"give {name} once")
-        params[name] = to_value(value.strip())
+        params[name] = given = to_value(value.strip())
+        if isinstance(given, int) and abs(given) > MAX_COUNT:  # else told by the first client
+            raise UsageError(
+                "FL-S102", f"{spec!r}: {name} is more than a message takes",
+                f"choose at most {MAX_COUNT}",
+            )  # fmt: skip
     return params
 
 

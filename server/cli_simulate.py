@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from atoll.server.training import Engine, Training
     from atoll.server.world import ClientModel
 
+MOST_WORKERS = 1024
 MISSED = 5  # exit code: the target was not reached; the run itself went well
 
 
@@ -135,10 +136,14 @@ def engine_of(given: Mapping[str, Any]) -> "Engine | None":
     """Who trains, as --workers and --engine say; None: this process alone. UsageError FL-S108."""
     name, _, address = given["engine"].partition(":")
     workers, threads = given["workers"], given["threads"]
-    if workers < 1 or name not in ("processes", "ray") or (address and name != "ray"):
+    if (
+        not 1 <= workers <= MOST_WORKERS
+        or name not in ("processes", "ray")
+        or (address and name != "ray")
+    ):
         raise UsageError(
             "FL-S108", f"--workers {workers} --engine {given['engine']}",
-            "give at least 1 worker, and --engine processes, ray or ray:ADDRESS",
+            f"give 1 to {MOST_WORKERS} workers, and --engine processes, ray or ray:ADDRESS",
         )  # fmt: skip
     if name == "ray":
 

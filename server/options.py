@@ -160,7 +160,7 @@ def check_numbers(given: Mapping[str, Any]) -> None:
         "keep": (lambda v: v >= 1, "at least 1"),
         "seed": (lambda v: 0 <= v < 1 << 63, "a whole number from 0"),
         "until": (finite, "virtual seconds above 0"),
-        "threads": (lambda v: v >= 1, "at least 1"),
+        "threads": (lambda v: 1 <= v <= 1024, "from 1 to 1024"),
         "evaluate_every": (lambda v: v >= 1, "at least 1"),
         "most_examples": (lambda v: v >= 0, "at least 1, or 0 for no bound"),
     }

@@ -285,6 +285,22 @@ def test_what_is_no_whole_number_or_none_at_all_is_told(spec: str, said: str) ->
 
 
 @pytest.mark.parametrize(
+    "given",
+    ["steps=99999999999999999999999", "steps=9007199254740993", "min_clients=-9007199254740993",
+     f"deadline={'9' * 400}"],
+)  # fmt: skip
+def test_a_number_that_no_message_takes_is_refused(given: str) -> None:
+    """The run began, and its server failed on the first client, or each client on its order."""
+    with pytest.raises(UsageError) as caught:
+        slots.resolve("strategy", f"fedavg:{given}", BUILTIN)
+    name = given.partition("=")[0]
+    assert caught.value.code == "FL-S102"
+    assert caught.value.message == f"'fedavg:{given}': {name} is more than a message takes"
+    assert caught.value.hint == "choose at most 9007199254740992"
+    slots.resolve("strategy", "fedavg:steps=9007199254740992", BUILTIN)
+
+
+@pytest.mark.parametrize(
     ("spec", "said"),
     [
         ("fedcompass:flush_on_stop=no", "flush_on_stop='no' is neither true nor false"),
