@@ -123,7 +123,7 @@ class History(Totals):
         with path.open("rb") as file:
             for at, text in enumerate(file, 1):
                 if text.endswith(b"\n") and text != b"\n":  # else it is torn
-                    history.append(parse(text, f"{path}:{at}"))
+                    take(history, text, f"{path}:{at}")
         return history
 
     @property
@@ -316,6 +316,15 @@ def parse(text: str | bytes, where: str) -> Row:
     if not isinstance(row, dict) or "t" not in row or "kind" not in row:
         raise ValueError(f"{where}: a row has t and kind: {str(text)[:80]}")
     return row
+
+
+def take(history: Totals, text: bytes, where: str) -> None:
+    """Append the row in a line. ValueError, naming `where`, where it is none or lacks a field."""
+    row = parse(text, where)
+    try:
+        history.append(row)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: not a whole row: {error!r}") from error
 
 
 def _slope(points: list[tuple[float, float]]) -> float:

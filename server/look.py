@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from atoll.protocols.address import split as split_address
 from atoll.protocols.errors import ClientError, ServerError
 from atoll.server import offline
-from atoll.server.history import History
+from atoll.server.history import History, parse
 from atoll.server.live import Live, LiveView, State, view
 from atoll.server.spec import RunSpec
 from atoll.server.status import Status
@@ -91,8 +91,10 @@ class FromFile:
     path: Path
     pause: float = PAUSE
     _read: int = 0  # bytes
+    _lines: int = 0
 
     def rows(self) -> list[Row]:
+        """ServerError FL-S206, naming the line, where one is no row."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)
@@ -100,8 +102,17 @@ class FromFile:
         except OSError:
             text = b""
         whole = text[: text.rfind(b"\n") + 1]
+        lines = whole.split(b"\n")[:-1]
+        found = []
+        try:
+            for at, line in enumerate(lines, self._lines + 1):
+                if line:
+                    found.append(parse(line, f"{self.path}:{at}"))
+        except ValueError as error:
+            raise offline.unread(self.path, error) from error
         self._read += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+        self._lines += len(lines)
+        return found
 
 
 @dataclass

@@ -46,10 +46,14 @@ def history(state: Path) -> History:
     path = state / "history.jsonl"
     try:
         return History.read(path) if path.exists() else History()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ServerError(
-            "FL-S206", f"{path} cannot be read: {error!r}", "restore it from a backup"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise unread(path, error) from error
+
+
+def unread(path: Path, error: OSError | ValueError) -> ServerError:
+    """A history that cannot be read; a ValueError names the line."""
+    what = f"{path} cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return ServerError("FL-S206", what, "restore it from a backup")
 
 
 def status(state: Path) -> Status:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import Action, Event
-from atoll.server.history import parse
+from atoll.server.history import parse, take
 from atoll.server.ledger import EVERY, Ledger
 from atoll.server.rows import Recorder
 from atoll.server.run import Effect, Run
@@ -69,11 +69,11 @@ class Past:
     def _take(self, path: Path, lines: list[bytes]) -> None:
         for text in lines:
             try:
-                self.history.append(parse(text, f"{path}:{self._rows + 1}"))
-            except (ValueError, KeyError, TypeError) as error:
+                take(self.history, text, f"{path}:{self._rows + 1}")
+            except ValueError as error:
                 raise ServerError(
                     "FL-S206",
-                    f"{path} cannot be read: {error}",
+                    str(error),
                     "restore it from a backup, or move it away: a run goes on without it",
                 ) from error
             if self._rows % EVERY == 0:

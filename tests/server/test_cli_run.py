@@ -184,6 +184,35 @@ def test_a_damaged_history_is_named(state: Path, capsys: Capsys) -> None:
     assert "history.jsonl" in error["message"]
 
 
+@pytest.mark.parametrize(
+    "bad", [b"\xff", b'{"t":4.3,"kind":"j\xffoin"}', b'{"t":4.3,"kind":"join"}']
+)
+@pytest.mark.parametrize("command", ["status --state", "run show", "run watch"])
+def test_a_broken_byte_is_told_with_its_line_and_not_with_the_file(
+    state: Path, capsys: Capsys, command: str, bad: bytes
+) -> None:
+    """A UnicodeDecodeError holds all that was read: the whole history was printed."""
+    path = state / "history.jsonl"
+    row = line({"t": 4.3, "kind": "evaluated", "version": 2, "metrics": {"accuracy": 0.8}})
+    path.write_bytes(path.read_bytes() + bad + b"\n" + 500 * row)
+    error = data(capsys, *command.split(), str(state), code=78)
+    assert (error["code"], error["hint"]) == ("FL-S206", "restore it from a backup")
+    assert error["message"].startswith(f"{path}:{len(ROWS) + 1}: not ")
+    assert len(error["message"]) < len(str(path)) + 120
+
+
+def test_a_row_that_breaks_while_it_is_watched_is_told_too(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    source = FromFile(path)
+    path.write_bytes(line(ROWS[0]))
+    assert len(source.rows()) == 1
+    with path.open("ab") as file:
+        file.write(line(ROWS[1]) + b'"\xff"\n')
+    with pytest.raises(ServerError, match=r"history\.jsonl:3: not JSON") as refused:
+        source.rows()
+    assert refused.value.code == "FL-S206"
+
+
 def test_jsonl_ends_with_a_line_that_says_so(state: Path, capsys: Capsys) -> None:
     assert console.run(cli, ["status", "--state", str(state), "--jsonl"]) == 0
     *_, last = map(json.loads, capsys.readouterr().out.splitlines())

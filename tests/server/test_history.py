@@ -187,6 +187,9 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path.write_text('{"t": 1.0}\n')
     with pytest.raises(ValueError, match="has t and kind"):
         History.read(path)
+    path.write_bytes(line(rows()[0]) + b'{"t": 1.0, "kind": "join"}\n')
+    with pytest.raises(ValueError, match=r"history\.jsonl:2: not a whole row: KeyError"):
+        History.read(path)
 
 
 def test_what_is_not_finite_is_written_as_null_and_left_out_of_series() -> None:

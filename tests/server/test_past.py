@@ -157,6 +157,6 @@ def test_a_row_that_is_none_stops_the_reading_not_the_counting(tmp_path: Path, r
     """A start on such a directory ended with FL-S100."""
     path = tmp_path / "history.jsonl"
     path.write_text(row + "\n")
-    with pytest.raises(ServerError, match=r"history\.jsonl cannot be read") as refused:
+    with pytest.raises(ServerError, match=r"history\.jsonl:1: ") as refused:
         Past(path, 0.0, SIZES)
     assert refused.value.code == "FL-S206"
