@@ -111,7 +111,8 @@ class Server:
         if not (Path(folder) / "run.json").exists():
             check(wanted, made=slots)
         wanted = begun(wanted, rules or Rules(), init)
-        spec = open_spec(Path(folder), wanted, set(names))
+        said = {*names, *({"init"} if init is not None else ())}
+        spec = open_spec(Path(folder), wanted, said)
         self._set(spec, Path(folder), rules, slots, init, insecure_lan, None)
 
     @classmethod

@@ -107,7 +107,7 @@ def begun(spec: RunSpec, rules: Rules, init: Path | None) -> RunSpec:
 
 FIXED = (
     *("strategy", "aggregator", "outer", "algorithm", "model", "data", "trainer", "buffers"),
-    *("proxy", "seed", "codec_up", "codec_down", "local", "dp", "local_dp"),
+    *("proxy", "seed", "codec_up", "codec_down", "local", "dp", "local_dp", "init"),
 )
 LOOSE = ("lease", "save_every", "keep", "name", "most_examples")  # may change from start to start
 OPTIONS = {  # what the command line calls them, where it is not the field's name
@@ -134,7 +134,7 @@ def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> Run
     found = RunSpec.read(path)
     fields = {field for option in given for field in OPTIONS.get(option, (option,))}
     for name in sorted(fields.intersection(FIXED)):
-        if getattr(found, name) != getattr(wanted, name):
+        if not _same(name, getattr(found, name), getattr(wanted, name)):
             raise ServerError(
                 "FL-S109",
                 f"{folder} holds a run with {name}={getattr(found, name)!r}, "
@@ -142,3 +142,10 @@ def open_spec(folder: Path, wanted: RunSpec, given: Collection[str] = ()) -> Run
                 "leave the option out to go on with that run, or give another --state",
             )
     return replace(found, **{name: getattr(wanted, name) for name in fields.intersection(LOOSE)})
+
+
+def _same(name: str, found: object, wanted: object) -> bool:
+    """Whether a field says the same: a file may be named by two paths."""
+    if name == "init" and found and wanted:
+        return os.path.realpath(str(found)) == os.path.realpath(str(wanted))
+    return found == wanted

@@ -3,12 +3,14 @@
 From `run.json` to the first line of the journal a server loads torch, data and model, for seconds.
 """
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from atoll.protocols.errors import ServerError
 from atoll.server.rules import Rules
 from atoll.server.server import Server
 from atoll.server.spec import RunSpec, begun, open_spec
@@ -54,6 +56,17 @@ def test_a_pretrained_start_is_taken_by_the_next(
     life = Life(tmp_path / "state", init=again.init)
     assert life.assembly.store.open(0).flat("trainable").tolist() == [1.0, 2.0, 3.0, 4.0]
     life.die()
+
+
+def test_a_server_made_in_python_has_one_start_too(tmp_path: Path) -> None:
+    made = functools.partial(
+        Server, "linear", data="digits", folder=tmp_path / "state", init=tmp_path / INIT
+    )
+    made()
+    made()  # the same
+    with pytest.raises(ServerError) as refused:
+        made(init=tmp_path / "other")
+    assert refused.value.code == "FL-S109"
 
 
 def test_a_server_made_in_python_notes_them_too(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from atoll.protocols.errors import ServerError
-from atoll.server.spec import FIXED, LOOSE, OPTIONS, RunSpec, open_spec
+from atoll.server.rules import Rules
+from atoll.server.spec import FIXED, LOOSE, OPTIONS, RunSpec, begun, open_spec
 
 SPEC = RunSpec("01HZX0000000000000000RVN00", strategy="fedavg:steps=5", local={"lr": 0.1})
 
@@ -64,6 +65,7 @@ CHANGES: dict[str, object] = {
     "codec_up": "bf16",
     "codec_down": "fp16",
     "local": {"lr": 0.2},
+    "init": "/no/such/file",
 }
 
 
@@ -94,3 +96,20 @@ def test_a_client_hears_what_it_needs_and_no_more() -> None:
     assert told["id"] == SPEC.id
     assert told["local"] == {"lr": 0.1}
     assert not {"strategy", "keep", "save_every", "lease"} & set(told)
+
+
+def test_the_first_values_are_those_of_the_first_start(tmp_path: Path) -> None:
+    """Another --init was not looked at, nor was one that is not there."""
+    file, link, state = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "state"
+    file.touch()
+    link.symlink_to(file)
+    wanted = begun(SPEC, Rules(), file)
+    assert open_spec(state, wanted, {"init"}) == wanted
+    for same in (file, link, tmp_path / "." / "state" / ".." / file.name):
+        assert open_spec(state, begun(SPEC, Rules(), same), {"init"}) == wanted
+    with pytest.raises(
+        ServerError, match=r"holds a run with init=.*a\.safetensors.* not "
+    ) as refused:
+        open_spec(state, begun(SPEC, Rules(), tmp_path / "no"), {"init"})
+    assert refused.value.code == "FL-S109"
+    assert open_spec(state, begun(SPEC, Rules(), None)) == wanted  # not spelled out
