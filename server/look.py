@@ -3,13 +3,14 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from atoll.protocols.address import split as split_address
 from atoll.protocols.errors import ClientError, ServerError
 from atoll.server import offline
+from atoll.server.door import held, read_note
 from atoll.server.history import History, parse
 from atoll.server.live import Live, LiveView, State, view
 from atoll.server.spec import RunSpec
@@ -44,8 +45,10 @@ class Place:
         if self.address is not None:
             split_address(self.address, least=0)
 
-    def status(self, seconds: float = ANSWER) -> Status:
-        """ServerError FL-S207: nobody answers; FL-S107: no run in that state directory."""
+    def status(self, seconds: float | None = None) -> Status:
+        """`seconds` a server may take to answer; None: ANSWER. ServerError FL-S207: nobody answers;
+        FL-S107: no run in that state directory."""
+        seconds = ANSWER if seconds is None else seconds
         if self.state is None:
             assert self.address is not None
             return Status.of(ask_server(self.address, "status", seconds), address=self.address)
@@ -55,19 +58,27 @@ class Place:
             try:
                 told = ask_server(address, "status", seconds)
             except ServerError as error:
-                if "unavailable" not in error.message:
+                if "unavailable" not in error.message and not held(state):
                     raise  # somebody listens, who does not answer
             else:
                 spec = RunSpec.read(state / "run.json")
                 if told["run"] == spec.id:  # else the port has passed to another run's server
                     return Status.of(told, address=address, state_dir=str(state))
-        return offline.status(state)
+        return silent(state) if held(state) else offline.status(state)
+
+
+def silent(state: Path) -> Status:
+    """Of a run whose server is there and does not answer: it is starting, busy or frozen."""
+    told, pid = offline.status(state), read_note(state).get("pid")
+    if told.state == "finished":
+        return told
+    why = f"its server{'' if pid is None else f' (pid {pid})'} does not answer"
+    clients = (replace(c, reason=why) if c.state == "offline" else c for c in told.clients)
+    return replace(told, state="running", reason=why, clients=tuple(clients))
 
 
 def served_at(state: Path) -> str | None:
     """The address in the note of the server that runs, or died, on a state directory."""
-    from atoll.server.door import read_note
-
     address = read_note(state).get("address")
     return address if isinstance(address, str) else None
 

@@ -1,10 +1,12 @@
 """status and run: what a state directory tells without its server, and how it is said."""
 
+import fcntl
 import hashlib
 import json
 import os
 import socket
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from safetensors.torch import load_file
 from atoll.protocols import console
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import Manifest, TensorSpec
-from atoll.server import cli_run, offline
+from atoll.server import cli_run, look, offline
 from atoll.server.cli import cli
+from atoll.server.door import held, locked, write_note
 from atoll.server.history import line
 from atoll.server.live import Live
 from atoll.server.look import FromFile, Place, Watch, picture
@@ -325,6 +328,43 @@ def test_ls_does_not_take_a_server_that_is_starting_for_damage(
     assert [run["state"] for run in runs] == ["running", "finished"]
     assert runs[0]["version"] == 2
     assert "no server answers" in runs[0]["reason"]
+
+
+def test_a_server_that_is_frozen_is_not_told_as_stopped(
+    state: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lives and holds the lock: to start another one, as `status` said, could not succeed."""
+    monkeypatch.setattr(look, "ANSWER", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, locked(state):
+        write_note(state, f"127.0.0.1:{silent.getsockname()[1]}")
+        for command in (["status", "--state"], ["run", "show"]):
+            told = data(capsys, *command, str(state))
+            told = told.get("status", told)
+            assert told["state"] == "running"
+            assert told["reason"] == f"its server (pid {os.getpid()}) does not answer"
+            assert (told["version"], told["updates"]) == (2, 2)
+            assert [c["reason"] for c in told["clients"]] == [told["reason"], "battery"]
+        (state / "server.json").unlink()  # it is starting, and listens nowhere yet
+        (run,) = data(capsys, "run", "ls", str(state))["runs"]
+        assert (run["state"], run["reason"]) == ("running", "its server does not answer")
+    assert data(capsys, "status", "--state", str(state))["state"] == "stopped"
+
+
+def test_a_finished_run_is_finished_whoever_holds_it(tmp_path: Path, capsys: Capsys) -> None:
+    state = made(tmp_path / "s", FINISH)
+    with locked(state):
+        assert data(capsys, "status", "--state", str(state))["state"] == "finished"
+
+
+def test_a_look_at_the_lock_keeps_no_server_from_starting(state: Path) -> None:
+    with open(state / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        timer = threading.Timer(0.02, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
+        with locked(state):
+            assert held(state)
+        timer.join()
+    assert not held(state)
 
 
 def test_ls_of_an_empty_folder_says_how_to_begin(tmp_path: Path, capsys: Capsys) -> None:
