@@ -101,7 +101,7 @@ def test_what_is_in_the_way_in_out_is_known_before_anything_is_simulated(
     ("option", "value", "code"),
     [
         ("--workers", "0", "FL-S108"),
-        ("--workers", "1025", "FL-S108"),  # of 10**30 it made processes until the machine was full
+        ("--workers", "1025", "FL-S108"),  # with 10**30 nothing was said for minutes
         ("--engine", "nonsense", "FL-S108"),
         ("--partition", "nonsense", "FL-D104"),
         ("--partition", "dirichlet:-1", "FL-D104"),
