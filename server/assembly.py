@@ -284,14 +284,17 @@ class Assembly:
         """Rows for the history's file and whoever listens."""
         self.ledger.extend(rows)
         if self._flushing is None and self._loop is not None:
-            self._flushing = self._loop.call_later(FLUSH, self._flush)
+            self._flushing = self._loop.call_later(FLUSH, self._in_time)
         if self._on_row is not None:
             for row in rows:
                 self._on_row(dict(row))
 
+    def _in_time(self) -> None:
+        self._flushing = None
+        self._flush()
+
     def _flush(self) -> None:
         """Many rows at once; where the disk does not take them, the run stops."""
-        self._flushing = None
         try:
             self.ledger.flush()
         except OSError as error:

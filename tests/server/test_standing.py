@@ -13,6 +13,7 @@ from atoll.protocols import wire_pb2
 from atoll.protocols.events import ClientInfo, ClientJoined, Evaluated
 from atoll.protocols.ids import ulid
 from atoll.protocols.messages import Hello
+from atoll.server.assembly import FLUSH
 from tests.server.test_workshop import Life
 
 NODE = ulid()
@@ -76,6 +77,25 @@ def test_no_row_is_missing_after_a_kill_behind_a_snapshot(
     merged = [row["version"] for row in rows if row["kind"] == "merged"]
     assert merged == list(range(1, 11))
     assert again.assembly.history.clients["c"].merged == 10
+
+
+def test_no_timer_is_left_of_rows_that_a_snapshot_wrote(tmp_path: Path) -> None:
+    """It came when the file was closed: a traceback at the end of every eighth run."""
+    life = Life(tmp_path)
+    life.driver.snapshot_every = 2
+    came: list[float] = []
+
+    async def ending() -> None:
+        loop, later = asyncio.get_running_loop(), life.assembly._in_time
+        life.assembly._in_time = lambda: came.append(loop.time()) or later()  # type: ignore
+        await life.merge(9)
+        await life.assembly.end(over=False)
+        ended = loop.time()
+        await asyncio.sleep(2 * FLUSH)
+        assert [at for at in came if at > ended] == []
+
+    life.live(ending)
+    life.assembly.close()
 
 
 def test_a_summary_has_the_metrics_of_the_best_version_and_ends_with_the_run(
