@@ -116,6 +116,12 @@ def _fitting(tensors: Mapping[str, Tensor], spec: TensorSpec) -> Tensor:
             f"tensor {spec.name!r} is {tuple(tensor.shape)}, the run expects {spec.shape}",
             "the model must be the run's: same names, same shapes",
         )
+    if tensor.is_complex():
+        raise ClientError(
+            "FL-C103",
+            f"tensor {spec.name!r} is {tensor.dtype}: half of it would be lost",
+            f"give real numbers, as {spec.dtype}",
+        )
     return tensor.detach()
 
 

@@ -45,7 +45,7 @@ from atoll.server.secret import key_of, privacy_of
 from atoll.server.server import Summary
 from atoll.server.spec import STRATEGIES, RunSpec
 from atoll.server.table import table_of
-from atoll.server.totals import Row
+from atoll.server.totals import Row, Totals
 from atoll.server.uploads import Uploads, order_of
 from atoll.server.versions import VersionStore
 from atoll.server.workshop import Stock, Workshop
@@ -93,6 +93,7 @@ class Assembly:
             past = self._past(folder / "history.jsonl")
             found = recover(self.journal, strategy, rules, membership, past.heard)
             self._restore(found, uploads)
+            self._look_at(past.history, found.run.published)
         except BaseException as error:
             self.journal.abandon()
             if past is not None:
@@ -233,6 +234,14 @@ class Assembly:
             table.roll_back(self.store.open(newest).facts.numbers)
         self.workshop.rebuild(self.workshop.stock.merges)
         self.workshop.best = found.rules.best_version
+
+    def _look_at(self, history: Totals, published: int) -> None:
+        """What was cut off before the last snapshot does not come again: say so."""
+        if history.versions < published:
+            logger.warning(
+                "run=%s history.jsonl tells of %d versions of %d: it was cut or moved away; the "
+                "run itself is whole", self.spec.id, history.versions, published,
+            )  # fmt: skip
 
     def _newest(self, published: int, again: Collection[int]) -> int:
         """The newest whole version on disk that the journal knows of (a later one was made when the

@@ -45,6 +45,7 @@ class Totals:
     """Append rows; ask for sums. Each row costs the same, however many came before."""
 
     clients: dict[str, ClientTotals] = field(default_factory=dict)
+    versions: int = 0  # merged
     limits: Mapping[str, Any] = field(default_factory=dict)  # as asked for last
     finished: str | None = None
     ended: float | None = None  # run clock of the finish
@@ -111,6 +112,7 @@ class Totals:
                 merging[update] = name, staleness
 
     def _merged(self, row: Row, t: float) -> None:
+        self.versions += 1
         merging = self._merging.pop(row["version"], {})
         for update, _ in row.get("dropped", ()):
             if update in merging:  # it was taken for merged when that was said

@@ -80,7 +80,11 @@ def test_the_delta_is_base_minus_local(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"fc.bias": None}, "'fc.bias' .* is missing"), ({"fc.bias": torch.ones(4)}, r"\(4,\)")],
+    [
+        ({"fc.bias": None}, "'fc.bias' .* is missing"),
+        ({"fc.bias": torch.ones(4)}, r"\(4,\)"),
+        ({"fc.bias": torch.ones(5, dtype=torch.complex64)}, "half of it would be lost"),
+    ],
 )
 def test_a_model_that_does_not_fit_is_told_by_its_tensor(
     change: dict[str, Tensor | None], told: str

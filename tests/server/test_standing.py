@@ -14,6 +14,7 @@ from atoll.protocols.events import ClientInfo, ClientJoined, Evaluated
 from atoll.protocols.ids import ulid
 from atoll.protocols.messages import Hello
 from atoll.server.assembly import FLUSH
+from tests.conftest import Logged
 from tests.server.test_workshop import Life
 
 NODE = ulid()
@@ -77,6 +78,25 @@ def test_no_row_is_missing_after_a_kill_behind_a_snapshot(
     merged = [row["version"] for row in rows if row["kind"] == "merged"]
     assert merged == list(range(1, 11))
     assert again.assembly.history.clients["c"].merged == 10
+
+
+def test_a_history_that_was_cut_before_a_snapshot_is_told(tmp_path: Path, logged: Logged) -> None:
+    life = Life(tmp_path)
+    life.driver.snapshot_every = 4
+    life.live(9)
+    life.assembly._flush()
+    life.die()
+    again = Life(tmp_path)
+    again.die()
+    assert "history.jsonl" not in logged.text
+    path = tmp_path / "history.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    cut = Life(tmp_path)
+    cut.die()
+    told = cut.assembly.history.versions
+    assert 0 < told < 9
+    published = cut.assembly.host.run.published
+    assert f"history.jsonl tells of {told} versions of {published}: it was cut" in logged.text
 
 
 def test_no_timer_is_left_of_rows_that_a_snapshot_wrote(tmp_path: Path) -> None:
