@@ -34,6 +34,8 @@ class Place(click.Path):
         named = os.fspath(value)
         if not named:  # Path("") is the current folder: `--out "$UNSET"` does not mean it
             self.fail("it is empty: say what you mean, or leave it out", param, ctx)
+        if named.endswith("/") and not self.dir_okay:
+            self.fail(f"{shown(named)!r} names a folder: name a file in it", param, ctx)
         if wrong := _wrong(named + self._more):
             if self._refusal is not None:
                 raise self._refusal(shown(named), wrong)

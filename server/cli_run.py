@@ -140,8 +140,9 @@ def export(state: Path, wanted: str, output: Path | None, kind: str, as_json: bo
     name = RunSpec.read(state / "run.json").name.replace("/", "-")
     target = output or Path(f"{name}-v{number}.{kind}")
     payload = offline.export(state, number, target)
-    size = target.stat().st_size
-    with target.open("rb") as file:
+    written = places.target(target)
+    size = written.stat().st_size
+    with written.open("rb") as file:
         whole = hashlib.file_digest(file, "sha256").hexdigest()
     told = {
         "version": number, "file": target, "format": kind, "bytes": size, "sha256": whole,

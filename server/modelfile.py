@@ -7,6 +7,8 @@ bytes and holds all floats as float32, all else as int64; any safetensors reader
 
 import json
 import math
+import os
+import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -79,6 +81,8 @@ def read_init(path: str, manifest: Manifest) -> dict[str, Tensor]:
     wanted = {t.name: t for t in manifest.tensors if t.group != "frozen"}
     frozen = {t.name for t in manifest.tensors if t.group == "frozen"}
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # of a pipe nobody could end the waiting
+            raise _unfit(f"{path} is no regular file")
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
             for name, spec in wanted.items():

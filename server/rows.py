@@ -73,7 +73,8 @@ class Recorder:
                     "t": now, "kind": "update", "client": u.client, "order": u.order,
                     "update": u.id, "steps": u.steps, "base": u.base,
                     "train_seconds": u.train_seconds, "started": u.started, "bytes": size,
-                    "metrics": dict(u.metrics), "final": u.final, "current": u.current,
+                    "metrics": dict(u.metrics), "current": u.current,
+                    **({} if u.final else {"final": False}),
                 }  # fmt: skip
             case ClientJoined(client, info):
                 return _row(now, "join", client=client, examples=info.examples)

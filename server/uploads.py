@@ -384,7 +384,7 @@ def _out_of_place(upload: _Upload, what: str) -> RemoteError:
 
 def corrupt(update: str, found: bytes, told: bytes) -> RemoteError:
     """FL-W105: the payload's bytes are others than was said."""
-    what = f"update {update} has SHA-256 {found.hex()[:16]}, not {told.hex()[:16]}"
+    what = f"update {update} has SHA-256 {found.hex()}, not {told.hex()}"
     return RemoteError("FL-W105", what, "send the payload from the start", retry_seconds=0.0)
 
 

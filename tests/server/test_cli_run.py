@@ -488,6 +488,23 @@ def test_export_replaces_nothing_but_a_file(
     assert (pipe.is_fifo(), target.is_symlink()) == (True, True)
 
 
+def test_export_goes_through_a_folder_that_is_not_there(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    """It was written, and then looked for by another way: a crash file."""
+    monkeypatch.chdir(tmp_path)
+    told = data(capsys, "run", "export", str(state), "-o", "none/../it.st")
+    assert (tmp_path / "it.st").stat().st_size == told["bytes"]
+
+
+def test_export_to_a_folder_by_its_slash_is_wrong_usage(
+    state: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    error = data(capsys, "run", "export", str(state), "-o", f"{tmp_path}/new/", code=2)
+    assert "names a folder: name a file in it" in error["message"]
+    assert not (tmp_path / "new").exists()
+
+
 def test_export_follows_a_link(state: Path, tmp_path: Path, capsys: Capsys) -> None:
     """It was replaced, and what it led to stayed as it was."""
     link, target = tmp_path / "newest", tmp_path / "models" / "m.safetensors"

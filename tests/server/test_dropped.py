@@ -9,7 +9,7 @@ import pytest
 
 from atoll.aggregation.fedavg import FedAvg
 from atoll.protocols import console
-from atoll.protocols.events import Merged
+from atoll.protocols.events import Merged, Update, UpdateReceived
 from atoll.server import offline
 from atoll.server.cli import cli
 from atoll.server.history import History, line
@@ -26,6 +26,15 @@ def stopped(folder: Path, rows: list[dict[str, Any]]) -> Path:
     state = made(folder)
     (state / "history.jsonl").write_bytes(b"".join(map(line, rows)))
     return state
+
+
+def test_only_the_row_of_a_snapshot_says_that_it_is_not_final() -> None:
+    """`run watch --jsonl` says "final": true in its last line, and every update's row did."""
+    for final in (True, False):
+        update = Update("o0.0", "o0", "a", 0, 1, 1, 0.0, 0.1, final=final)
+        (row,) = Recorder().rows(Run(FedAvg()), 1.0, UpdateReceived(update), (), ())
+        assert row.get("final", True) is final
+        assert ("final" in row) is not final
 
 
 def test_the_row_of_a_merge_names_what_it_could_not_use() -> None:

@@ -344,7 +344,8 @@ def test_named_tensors_that_do_not_fit_are_refused_too(tmp_path: Path) -> None:
 
 def test_a_start_that_is_no_safetensors_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"not a model")
-    for path in (tmp_path / "x", tmp_path / "none"):
+    os.mkfifo(tmp_path / "pipe")  # a start waited for it, and no signal ended that
+    for path in (tmp_path / "x", tmp_path / "none", tmp_path / "pipe", tmp_path):
         with pytest.raises(UsageError) as caught:
             store(tmp_path / "v").initial_from(path)
         assert caught.value.code == "FL-S106"
