@@ -31,6 +31,7 @@ from atoll.client.settling import Settling
 from atoll.client.trainer import Trainer
 from atoll.client.training import Report, Training
 from atoll.protocols import bounds, lifted, loops, messages, refusals, wire_pb2
+from atoll.protocols.blobs import Bulk
 from atoll.protocols.channel import CHANNEL_OPTIONS, SERVICE
 from atoll.protocols.errors import AtollError, ClientError
 from atoll.protocols.ids import machine_name
@@ -301,7 +302,7 @@ class Client:
         gc.freeze()  # torch and the trainer's data stay: they need not be looked at again
         return {order for order, _ in stale}
 
-    def _hear(self, line: Line, message: wire_pb2.ServerMessage, bulk: lifted.Bulk) -> None:
+    def _hear(self, line: Line, message: wire_pb2.ServerMessage, bulk: Bulk) -> None:
         match message.WhichOneof("kind"):
             case "welcome":
                 self._welcomed(line, message.welcome)

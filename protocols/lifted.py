@@ -8,12 +8,11 @@ result.
 """
 
 from atoll.protocols import wire_pb2
+from atoll.protocols.blobs import Bulk
 from atoll.protocols.blobwire import INLINE_FIELD, PAD_FIELD
 from atoll.protocols.messages import PAYLOAD_FIELD, RESULT_FIELD
 from atoll.protocols.packed import ALIGNED, MORE, tag, varint
 from atoll.protocols.sent import MODEL_FIELD, ORDER_FIELD
-
-Bulk = bytes | memoryview  # of a message's model or payload; empty: if it has any, protobuf read it
 
 PAD, INLINE = tag(PAD_FIELD), tag(INLINE_FIELD)
 RESULT = (tag(RESULT_FIELD), tag(PAYLOAD_FIELD))
@@ -22,7 +21,7 @@ FURTHER = (tag(MORE), *ORDER)
 
 
 def client_message(data: bytes) -> tuple[wire_pb2.ClientMessage, Bulk]:
-    """A message and the bytes of its payload. DecodeError."""
+    """A message and the bytes of its payload; empty: protobuf read them, if any. DecodeError."""
     rest, bulk = lift(data, RESULT) or (data, b"")
     return wire_pb2.ClientMessage.FromString(rest), bulk
 

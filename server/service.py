@@ -15,6 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from atoll.protocols import bounds, lifted, messages, refusals, wire_pb2
+from atoll.protocols.blobs import Bulk
 from atoll.protocols.channel import SERVICE
 from atoll.protocols.errors import AtollError, RemoteError
 
@@ -127,7 +128,7 @@ async def _read(host: "Host", session: "Session", context: Any) -> None:
         host.message(session, *_parse(data))
 
 
-def _parse(data: bytes) -> tuple[wire_pb2.ClientMessage, lifted.Bulk]:
+def _parse(data: bytes) -> tuple[wire_pb2.ClientMessage, Bulk]:
     try:
         return lifted.client_message(data)
     except DecodeError as error:
