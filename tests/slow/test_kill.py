@@ -247,7 +247,8 @@ def test_an_upload_goes_on_where_it_was_when_the_server_was_killed(
     ]  # fmt: skip
     server = federation.server(*options)
     gate = federation.gate(9 << 20)
-    client = federation.client("c0", "--model", "big:Big", address=gate.address)
+    slow = ("--sleep-per-step", "0.2")  # the order after the last version is not done in time
+    client = federation.client("c0", "--model", "big:Big", *slow, address=gate.address)
     until(lambda: gate.shut, 120, "half of an upload")
     (part,) = (federation.state / "updates").glob("*.part")
     # What it says of itself lies at the end, so its size is the whole's from the first chunk on.
