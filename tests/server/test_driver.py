@@ -665,68 +665,56 @@ class Quick(Answering):
         self.driver.derive(Merged(merge.version, tuple(u for u, _ in merge.items)))
 
 
+async def amid_writing(driver: Driver, then: Callable[["asyncio.Task[None]"], object]) -> bool:
+    """Serve; while a result is being written, which takes its time, do `then`. Whether it was
+    written when `serve` had ended. Raises what `serve` does."""
+    begun, free, ended = threading.Event(), threading.Event(), threading.Event()
+    seal = driver.journal.seal
+
+    def slowly() -> None:
+        begun.set()
+        assert free.wait(10)
+        seal()
+        ended.set()
+
+    driver.attach()
+    driver.post(JOINED)
+    await driver._take(await driver._queue.all())
+    driver.journal.seal = slowly  # type: ignore[method-assign]
+    driver.post(result(driver.run.open["a"]))
+    running = asyncio.create_task(driver.serve())
+    while not begun.is_set():  # noqa: ASYNC110  # another thread says so
+        await asyncio.sleep(0)
+    then(running)
+    asyncio.get_running_loop().call_later(0.01, free.set)
+    try:
+        await running
+    except asyncio.CancelledError:
+        assert running.cancelled()
+    driver.journal.seal = seal  # type: ignore[method-assign]
+    return ended.is_set()
+
+
 def test_a_driver_that_is_cancelled_while_it_writes_ends_when_that_is_written(
     tmp_path: Path,
 ) -> None:
     """What had followed was written from another thread meanwhile, and then the journal closed."""
-    begun, free, ended = threading.Event(), threading.Event(), threading.Event()
     with driven(tmp_path, FedBuff(size=1, steps=5), Quick()) as driver:
-        seal = driver.journal.seal
-
-        def slowly() -> None:
-            begun.set()
-            assert free.wait(10)
-            seal()
-            ended.set()
-
-        async def cancelled() -> bool:
-            driver.attach()
-            driver.post(JOINED)
-            await driver._take(await driver._queue.all())
-            driver.journal.seal = slowly  # type: ignore[method-assign]
-            driver.post(result(driver.run.open["a"]))
-            running = asyncio.create_task(driver.serve())
-            while not begun.is_set():  # noqa: ASYNC110  # another thread says so
-                await asyncio.sleep(0)
-            running.cancel()
-            asyncio.get_running_loop().call_later(0.01, free.set)
-            with pytest.raises(asyncio.CancelledError):
-                await running
-            return ended.is_set()
-
-        assert asyncio.run(cancelled())
-        driver.journal.seal = seal  # type: ignore[method-assign]
+        assert asyncio.run(amid_writing(driver, lambda running: running.cancel()))
         kinds = [type(event).__name__ for _, event, _ in rows(driver)]
         assert kinds == ["ClientJoined", "UpdateReceived", "Merged"]
 
 
 def test_a_driver_that_is_halted_while_it_writes_says_what_was_written(tmp_path: Path) -> None:
     """The history of a stopped server ended a round before its journal and its summary."""
-    begun, free = threading.Event(), threading.Event()
     world = Quick()
     with driven(tmp_path, FedBuff(size=1, steps=5), world) as driver:
-        seal = driver.journal.seal
 
-        def slowly() -> None:
-            begun.set()
-            assert free.wait(10)
-            seal()
-
-        async def halted() -> None:
-            driver.attach()
-            driver.post(JOINED)
-            await driver._take(await driver._queue.all())
-            driver.journal.seal = slowly  # type: ignore[method-assign]
-            driver.post(result(driver.run.open["a"]))
-            running = asyncio.create_task(driver.serve())
-            while not begun.is_set():  # noqa: ASYNC110  # another thread says so
-                await asyncio.sleep(0)
+        def halt(_: object) -> None:
             driver.halt()
             driver.post(ClientJoined("b", ClientInfo(1)))  # too late
-            asyncio.get_running_loop().call_later(0.01, free.set)
-            await running
 
-        asyncio.run(halted())
+        assert asyncio.run(amid_writing(driver, halt))
         written = [type(event).__name__ for _, event, _ in rows(driver)]
         assert written == ["ClientJoined", "UpdateReceived", "Merged"]
         assert [type(event).__name__ for _, event, _ in world.heard_] == written

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from atoll.protocols.events import ClientInfo, ClientJoined, Evaluated
 from atoll.protocols.ids import ulid
 from atoll.protocols.messages import Hello
 from atoll.server.assembly import FLUSH
+from atoll.server.server import Server
 from tests.conftest import Logged
-from tests.server.test_workshop import Life
+from tests.server.test_workshop import SPEC, Life
 
 NODE = ulid()
 
@@ -116,6 +118,40 @@ def test_no_timer_is_left_of_rows_that_a_snapshot_wrote(tmp_path: Path) -> None:
 
     life.live(ending)
     life.assembly.close()
+
+
+def test_a_server_that_is_stopped_while_it_writes_tells_of_what_was_written(tmp_path: Path) -> None:
+    """The driver was cancelled: the history ended a round before the journal."""
+    life = Life(tmp_path)
+    server = Server.of(SPEC, tmp_path)
+    begun, free = threading.Event(), threading.Event()
+    journal = life.assembly.journal
+    seal = journal.seal
+
+    def slowly() -> None:
+        begun.set()
+        assert free.wait(10)
+        seal()
+
+    async def stopped() -> None:
+        server._loop, server._stop = asyncio.get_running_loop(), asyncio.Event()
+        await life.assembly.begin()
+        driving = asyncio.create_task(server._drive(life.assembly, None))
+        life.join()
+        await life.until(lambda: life.order() is not None)
+        journal.seal = slowly  # type: ignore[method-assign]
+        sending = asyncio.create_task(life.send(str(life.order()), 0.25))
+        await life.until(begun.is_set)
+        server._stop.set()
+        asyncio.get_running_loop().call_later(0.05, free.set)
+        assert (await driving).updates == 1
+        sending.cancel()
+
+    asyncio.run(stopped())
+    rows = map(json.loads, (tmp_path / "history.jsonl").read_text().splitlines())
+    assert [row["kind"] for row in rows if row["kind"] in ("update", "merged")] == [
+        "update", "merged",
+    ]  # fmt: skip
 
 
 def test_a_summary_has_the_metrics_of_the_best_version_and_ends_with_the_run(
