@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.protocols.blobs import Bulk
-from atoll.server.uploads import disk_free
+from atoll.server.room import disk_free
 
 SEGMENT = 32 << 20  # bytes after which a new segment is begun
 LEAST = 1 << 20  # of a segment where the disk is small

@@ -6,10 +6,8 @@ upload goes on from its last whole chunk. A full disk costs the client that send
 nobody anything else. All methods may be called from worker threads.
 """
 
-import errno
 import hashlib
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable, Container
@@ -19,15 +17,14 @@ from pathlib import Path
 from atoll.protocols.blobs import CHUNK, INLINE, Bulk
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.frames import Chunk
+from atoll.server.room import FULL, Room, disk_free
 from atoll.server.spill import PART, SPARE, Spares, SpillFile, StoredUpdate
 
-__all__ = ["StoredUpdate", "Uploads", "disk_free"]
+__all__ = ["StoredUpdate", "Uploads"]
 
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?<!\.part)")  # the only names that become paths
-RETRY = 5.0  # seconds a client waits when there is no room
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(slots=True)
@@ -50,12 +47,6 @@ def order_of(update: str) -> str:
     return update.partition(".")[0]
 
 
-def disk_free(folder: Path) -> int:
-    """Bytes that may still be written to the disk of `folder`."""
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
-
-
 class Uploads:
     """All updates that are coming in or wait for their merge, in one folder of their own.
 
@@ -76,15 +67,12 @@ class Uploads:
         free: Callable[[Path], int] = disk_free,
     ) -> None:
         self.folder = folder
-        self.capacity = capacity
-        self.min_free = min_free
         self.memory_limit = memory_limit
         self.durable = durable
-        self._free = free
+        self._room = Room(folder, capacity, min_free, free)
         self._uploads: dict[str, _Upload] = {}
         self._left: set[str] = set()  # have a file from a former process that nobody goes on with
         self._reserved = 0  # bytes of all of them
-        self._said_full = False
         self._spares = Spares(folder, spare)
         self._lock = threading.Lock()  # of the two above; held for moments only
 
@@ -164,7 +152,7 @@ class Uploads:
                 if upload.stored is None:
                     upload.stored = self._seal(upload, found)
             except OSError as error:
-                raise _disk(update, error) from error
+                raise self._room.failed(update, upload.size, error) from error
             return upload.stored
 
     def keep(self, update: str, data: Bulk) -> StoredUpdate:
@@ -297,27 +285,10 @@ class Uploads:
         return upload
 
     def _refuse_without_room(self, update: str, size: int) -> None:
-        announced = self._reserved
-        if self.capacity is not None and announced + size > self.capacity:
-            raise _no_room(f"{announced} of {self.capacity} bytes are taken, {size} more asked for")
-        if size <= self.memory_limit:
-            return
-        coming = sum(u.size - u.held for u in self._uploads.values() if u.file is not None)
-        needed = coming + size + self.min_free
-        if self._free(self.folder) < needed:
-            self._spares.clear()
-            if (free := self._free(self.folder)) < needed:
-                self._say_full(update, size, free)
-                raise _no_room(f"{free} bytes are free, {needed} would have to be")
-
-    def _say_full(self, update: str, size: int, free: int) -> None:
-        """Once: whoever is refused comes again every few seconds."""
-        if not self._said_full:
-            self._said_full = True
-            logger.warning(
-                "update=%s of %d bytes waits for room: %d bytes are free on the disk of %s, "
-                "%d must stay free", update, size, free, self.folder, self.min_free,
-            )  # fmt: skip
+        self._room.admit(size, self._reserved)
+        if size > self.memory_limit:
+            coming = sum(u.size - u.held for u in self._uploads.values() if u.file is not None)
+            self._room.on_disk(update, size, coming, self._spares.clear)
 
     def _take_up(self, upload: _Upload) -> None:
         """Go on with the file of a former process, else overwrite a spare one."""
@@ -336,7 +307,7 @@ class Uploads:
                 self._pop(upload.id)
             upload.gone = True
             upload.file.close()
-            raise _disk(upload.id, error) from error
+            raise self._room.failed(upload.id, upload.size, error) from error
 
     def _write(self, upload: _Upload, file: SpillFile, data: memoryview) -> None:
         try:
@@ -349,9 +320,7 @@ class Uploads:
                     self._spares.clear()  # that may be the room it takes
                 file.write(data, upload.held)
         except OSError as error:
-            if error.errno in FULL:
-                self._say_full(upload.id, upload.size, self._free(self.folder))
-            raise _disk(upload.id, error) from error
+            raise self._room.failed(upload.id, upload.size, error) from error
 
     def _seal(self, upload: _Upload, sha256: bytes) -> StoredUpdate:
         if upload.file is None:
@@ -386,15 +355,3 @@ def corrupt(update: str, found: bytes, told: bytes) -> RemoteError:
     """FL-W105: the payload's bytes are others than was said."""
     what = f"update {update} has SHA-256 {found.hex()}, not {told.hex()}"
     return RemoteError("FL-W105", what, "send the payload from the start", retry_seconds=0.0)
-
-
-def _no_room(what: str) -> RemoteError:
-    return RemoteError("FL-W109", f"no room: {what}", "wait for room", retry_seconds=RETRY)
-
-
-def _disk(update: str, error: OSError) -> RemoteError:
-    full = error.errno in FULL
-    if not full:
-        logger.warning("update=%s the disk fails: %s", update, error)
-    what = f"update {update}: the disk {'is full' if full else 'fails'}: {error.strerror}"
-    return RemoteError("FL-W109", what, "wait for room", retry_seconds=RETRY)
