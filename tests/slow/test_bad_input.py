@@ -474,7 +474,7 @@ def test_an_upload_for_which_there_is_no_room_waits_and_both_sides_say_so_once(
         looks.append(room[0])
         return room[0]
 
-    monkeypatch.setattr("atoll.server.uploads.RETRY", 0.05)
+    monkeypatch.setattr("atoll.server.room.RETRY", 0.05)
     monkeypatch.setattr("atoll.server.server.Uploads", partial(Uploads, free=free))
     local = federation.local(Rules(versions=2), strategy=ONE, model="mlp:hidden=4000")
     guest = federation.digits("big")
