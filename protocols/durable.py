@@ -11,9 +11,9 @@ from pathlib import Path
 def place(path: Path) -> None:
     """Make durable what lies beside `path` as `.tmp`, and give it its name. OSError."""
     beside = path.with_name(f"{path.name}.tmp")
-    _sync(beside)
+    sync(beside)
     beside.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def put_private(path: Path, data: bytes) -> None:
@@ -25,7 +25,8 @@ def put_private(path: Path, data: bytes) -> None:
     place(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file durable, or the names in a folder. OSError."""
     found = os.open(path, os.O_RDONLY)
     try:
         os.fsync(found)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.protocols.blobs import Bulk
+from atoll.protocols.durable import sync
 from atoll.server.room import disk_free
 
 SEGMENT = 32 << 20  # bytes after which a new segment is begun
@@ -138,6 +139,8 @@ class PayloadLog:
         synced = os.O_DSYNC if self._durable else 0
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | synced, 0o600)
         self._number, self._at = former + 1, 0
+        if self._durable:
+            sync(self.folder)  # its name is as durable as what it will hold
         if former and not self._live[former]:
             del self._live[former]
             self._retire(former)

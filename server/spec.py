@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from atoll.protocols import state
+from atoll.protocols import durable, state
 from atoll.protocols.errors import ServerError
 from atoll.server.claim import refuse_foreign
 from atoll.server.door import locked
@@ -74,11 +74,11 @@ class RunSpec:
         return json.dumps({key: whole[key] for key in told})
 
     def write(self, path: Path) -> None:
-        """Whole or not at all. ServerError FL-S203."""
+        """Whole or not at all, also after a power cut. ServerError FL-S203."""
         beside = path.with_name(path.name + ".tmp")
         try:
             beside.write_text(json.dumps(state.dump(self), indent=1) + "\n")
-            os.replace(beside, path)
+            durable.place(path)
         except OSError as error:
             beside.unlink(missing_ok=True)
             raise ServerError(

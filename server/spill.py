@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from atoll.protocols.blobs import CHUNK, Bulk
+from atoll.protocols.durable import sync
 
 PART = ".part"
 SPARE = "_spare."  # no update id begins with an underscore
@@ -146,7 +147,7 @@ class SpillFile:
         self.close()
         os.replace(self.part, self.whole)
         if durable:
-            _sync_folder(self.whole.parent)
+            sync(self.whole.parent)
         return self.whole
 
     def close(self) -> None:
@@ -178,11 +179,3 @@ class SpillFile:
         magic, size, held = _TRAILER.unpack(found)
         whole = held == self.size or (held < self.size and held % CHUNK == 0)
         return int(held) if magic == _MAGIC and size == self.size and whole else 0
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

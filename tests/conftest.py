@@ -63,16 +63,11 @@ def logged() -> Iterator[Logged]:
 
 
 @pytest.fixture
-def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Inodes of what was made durable, in order."""
-    seen: list[int] = []
-    really = os.fsync
-
-    def fsync(file: int) -> None:
-        seen.append(os.fstat(file).st_ino)
-        really(file)
-
-    monkeypatch.setattr(os, "fsync", fsync)
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of what was made durable, as they were then, in order."""
+    seen: list[str] = []
+    for call in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, call, lambda fd: seen.append(os.readlink(f"/proc/self/fd/{fd}")))
     return seen
 
 

@@ -133,11 +133,16 @@ def test_short_writes_go_on_where_they_stopped(
 
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_write_returns_when_it_is_on_the_disk_where_that_is_wanted(
-    tmp_path: Path, durable: bool
+    tmp_path: Path, durable: bool, synced: list[str]
 ) -> None:
-    log = PayloadLog(tmp_path, (), durable=durable)
-    put(log, 1)
+    """Its file's name too: a power cut gave a file that was used again its former name back."""
+    log = PayloadLog(tmp_path, (), durable=durable, segment=30 * KB)
+    first, second = put(log, 1), put(log, 2)
+    log.drop(first.segment)
+    third = put(log, 3)
+    assert [place.segment for place in (first, second, third)] == [1, 2, 3]
     assert bool(fcntl.fcntl(log._fd, fcntl.F_GETFL) & os.O_DSYNC) is durable
+    assert synced == ([str(tmp_path)] * 3 if durable else [])
     log.close()
 
 

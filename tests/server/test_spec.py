@@ -13,9 +13,10 @@ from atoll.server.spec import FIXED, LOOSE, OPTIONS, RunSpec, begun, open_spec
 SPEC = RunSpec("01HZX0000000000000000RVN00", strategy="fedavg:steps=5", local={"lr": 0.1})
 
 
-def test_a_spec_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_spec_is_read_as_it_was_written(tmp_path: Path, synced: list[str]) -> None:
     SPEC.write(tmp_path / "run.json")
     assert RunSpec.read(tmp_path / "run.json") == SPEC
+    assert synced == [str(tmp_path / "run.json.tmp"), str(tmp_path)]  # no power cut leaves it empty
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 

@@ -491,11 +491,15 @@ def test_a_chunk_after_the_upload_was_freed_is_refused(uploads: Uploads) -> None
     assert not list(uploads.folder.iterdir())
 
 
-def test_durable_commits_sync_the_file_and_its_folder(tmp_path: Path) -> None:
-    uploads = Uploads(tmp_path, min_free=0, durable=True)
+@pytest.mark.parametrize("durable", [True, False])
+def test_durable_commits_sync_the_file_and_then_its_name(
+    tmp_path: Path, durable: bool, synced: list[str]
+) -> None:
+    uploads = Uploads(tmp_path, min_free=0, durable=durable)
     data = payload()
     send(uploads, "o1.0", data)
     assert bytes(uploads.commit("o1.0", sha(data)).view()) == data
+    assert synced == ([str(tmp_path / "o1.0.part"), str(tmp_path)] if durable else [])
 
 
 def test_spares_that_vanished_are_an_error_of_the_disk_not_a_crash(tmp_path: Path) -> None:
