@@ -236,7 +236,10 @@ class Driver:
             self.fail(failed(type(one.event).__name__, error))
             return False
         self.journal.decide(seq, actions)
+        enough: str | None = None
         for effect in effects:  # a timer that fires is an input like any other
+            if isinstance(effect, Merge):
+                enough = enough or self.rules.last(effect.version)
             if isinstance(effect, Arm):
                 self._timers.arm(effect.timer, effect.at)
             elif isinstance(effect, Disarm):
@@ -245,6 +248,8 @@ class Driver:
                 self._urgent = True
         told = self.world.heard(one.now, heard, actions, effects)
         self._unsaid.append(_Decided(one, effects, told))
+        if enough is not None and self.run.finished is None:
+            return self._decide(Input(one.now, Stopping(enough), None, None))
         return True
 
     async def _settle(self) -> None:

@@ -87,6 +87,12 @@ class Rules:
         if not self._better(self.target, self.best):
             self.reached_at = now
 
+    def last(self, version: int) -> str | None:
+        """Why none is begun after this version, which is being made; None: more are wanted."""
+        if self.versions is None or version < self.versions:
+            return None
+        return _done(self.versions, "versions")
+
     def reason(self, versions: int, updates: int, steps: int, now: float) -> str | None:
         """Why the run ends now; None: it goes on."""
         if self.reached_at is not None:
@@ -97,7 +103,7 @@ class Rules:
         for name, count in counts:
             limit = getattr(self, name)
             if limit is not None and count >= limit:
-                return f"{limit:g} {name} done"
+                return _done(limit, name)
         if self.patience is not None and self.since_best >= self.patience:
             best = "none" if self.best is None else f"{self.best:.4f}"
             return f"no better {self.metric} in {self.patience} evaluations, best {best}"
@@ -106,3 +112,7 @@ class Rules:
     def _better(self, a: float, b: float) -> bool:
         lower = "loss" in self.metric or "perplexity" in self.metric
         return a < b if lower else a > b
+
+
+def _done(limit: float, name: str) -> str:
+    return f"{limit:g} {name} done" if isinstance(limit, float) else f"{limit} {name} done"

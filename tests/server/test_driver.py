@@ -460,6 +460,59 @@ def test_a_rule_that_held_before_a_restart_holds_after_it(tmp_path: Path) -> Non
         assert driver.run.finished == "3 versions done"
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("quick", [True, False])
+def test_no_version_is_begun_beyond_the_last_that_was_asked_for(
+    tmp_path: Path, quick: bool, together: bool
+) -> None:
+    """Results that came while the last version was made or written became one more."""
+    world = Quick() if quick else Answering()
+    with driven(tmp_path, FedBuff(size=1, steps=5), world, Rules(versions=2)) as driver:
+
+        async def five() -> None:
+            driver.attach()
+            joins = [ClientJoined(c, ClientInfo(10)) for c in "abcde"]
+            for one in joins:
+                driver.post(one)
+            await driver._take(await driver._queue.all())
+            for order in list(driver.run.open.values()):
+                driver.post(result(order))
+                if not together:
+                    await driver._take(await driver._queue.all())
+            async with asyncio.timeout(10):
+                await driver.serve()
+
+        asyncio.run(five())
+        assert (driver.run.published, driver.run.finished) == (2, "2 versions done")
+        fates = {outcome.update: outcome.fate for outcome in world.told}
+        used = ["o0.0", "o1.0"]
+        assert fates == {f"o{n}.0": "used" if f"o{n}.0" in used else "discarded" for n in range(5)}
+        heard = [type(event) for _, event, _ in rows(driver)]
+        assert heard.count(Stopping) == 1
+        again = Run(FedBuff(size=1, steps=5))
+        for now, event, actions in rows(driver):
+            assert dump_actions(again.handle(event, now)[1]) == actions
+        assert again.finished == driver.run.finished
+
+
+def test_a_strategy_that_fails_on_the_end_fails_the_run(tmp_path: Path) -> None:
+    class Last(FedBuff):
+        def on_stop(self, reason: str, now: float) -> Actions:
+            raise ZeroDivisionError
+
+    with driven(tmp_path, Last(size=1, steps=5), Quick(), Rules(versions=1)) as driver:
+
+        async def one() -> None:
+            driver.attach()
+            driver.post(JOINED)
+            await driver._take(await driver._queue.all())
+            driver.post(result(driver.run.open["a"]))
+            await driver.serve()
+
+        with pytest.raises(ServerError, match="Stopping: ZeroDivisionError"):
+            asyncio.run(one())
+
+
 def test_a_limit_of_time_ends_a_run_in_which_nothing_happens(tmp_path: Path) -> None:
     clock = Clock()
     clock.start()

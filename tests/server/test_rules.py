@@ -33,6 +33,7 @@ def test_without_limits_a_run_never_ends() -> None:
         (Rules(versions=3), (2, 9, 9, 9.0), (3, 0, 0, 0.0), "3 versions done"),
         (Rules(updates=3), (9, 2, 9, 9.0), (0, 3, 0, 0.0), "3 updates done"),
         (Rules(steps=3), (9, 9, 2, 9.0), (0, 0, 4, 0.0), "3 steps done"),
+        (Rules(steps=2000001), (9, 9, 9, 9.0), (0, 0, 2000001, 0.0), "2000001 steps done"),
         (Rules(seconds=2.5), (9, 9, 9, 2.4), (0, 0, 0, 2.5), "2.5 seconds done"),
     ],
 )
@@ -41,6 +42,11 @@ def test_a_count_ends_the_run_when_it_is_reached(
 ) -> None:
     assert rules.reason(*before) is None
     assert rules.reason(*at) == reason
+
+
+def test_the_last_version_is_known_while_it_is_being_made() -> None:
+    assert [Rules(versions=3).last(version) for version in (2, 3)] == [None, "3 versions done"]
+    assert Rules(updates=1).last(10**9) is None
 
 
 def test_a_target_is_reached_once_and_for_good() -> None:
