@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from atoll.aggregation.strategy import Strategy
+from atoll.protocols.bounds import MAX_COUNT
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import (
     Action,
@@ -301,6 +302,8 @@ class Run:
             raise StrategyError(f"Train({client!r}): its order {self.open[client].id} is open")
         if not isinstance(steps, int) or steps < 1:
             raise StrategyError(f"Train({client!r}, {steps!r}): steps are whole, and at least one")
+        if steps > MAX_COUNT:  # no message holds it, and it may be too long to be shown
+            raise StrategyError(f"Train({client!r}): its steps are more than 2**53")
         order = Order(f"o{self.made}", client, self.version, steps, extra)
         self.made += 1
         self.open[client] = order

@@ -355,6 +355,10 @@ def test_a_stop_lets_the_strategy_merge_what_it_has_and_then_ends(book: Book) ->
         ([Train("nobody", 5)], "no such member"),
         ([Train("a", 5)], "its order o0 is open"),
         ([Ask("a", "drop"), Train("a", 0)], "at least one"),
+        (
+            [Ask("a", "drop"), Train("a", 10**5000)],
+            r"Train\('a'\): its steps are more than 2\*\*53",
+        ),
         ([Ask("a", "drop"), Train("a", 2.5)], r"Train\('a', 2.5\): steps are whole"),  # type: ignore[arg-type]
         ([SetTimer("t", math.nan)], r"SetTimer\('t', nan\)"),
         ([SetTimer("t", None)], r"SetTimer\('t', None\)"),  # type: ignore[arg-type]
