@@ -15,8 +15,9 @@ from torch import Tensor
 
 from atoll.client.heldout import Validator
 from atoll.client.trainer import Task, Tensors, Trained, Trainer
-from atoll.protocols.bounds import MAX_COUNT, MAX_METRICS, METRIC
+from atoll.protocols.bounds import MAX_METRICS, METRIC
 from atoll.protocols.errors import RAISED, AtollError, ClientError
+from atoll.protocols.events import MAX_COUNT
 
 T = TypeVar("T")
 

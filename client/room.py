@@ -9,6 +9,7 @@ from pathlib import Path
 
 from atoll.protocols.durable import place
 from atoll.protocols.errors import ClientError
+from atoll.protocols.places import plainly
 
 
 def map_new(path: Path, size: int) -> memoryview:
@@ -52,4 +53,4 @@ def reason(error: OSError, folder: Path) -> str:
     """What is wrong, and with which file of `folder`."""
     where = Path(str(error.filename or folder))
     name = "" if where == folder else f"{where.name}: "
-    return f"{name}{error.strerror or error}"
+    return f"{name}{plainly(error)}"

@@ -15,9 +15,8 @@ from atoll.client.line import BROKEN, Line, fetch_by
 from atoll.client.work import Dropped, Workbench
 from atoll.protocols import messages, wire_pb2
 from atoll.protocols.blobs import BlobInfo
-from atoll.protocols.bounds import MAX_COUNT
 from atoll.protocols.errors import AtollError, ClientError
-from atoll.protocols.events import Then
+from atoll.protocols.events import MAX_COUNT, Then
 from atoll.protocols.hand import Hand
 from atoll.protocols.sent import sent_from_wire
 

@@ -32,7 +32,7 @@ def _printable(context: click.Context, option: click.Parameter, name: str) -> st
     """It stands in a table of others, who take no other."""
     if not name.isprintable():
         raise click.BadParameter(f"{name!r} is not printable")
-    return name
+    return console.not_empty(context, option, name)
 
 
 def _machine(command: F) -> F:

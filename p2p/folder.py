@@ -18,6 +18,7 @@ from typing import Any
 from atoll.protocols import state
 from atoll.protocols.durable import put_private
 from atoll.protocols.errors import PeerError
+from atoll.protocols.places import plainly
 
 DEFAULT = Path("atoll-peer")
 ABOUT, STATUS, LOCK, MODEL = "peer.json", "status.json", "lock", "model.safetensors"
@@ -200,6 +201,6 @@ def disk(folder: Path, error: OSError) -> PeerError:
     """FL-P405."""
     return PeerError(
         "FL-P405",
-        f"{folder}: {error.strerror or error}",
+        f"{folder}: {plainly(error)}",
         "is there room, and is the directory this user's?",
     )

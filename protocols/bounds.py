@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from atoll.protocols.errors import RemoteError
+from atoll.protocols.events import MAX_COUNT
 from atoll.protocols.ids import CLIENT_NAME
 
 CLIENT = CLIENT_NAME
@@ -26,7 +27,6 @@ CODEC = re.compile(r"[A-Za-z0-9_.:,=+-]{1,64}")
 LINK = re.compile(r"[A-Za-z0-9_.:=,+-]{0,128}")
 BASE = re.compile(r"([A-Za-z0-9_.:,=+-]{1,64}/[0-9]{1,16}(@[0-9]{1,16})?)?")
 
-MAX_COUNT = 1 << 53  # exact as a float and in JSON
 MAX_METRICS = 256
 MAX_SECTIONS = 64
 MAX_LIST = 64

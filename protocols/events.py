@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+MAX_COUNT = 1 << 53  # of steps, examples and the like: exact as a float and in JSON
+
 Then = Literal["continue", "send", "drop"]
 
 

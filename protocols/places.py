@@ -48,6 +48,15 @@ def state_directory(path: str, wrong: str) -> ServerError:
     return ServerError("FL-S206", f"state directory {path}: {wrong}", "give another --state")
 
 
+def plainly(error: OSError) -> str:
+    """What the system says, in words; of a folder that cannot be made it says `File exists`."""
+    if isinstance(error, FileExistsError) and error.filename:
+        path = Path(os.fsdecode(error.filename))
+        nothing = path.is_symlink() and not path.exists()
+        return "it is a link to nothing" if nothing else "it is there, and is no folder"
+    return error.strerror or str(error)
+
+
 def shown(path: str, most: int = SHOWN) -> str:
     """`path`, or its beginning: one that is too long is a page."""
     return path if len(path) <= most else f"{path[: most - 1]}…"

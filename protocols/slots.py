@@ -22,8 +22,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
-from atoll.protocols.bounds import MAX_COUNT
 from atoll.protocols.errors import RAISED, AtollError, UsageError
+from atoll.protocols.events import MAX_COUNT
 
 Value = bool | int | float | str
 # A parameter that is a number, as Python writes one in a signature.

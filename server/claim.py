@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from atoll.protocols.errors import ServerError
+from atoll.protocols.places import plainly
 
 TOLERATED = ("lock", "lost+found", "run.json.tmp")  # in a folder in which a run begins
 
@@ -33,6 +34,6 @@ def folder_made(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise ServerError(
-            "FL-S206", f"{folder} cannot be made: {error.strerror}", "give another --state"
+            "FL-S206", f"{folder} cannot be made: {plainly(error)}", "give another --state"
         ) from error
     return folder

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from atoll.aggregation.strategy import Strategy
-from atoll.protocols.bounds import MAX_COUNT
 from atoll.protocols.errors import ServerError
 from atoll.protocols.events import (
+    MAX_COUNT,
     Action,
     Aggregate,
     Ask,

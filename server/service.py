@@ -18,6 +18,7 @@ from atoll.protocols import bounds, lifted, messages, refusals, wire_pb2
 from atoll.protocols.blobs import Bulk
 from atoll.protocols.channel import SERVICE
 from atoll.protocols.errors import AtollError, RemoteError
+from atoll.protocols.events import MAX_COUNT
 
 if TYPE_CHECKING:
     from atoll.server.host import Host
@@ -112,7 +113,7 @@ def _arguments(text: str) -> dict[str, float]:
     except (ValueError, RecursionError):
         found = None
     numbers = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(n, int | float) and abs(n) <= bounds.MAX_COUNT for n in numbers):
+    if not all(isinstance(n, int | float) and abs(n) <= MAX_COUNT for n in numbers):
         what = f"malformed message: arguments {bounds.text(text, 40)!r}"
         raise RemoteError("FL-W101", what, 'send a JSON object of numbers, as {"after": 0}')
     return found  # type: ignore[no-any-return]

@@ -63,6 +63,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         "--first=0",
         "--seed=99999999999999999999",
         "--name=a\nb",
+        "--name=",
     ],
 )
 def test_what_founds_no_run_is_told_at_once(

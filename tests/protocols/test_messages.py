@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atoll.protocols import blobwire, bounds, messages, refusals, wire_pb2
 from atoll.protocols.blobs import INLINE, BlobInfo, Section
 from atoll.protocols.errors import AtollError, RefusedError, RemoteError, ServerError
-from atoll.protocols.events import ClientInfo, Then
+from atoll.protocols.events import MAX_COUNT, ClientInfo, Then
 from atoll.protocols.messages import Fate, Hello, Order, Outcome, Result
 from atoll.protocols.sent import packed_sent
 
@@ -37,7 +37,7 @@ def refused(read: Callable[[], object]) -> str:
 
 # ---- there and back ----------------------------------------------------------------------------
 
-COUNT = st.integers(0, bounds.MAX_COUNT)
+COUNT = st.integers(0, MAX_COUNT)
 SECONDS = st.floats(0, 1e9)
 METRICS = st.dictionaries(
     st.from_regex(r"\A[a-zA-Z0-9_./-]{1,64}\Z"),
@@ -114,7 +114,7 @@ def test_a_hello_bounds_what_it_says_of_private_state() -> None:
 
     assert refused(said(UP=1)) == "FL-W101"
     assert refused(said(**{f"k{i}": 1 for i in range(bounds.MAX_LIST + 1)})) == "FL-W101"
-    assert refused(said(k=bounds.MAX_COUNT + 1)) == "FL-W101"
+    assert refused(said(k=MAX_COUNT + 1)) == "FL-W101"
 
 
 def test_the_enums_have_the_numbers_of_the_proto() -> None:

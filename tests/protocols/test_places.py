@@ -34,3 +34,22 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, kind: str) -> No
     with pytest.raises(UsageError, match=f"cannot write {path}: ") as refused:
         places.target(path)
     assert (refused.value.code, refused.value.hint) == ("FL-S108", "name another file")
+
+
+def test_what_stands_where_a_folder_is_to_be_is_told(tmp_path: Path) -> None:
+    """`File exists` sounded like good news."""
+    loose, pipe, below = tmp_path / "loose", tmp_path / "pipe", tmp_path / "file" / "folder"
+    loose.symlink_to("not-there")
+    os.mkfifo(pipe)
+    (tmp_path / "file").touch()
+    told = {}
+    for path in (loose, pipe, below):
+        with pytest.raises(OSError) as wrong:  # noqa: PT011  # what it says is what is tested
+            path.mkdir(parents=True, exist_ok=True)
+        told[path.name] = places.plainly(wrong.value)
+    assert told == {
+        "loose": "it is a link to nothing",
+        "pipe": "it is there, and is no folder",
+        "folder": "Not a directory",
+    }
+    assert places.plainly(OSError("all by itself")) == "all by itself"
