@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from atoll.protocols import console, places
+from atoll.protocols import console, leaving, places
 from atoll.protocols.errors import PeerError
 
 EXIT_MISSED = 5  # not all of it happened in time: what did went well
@@ -62,7 +62,8 @@ def demo(
     spec = SwarmSpec(peers, rounds, steps, model, data, lr, codec, seed, timeout, out)
     swarm = Swarm(spec, Show(quiet=as_json), console.say)
     console.say(f"{peers} peers start on this machine; logs in {swarm.logs} (Ctrl-C ends)")
-    told = swarm.run()
+    with leaving.as_interrupted():
+        told = swarm.run()
     if swarm.interrupted:
         raise PeerError("FL-S208", "interrupted", f"what was reached lies in {out}")
     console.emit(told, as_json, ending(told))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from atoll.client import partspec
-from atoll.protocols import console, places, slots
+from atoll.protocols import console, leaving, places, slots
 from atoll.protocols.errors import ServerError
 from atoll.server.options import check_numbers, data_of, mix_options, private, private_options
 from atoll.server.presets import preset_of
@@ -132,7 +132,8 @@ def demo(
         "(Ctrl-C ends)"
     )
     run = Demo(spec, Live(quiet=as_json), console.say)
-    told = {**run.run(), "strategy": strategy}
+    with leaving.as_interrupted():
+        told = {**run.run(), "strategy": strategy}
     if not (run.interrupted and as_json):  # one envelope: the error's
         console.emit(told, as_json, _ending(spec, told))
     if run.interrupted:

@@ -115,7 +115,7 @@ def simulate(until: float, out: Path | None, lease: float, as_json: bool, **give
     with leaving.while_it_begins(as_json):
         learning = None if given["null"] else training_of(spec, clients, given, engine)
     up, down = _sizes(spec, learning, given)
-    with Progress(until) as progress, closing_crew(learning):
+    with leaving.as_interrupted(), Progress(until) as progress, closing_crew(learning):
         found = run(
             strategy_of(spec), clients, until, spec.seed, learning=learning, rules=rules,
             evaluate_every=given["evaluate_every"], lease=lease, update_bytes=up, model_bytes=down,

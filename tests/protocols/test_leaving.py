@@ -1,4 +1,4 @@
-"""Leaving: Ctrl-C ends a process at once, whatever its threads are in, and says so."""
+"""Leaving: Ctrl-C or SIGTERM ends a process at once, whatever its threads are in, and says so."""
 
 import json
 import signal
@@ -16,13 +16,14 @@ from atoll.protocols import leaving
 leaving.at_once({as_json})
 threading.Thread(target=time.sleep, args=(60,)).start()  # the end of the process waits for it
 print("data", end="")
-os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.{number})
 """
 
 
+@pytest.mark.parametrize("number", leaving.SIGNALS)
 @pytest.mark.parametrize("as_json", [False, True])
-def test_it_does_not_wait_for_a_thread_and_is_130(as_json: bool) -> None:
-    run = [sys.executable, "-c", BUSY.format(as_json=as_json)]
+def test_it_does_not_wait_for_a_thread_and_is_130(as_json: bool, number: signal.Signals) -> None:
+    run = [sys.executable, "-c", BUSY.format(as_json=as_json, number=number.name)]
     ended = subprocess.run(run, capture_output=True, text=True, timeout=50, check=False)
     assert ended.returncode == 130
     assert ended.stdout.startswith("data")
@@ -34,17 +35,25 @@ def test_it_does_not_wait_for_a_thread_and_is_130(as_json: bool) -> None:
 
 
 def test_afterwards_signals_are_as_they_were() -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in leaving.SIGNALS]
     with leaving.while_it_begins(as_json=False):
-        assert signal.getsignal(signal.SIGINT) is not before
-    assert signal.getsignal(signal.SIGINT) is before
+        for number, handler in zip(leaving.SIGNALS, before, strict=True):
+            assert signal.getsignal(number) is not handler
+    assert [signal.getsignal(number) for number in leaving.SIGNALS] == before
+
+
+def test_a_demo_that_is_told_to_end_is_interrupted() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), leaving.as_interrupted():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_thread_that_is_not_the_main_one_sets_none() -> None:
     done = []
 
     def begin() -> None:
-        with leaving.while_it_begins(as_json=False):
+        with leaving.while_it_begins(as_json=False), leaving.as_interrupted():
             done.append(1)
 
     thread = threading.Thread(target=begin)
