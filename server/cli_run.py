@@ -193,13 +193,14 @@ def _shown(text: "Text | str") -> "Text | str":
 
 
 def _watch_status(place: "Place", stream: Stream) -> "Status":
+    from atoll.server.look import ANSWER
     from atoll.server.screen import status_screen, worth
 
     live = _screen_on_terminal() if not (stream.as_json or stream.jsonl) else None
     said = ""
     try:
         while True:
-            found = place.status()
+            found = place.status(ANSWER)
             if live is not None:
                 live.update(status_screen(found), refresh=True)
             stream.row(console.plain(found))

@@ -1,12 +1,15 @@
 """Look: where a run stands now, and what happens in it next, over the wire or from its files."""
 
+import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from atoll.protocols import console
 from atoll.protocols.address import split as split_address
 from atoll.protocols.errors import ClientError, ServerError
 from atoll.server import offline
@@ -18,6 +21,7 @@ from atoll.server.status import Status
 from atoll.server.totals import Row
 
 ANSWER = 30.0  # seconds a server may take: it accepts first, then imports torch on a busy machine
+WORD = 2.0  # seconds after which whoever waits is told so
 PATIENCE = 10.0  # seconds a server that was there may be away, e.g. restarted
 PAUSE = 0.25  # seconds between two looks
 
@@ -46,9 +50,11 @@ class Place:
             split_address(self.address, least=0)
 
     def status(self, seconds: float | None = None) -> Status:
-        """`seconds` a server may take to answer; None: ANSWER. ServerError FL-S207: nobody answers;
-        FL-S107: no run in that state directory."""
-        seconds = ANSWER if seconds is None else seconds
+        """`seconds` a server may take to answer; None: ANSWER, with a word to whoever waits.
+        ServerError FL-S207: nobody answers; FL-S107: no run in that state directory."""
+        if seconds is None:
+            with _word():
+                return self.status(ANSWER)
         if self.state is None:
             assert self.address is not None
             return Status.of(ask_server(self.address, "status", seconds), address=self.address)
@@ -65,6 +71,18 @@ class Place:
                 if told["run"] == spec.id:  # else the port has passed to another run's server
                     return Status.of(told, address=address, state_dir=str(state))
         return silent(state) if held(state) else offline.status(state)
+
+
+@contextlib.contextmanager
+def _word() -> Iterator[None]:
+    told = f"the server does not answer yet, waiting up to {ANSWER:g} s"
+    word = threading.Timer(WORD, console.say, (told,))
+    word.daemon = True
+    word.start()
+    try:
+        yield
+    finally:
+        word.cancel()
 
 
 def silent(state: Path) -> Status:

@@ -350,6 +350,19 @@ def test_a_server_that_is_frozen_is_not_told_as_stopped(
     assert data(capsys, "status", "--state", str(state))["state"] == "stopped"
 
 
+@pytest.mark.parametrize("word", [0.01, 10.0])
+def test_whoever_waits_long_for_an_answer_is_told_so(
+    state: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch, word: float
+) -> None:
+    monkeypatch.setattr(look, "ANSWER", 0.3)
+    monkeypatch.setattr(look, "WORD", word)
+    with socket.create_server(("127.0.0.1", 0)) as silent, locked(state):
+        write_note(state, f"127.0.0.1:{silent.getsockname()[1]}")
+        assert console.run(cli, ["status", "--state", str(state), "--json"]) == 0
+    waited = "the server does not answer yet, waiting up to 0.3 s\n"
+    assert capsys.readouterr().err == (waited if word < 0.3 else "")
+
+
 def test_a_finished_run_is_finished_whoever_holds_it(tmp_path: Path, capsys: Capsys) -> None:
     state = made(tmp_path / "s", FINISH)
     with locked(state):
