@@ -134,7 +134,11 @@ def folder_of_recipes(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "code"),
-    [(["crash", "fine"], 1), (["short", "fine"], 1), (["dataless", "fine"], 0)],
+    [
+        pytest.param(["crash", "fine"], 1, marks=pytest.mark.long),
+        (["short", "fine"], 1),
+        (["dataless", "fine"], 0),
+    ],
 )
 def test_one_command_fails_with_any_recipe_and_keeps_what_was_measured(
     tmp_path: Path, names: list[str], code: int

@@ -100,6 +100,7 @@ def test_a_trainer_that_keeps_state_is_trained_when_it_is_asked_for() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_train_what_one_does() -> None:
     strategy = FedAvg(steps=8, rounds=3, min_clients=4)
     many = run(strategy, lambda trainers: Workers.of(trainers, 2))

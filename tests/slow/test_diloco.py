@@ -14,7 +14,9 @@ from tests.slow.conftest import Federation
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("source", ["text:{file},context=32", "topics:context=32"])
+@pytest.mark.parametrize(
+    "source", [pytest.param("text:{file},context=32", marks=pytest.mark.long), "topics:context=32"]
+)
 def test_the_demo_trains_a_transformer_on_characters(
     tmp_path: Path, federation: Federation, source: str
 ) -> None:

@@ -72,6 +72,7 @@ def test_a_server_that_cannot_learn_does_not_start(
 # ---- validators ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_demo_reaches_its_target_by_the_word_of_its_clients(federation: "Federation") -> None:
     demo = federation.command(
         "demo", "fl-server", "demo", "--strategy", "fedcompass", "--aggregator", ASKS,

@@ -29,7 +29,9 @@ ROUNDS = "fedavg:steps=20,min_clients=2,weighting=equal"
 GROUPS = "fedcompass:min_steps=5,max_steps=20,min_clients=2,slack=1.01"
 
 
-@pytest.mark.parametrize("local", ["scaffold-m", "scaffold-m:table=server"])
+@pytest.mark.parametrize(
+    "local", [pytest.param("scaffold-m", marks=pytest.mark.long), "scaffold-m:table=server"]
+)
 def test_a_demo_with_scaffold_m_reaches_its_target(federation: "Federation", local: str) -> None:
     out = federation.folder / "demo"
     quick = ["--speeds", "10,10,20,40"]  # a step's pause is a tenth of what a person may watch

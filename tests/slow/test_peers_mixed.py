@@ -87,6 +87,7 @@ def test_a_server_goes_on_when_all_other_peers_have_left_and_stops_with_ctrl_c(
         assert server.wait(60.0) == 0, server.said()
 
 
+@pytest.mark.long
 def test_a_server_ends_when_its_peers_have_made_their_last_round(
     tmp_path: Path, federation: Federation
 ) -> None:

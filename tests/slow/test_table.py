@@ -79,6 +79,7 @@ def rewriting(state: Path) -> bool:
     return any((state / "rows").glob("*.part"))
 
 
+@pytest.mark.long
 def test_a_server_killed_between_merges_and_amid_them_ends_with_the_same_bits(
     tmp_path: Path,
 ) -> None:
