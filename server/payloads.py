@@ -47,6 +47,7 @@ class PayloadLog:
         self._spare: Path | None = None
         self._fd = -1
         self._at = 0
+        self._named = True  # the file's name is on the disk
         self._lock = threading.RLock()  # held while what was put is written, or taken back
         self._put: list[Bulk] = []  # not written yet: the end of the segment up to `_at`
         self._number = max(self._live, default=0)
@@ -119,6 +120,9 @@ class PayloadLog:
                 written -= len(waiting.pop(0))
             if written:  # a nearly full disk writes short
                 waiting[0] = waiting[0][written:]
+        if not self._named:
+            sync(self.folder)  # the file's name is as durable as what it holds
+            self._named = True
 
     def _give_back(self) -> bool:
         """Let the disk have what only makes us quicker; False where there is nothing of it."""
@@ -139,8 +143,7 @@ class PayloadLog:
         synced = os.O_DSYNC if self._durable else 0
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | synced, 0o600)
         self._number, self._at = former + 1, 0
-        if self._durable:
-            sync(self.folder)  # its name is as durable as what it will hold
+        self._named = not self._durable
         if former and not self._live[former]:
             del self._live[former]
             self._retire(former)
