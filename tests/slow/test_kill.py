@@ -47,7 +47,10 @@ def witness(address: str, index: int, folder: Path) -> Witness:
 
 @pytest.mark.parametrize(
     ("strategy", "save_every", "seed"),
-    [("fedavg:steps=10,min_clients=2", 1, 0), ("fedbuff:size=2,steps=8", 3, 1)],
+    [
+        pytest.param("fedavg:steps=10,min_clients=2", 1, 0, marks=pytest.mark.long),
+        ("fedbuff:size=2,steps=8", 3, 1),
+    ],
 )
 def test_a_server_killed_thrice_ends_at_its_target_without_a_fork(
     federation: "Federation", strategy: str, save_every: int, seed: int
@@ -287,7 +290,7 @@ class Stirring:
         return {}
 
 
-@pytest.mark.parametrize("moment", ["writing", "sealed"])
+@pytest.mark.parametrize("moment", ["writing", pytest.param("sealed", marks=pytest.mark.long)])
 def test_a_server_killed_while_it_merges_a_big_model_makes_that_version_again(
     federation: "Federation", moment: str
 ) -> None:

@@ -24,6 +24,7 @@ def epsilon(versions: int, z: float) -> float:
     return float(dp_accounting.get_epsilon_gaussian(z / math.sqrt(versions), 1e-5))
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_with_its_noise_and_its_price(federation: "Federation") -> None:
     """The price counts the versions before and after the kill, and ends the run in time."""
     options = ("--strategy", ROUNDS, "--dp", "clip=0.5,noise=4", "--max-epsilon", "4")
@@ -139,7 +140,7 @@ def test_a_client_killed_again_and_again_pays_for_every_update_that_left(
     )  # killed between paying and sending: one too many each time
 
 
-@pytest.mark.parametrize("noise", ["--dp", "--local-dp"])
+@pytest.mark.parametrize("noise", ["--dp", pytest.param("--local-dp", marks=pytest.mark.long)])
 def test_a_demo_with_noise_tells_its_price(federation: "Federation", noise: str) -> None:
     out = federation.folder / "demo"
     told = federation.command(
