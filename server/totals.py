@@ -48,7 +48,7 @@ class Totals:
     versions: int = 0  # merged
     limits: Mapping[str, Any] = field(default_factory=dict)  # as asked for last
     finished: str | None = None
-    ended: float | None = None  # run clock of the finish
+    ended: float | None = None  # run clock of the finish, or of the last version
     epsilon: float | None = None  # that noise has cost the client that paid most; None: no noise
 
     _orders: dict[str, str] = field(default_factory=dict, repr=False)  # client -> its newest
@@ -113,6 +113,8 @@ class Totals:
 
     def _merged(self, row: Row, t: float) -> None:
         self.versions += 1
+        if self.ended is not None:  # the last one was still being made
+            self.ended = t
         merging = self._merging.pop(row["version"], {})
         for update, _ in row.get("dropped", ()):
             if update in merging:  # it was taken for merged when that was said

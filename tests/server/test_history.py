@@ -82,6 +82,15 @@ def test_series_follow_time_and_version() -> None:
     assert (history.version, history.now, history.finished) == (2, 3.0, "2 versions done")
 
 
+def test_a_run_has_lasted_until_its_last_version_was_made() -> None:
+    """The run is over when that is begun: then nothing more is asked for."""
+    history = History.of(rows())
+    assert history.ended == 3.0
+    history.append({"t": 3.5, "kind": "merged", "version": 3, "stats": {}})
+    history.append({"t": 4.0, "kind": "evaluated", "version": 3, "metrics": {"accuracy": 0.8}})
+    assert (history.ended, history.finished) == (3.5, "2 versions done")
+
+
 def test_target_is_reached_at_its_first_evaluation() -> None:
     history = History.of(rows())
     assert history.seconds_to("accuracy", 0.5) == 1.3
