@@ -26,8 +26,9 @@ from atoll.protocols.inbox import Inbox
 from atoll.protocols.later import Later
 from atoll.server.clock import Clock
 from atoll.server.inputs import Input, in_order
-from atoll.server.journal import Journal, Payload
+from atoll.server.journal import Journal
 from atoll.server.outside import World
+from atoll.server.payloads import Payload
 from atoll.server.rules import Rules
 from atoll.server.run import (
     Arm,
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 LAZY = 0.005  # seconds an input may wait for others when all that waits for it is a receipt
 AT_ONCE = 2 << 20  # bytes of payloads that are described without another thread
-BEHIND = 0.2  # seconds what was derived may wait for an input to be written with
+BEHIND = 0.2  # seconds what was derived, and SQLite, may wait for another input
 
 
 @dataclass(slots=True)
@@ -257,16 +258,16 @@ class Driver:
         self._due = False
         self._late.done()
         if not self._unsaid and not self.journal.behind:
+            if self.journal.ahead:
+                await self._disk.do(self.journal.follow)
             return
         assert self._loop is not None
         said, self._unsaid = self._unsaid, []
         payloads = [one.input.payload for one in said if one.input.payload is not None]
         batch = self.journal.take(payloads, *self.world.spent())
-        if batch.size <= AT_ONCE:  # rows go into memory: to hand them over would take longer
-            if self.journal.stage(batch):
-                self._disk.do(self.journal.spill)
-            self.journal.write()
-            writing = self._disk.do(self.journal.seal)
+        if batch.size <= AT_ONCE:
+            self.journal.stage(batch)
+            writing = self._disk.do(self.journal.write)
         else:
             writing = self._disk.do(partial(self.journal.commit, batch))
         try:
@@ -277,8 +278,7 @@ class Driver:
             await writing
         for one in whole:
             self._say(one)
-        if followed:
-            self._late.within(BEHIND)
+        self._late.within(BEHIND)
         self._since_snapshot += len(said)
         if self.snapshot is not None and self._since_snapshot >= self.snapshot_every:
             self._since_snapshot = 0

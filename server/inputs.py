@@ -13,7 +13,7 @@ from atoll.protocols.events import (
     TimerFired,
     UpdateReceived,
 )
-from atoll.server.journal import Payload
+from atoll.server.payloads import Payload
 
 RANK: dict[type[Event], int] = {  # of inputs at the same instant
     ClientLeft: 0,

@@ -20,9 +20,9 @@ from atoll.protocols.payload import Payload as Read
 from atoll.protocols.payload import check, finite, parse
 from atoll.server import plausible
 from atoll.server.driver import Driver
-from atoll.server.journal import Payload
 from atoll.server.links import Links
 from atoll.server.outgoing import Outgoing
+from atoll.server.payloads import Payload
 from atoll.server.run import Run
 from atoll.server.sessions import Session, Sessions
 from atoll.server.uploads import StoredUpdate, corrupt

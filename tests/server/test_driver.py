@@ -1,6 +1,10 @@
 """The real-time driver: the same decisions as virtual time, everything written down first."""
 
 import asyncio
+import contextlib
+import shutil
+import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +46,7 @@ from atoll.server.rules import Rules
 from atoll.server.run import Deliver, Effect, Merge, Order, Outcome, Run, Tell
 from atoll.server.simulator import simulate
 from atoll.server.world import Absence, ClientModel
+from tests.server.test_redo import largest_file
 
 Heard = tuple[float, Event, list[Action]]
 
@@ -424,14 +429,12 @@ def test_a_journal_that_cannot_be_written_ends_the_run_before_anything_is_handle
     tmp_path: Path,
 ) -> None:
     with driven(tmp_path, FedAvg(min_clients=1)) as driver:
-        driver.journal.base.execute("PRAGMA max_page_count = 1")
-        many = [ClientJoined(f"c{i}", ClientInfo(1, None, ("x" * 4000,))) for i in range(20)]
-        with pytest.raises(ServerError) as full:
+        many = [ClientJoined(f"c{i}", ClientInfo(1)) for i in range(20)]
+        with largest_file(0), pytest.raises(ServerError) as full:
             asyncio.run(serving(driver, *many))
         assert full.value.code == "FL-S203"
         assert world_of(driver).heard_ == []
         assert rows(driver) == []
-        driver.journal.base.execute("PRAGMA max_page_count = 100000")
 
 
 # ---- the end ---------------------------------------------------------------------------------
@@ -587,14 +590,14 @@ def test_while_the_disk_is_at_it_nobody_is_told_anything(tmp_path: Path) -> None
             self.driver.stop("enough")
 
     with driven(tmp_path, FedAvg(min_clients=1, steps=1), Saying()) as driver:
-        seal = driver.journal.seal
+        write = driver.journal.write
 
         def slowly() -> None:
             begun.set()
             assert free.wait(10)
-            seal()
+            write()
 
-        driver.journal.seal = slowly  # type: ignore[method-assign]
+        driver.journal.write = slowly  # type: ignore[method-assign]
 
         async def watched() -> list[str]:
             driver.attach()
@@ -627,14 +630,14 @@ def test_orders_are_made_ready_while_their_input_is_written(tmp_path: Path) -> N
             said.append(f"sent {order.id}")
 
     with driven(tmp_path, FedAvg(min_clients=1, steps=1), Saying()) as driver:
-        seal = driver.journal.seal
+        write = driver.journal.write
 
         def slowly() -> None:
             assert ready.wait(10), "it was not made ready while this was written"
             said.append("written")
-            seal()
+            write()
 
-        driver.journal.seal = slowly  # type: ignore[method-assign]
+        driver.journal.write = slowly  # type: ignore[method-assign]
 
         async def post() -> None:
             driver.attach()
@@ -643,7 +646,7 @@ def test_orders_are_made_ready_while_their_input_is_written(tmp_path: Path) -> N
 
         asyncio.run(post())
         driver._disk.close()
-        driver.journal.seal = seal  # type: ignore[method-assign]
+        driver.journal.write = write  # type: ignore[method-assign]
     assert said == ["ready o0", "written", "sent o0", "receipt"]
 
 
@@ -690,22 +693,42 @@ def test_the_clock_stands_still_until_it_is_started() -> None:
 
 
 def test_decisions_that_cannot_be_written_at_the_end_are_told(tmp_path: Path) -> None:
-    @dataclass
-    class Wordy(Strategy):
-        driver: Driver | None = None
+    with contextlib.ExitStack() as full:
 
-        def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
-            assert self.driver is not None
-            self.driver.journal.base.execute("PRAGMA max_page_count = 1")
-            yield Finish("enough " * 10000)
+        class Last(Strategy):
+            def on_join(self, client: str, info: ClientInfo, now: float) -> Actions:
+                full.enter_context(largest_file(0))
+                yield Finish("enough")
 
-    strategy = Wordy()
-    with driven(tmp_path, strategy) as driver:
-        strategy.driver = driver
-        with pytest.raises(ServerError) as full:
-            asyncio.run(serving(driver, JOINED))
-        assert full.value.code == "FL-S203"
-        driver.journal.base.execute("PRAGMA max_page_count = 100000")
+        with driven(tmp_path, Last()) as driver:
+            with pytest.raises(ServerError) as told:
+                asyncio.run(serving(driver, JOINED))
+            assert told.value.code == "FL-S203"
+            full.close()
+            assert rows(driver) == []
+
+
+def test_sqlite_follows_when_nothing_else_is_to_be_done(tmp_path: Path) -> None:
+    """Somebody may look into it with tools of their own; the log alone is not for reading."""
+    with driven(tmp_path, FedAvg(steps=1, min_clients=1)) as driver:
+
+        def followed() -> int:
+            with contextlib.closing(sqlite3.connect(tmp_path / "journal.sqlite")) as look:
+                return int(look.execute("SELECT count(*) FROM event").fetchone()[0])
+
+        async def quiet() -> None:
+            driver.attach()
+            served = asyncio.create_task(driver.serve())
+            driver.post(JOINED)
+            while not world_of(driver).heard_:  # noqa: ASYNC110  # the disk says so
+                await asyncio.sleep(0)
+            assert followed() == 0
+            while not followed():  # noqa: ASYNC110  # the disk says so
+                await asyncio.sleep(0.01)
+            driver.halt()
+            await served
+
+        asyncio.run(asyncio.wait_for(quiet(), 10))
 
 
 class Quick(Answering):
@@ -722,18 +745,18 @@ async def amid_writing(driver: Driver, then: Callable[["asyncio.Task[None]"], ob
     """Serve; while a result is being written, which takes its time, do `then`. Whether it was
     written when `serve` had ended. Raises what `serve` does."""
     begun, free, ended = threading.Event(), threading.Event(), threading.Event()
-    seal = driver.journal.seal
+    write = driver.journal.write
 
     def slowly() -> None:
         begun.set()
         assert free.wait(10)
-        seal()
+        write()
         ended.set()
 
     driver.attach()
     driver.post(JOINED)
     await driver._take(await driver._queue.all())
-    driver.journal.seal = slowly  # type: ignore[method-assign]
+    driver.journal.write = slowly  # type: ignore[method-assign]
     driver.post(result(driver.run.open["a"]))
     running = asyncio.create_task(driver.serve())
     while not begun.is_set():  # noqa: ASYNC110  # another thread says so
@@ -744,7 +767,7 @@ async def amid_writing(driver: Driver, then: Callable[["asyncio.Task[None]"], ob
         await running
     except asyncio.CancelledError:
         assert running.cancelled()
-    driver.journal.seal = seal  # type: ignore[method-assign]
+    driver.journal.write = write  # type: ignore[method-assign]
     return ended.is_set()
 
 
@@ -866,15 +889,19 @@ def test_a_strategy_may_fail_on_what_follows_too(tmp_path: Path) -> None:
 
 
 class Careful(Answering):
-    """Looks into the journal whenever something shows outside."""
+    """Looks what a process killed now would leave, whenever something shows outside."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
+        self.folder = folder
         self.seen: list[tuple[str, int]] = []  # what was said, inputs in the journal by then
 
     def _look(self, what: str) -> None:
-        (count,) = self.driver.journal.base.execute("SELECT count(*) FROM event").fetchone()
-        self.seen.append((what, count))
+        with tempfile.TemporaryDirectory() as copy:
+            shutil.copytree(self.folder, copy, dirs_exist_ok=True)
+            left = Journal(Path(copy) / "journal.sqlite", "r", durable=False)
+            self.seen.append((what, left.seq))
+            left.close()
 
     def deliver(self, order: Order) -> None:
         self._look(order.id)
@@ -888,7 +915,7 @@ def joined(client: str) -> ClientJoined:
 
 
 def test_nothing_is_said_of_an_input_that_is_not_written(tmp_path: Path) -> None:
-    world = Careful()
+    world = Careful(tmp_path)
     with driven(tmp_path, FedAvg(steps=1, min_clients=2), world) as driver:
 
         async def two() -> None:
@@ -906,14 +933,14 @@ def test_nothing_is_said_of_an_input_that_is_not_written(tmp_path: Path) -> None
 
 
 def test_inputs_for_which_only_receipts_wait_are_written_together(tmp_path: Path) -> None:
-    with driven(tmp_path, FedAvg(steps=1, min_clients=3), Careful()) as driver:
+    with driven(tmp_path, FedAvg(steps=1, min_clients=3), Careful(tmp_path)) as driver:
         receipts: list[str] = []
         commits: list[int] = []
         stage = driver.journal.stage
 
-        def counted(batch: Batch) -> bool:
+        def counted(batch: Batch) -> None:
             commits.append(len(batch.entries))
-            return stage(batch)
+            stage(batch)
 
         driver.journal.stage = counted  # type: ignore[method-assign]
 
@@ -982,10 +1009,8 @@ def test_a_journal_that_failed_writes_nothing_that_followed(tmp_path: Path) -> N
             driver.post(JOINED)
             await driver._take(await driver._queue.all())
             driver.post(result(driver.run.open["a"]))
-            driver.journal.base.execute("PRAGMA query_only = ON")
-            with pytest.raises(ServerError, match="readonly"):
+            with largest_file(0), pytest.raises(ServerError, match="large"):
                 await driver._take(await driver._queue.all())
-            driver.journal.base.execute("PRAGMA query_only = OFF")
             driver.journal.flush()
 
         asyncio.run(full())

@@ -126,12 +126,12 @@ def test_a_server_that_is_stopped_while_it_writes_tells_of_what_was_written(tmp_
     server = Server.of(SPEC, tmp_path)
     begun, free = threading.Event(), threading.Event()
     journal = life.assembly.journal
-    seal = journal.seal
+    write = journal.write
 
     def slowly() -> None:
         begun.set()
         assert free.wait(10)
-        seal()
+        write()
 
     async def stopped() -> None:
         server._loop, server._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -139,7 +139,7 @@ def test_a_server_that_is_stopped_while_it_writes_tells_of_what_was_written(tmp_
         driving = asyncio.create_task(server._drive(life.assembly, None))
         life.join()
         await life.until(lambda: life.order() is not None)
-        journal.seal = slowly  # type: ignore[method-assign]
+        journal.write = slowly  # type: ignore[method-assign]
         sending = asyncio.create_task(life.send(str(life.order()), 0.25))
         await life.until(begun.is_set)
         server._stop.set()
