@@ -73,13 +73,18 @@ class Ahead:
         self.batches += 1
         self._events += rows.events
         self._decided += rows.decided
-        self._payloads.update((row[ID], row) for row in rows.payloads)
+        for row in rows.payloads:
+            self._drop(row[ID])
+            self._payloads[row[ID]] = row
         for update in rows.forget:
-            if update not in self._payloads:
-                self._forget.append(update)
-            elif (segment := self._payloads.pop(update)[SEGMENT]) is not None:
-                self._dropped.append(segment)
+            self._drop(update)
+            self._forget.append(update)  # also of one that has just gone: SQLite may have another
         self._meta.update(rows.meta)
+
+    def _drop(self, update: str) -> None:
+        row = self._payloads.pop(update, None)
+        if row is not None and row[SEGMENT] is not None:
+            self._dropped.append(row[SEGMENT])
 
     def write(self, base: sqlite3.Connection, number: int, place: Place) -> list[int]:
         """Let SQLite have all of it, durably, up to batch `number`, which ends at `place`: the
@@ -88,10 +93,10 @@ class Ahead:
         with transaction(base):
             base.executemany(EVENT, self._events)
             base.executemany(DECIDED, self._decided)
-            base.executemany(PAYLOAD, self._payloads.values())
-            for update in self._forget:
+            for update in self._forget:  # before what came after it under the same name
                 found = base.execute(FORGET, (update,)).fetchall()
                 dropped += [segment for (segment,) in found if segment is not None]
+            base.executemany(PAYLOAD, self._payloads.values())
             base.executemany(META, self._meta.items())
             base.execute(META, (PLACE, f"{number} {place.segment} {place.offset}"))
         return dropped

@@ -106,12 +106,17 @@ class Journal:
                 f"{path} is older than its log: what lies between them is missing",
                 "copy a state directory whole, with journal.sqlite-wal, or restore a backup",
             )
+        try:
+            self._log.confirm()
+        except OSError as error:
+            raise _unwritten(error) from error
         self.follow()
         self._log.clear()
 
     def _whole(self, rows: bytes) -> bool:
         """Whether the bytes are there of all payloads that came with these rows."""
-        return all(kept(row, self._log).data != b"" for row in Rows.loaded(rows).payloads)
+        came = (kept(row, self._log) for row in Rows.loaded(rows).payloads)
+        return all(p.data is None or len(p.data) == p.info.size for p in came)
 
     def note(self, key: str, value: str) -> None:
         """Write one meta row down. Raises ServerError FL-S203."""
@@ -128,6 +133,7 @@ class Journal:
         where the disk does not take it."""
         if self._lost:
             self.seq, self._entered, self._lost = self._written, [], False
+            self._decided = [one for one in self._decided if one[1] <= self._written]
         first = self.seq + 1
         for now, event in events:
             self.enter(now, event)
@@ -166,10 +172,12 @@ class Journal:
         """Make its rows, and say where its payloads will lie."""
         assert self._writing is None, "a batch is being written"
         try:
-            inside = [p for p in batch.payloads if p.data is not None]
-            places = self._log.stage([p.data for p in inside if p.data is not None])
-            lie = dict(zip((p.id for p in inside), places, strict=True))
-            payloads = [row_of(p, self.run, lie.get(p.id)) for p in batch.payloads]
+            inside = [p.data for p in batch.payloads if p.data is not None]
+            places = iter(self._log.stage(inside))
+            payloads = [
+                row_of(p, self.run, None if p.data is None else next(places))
+                for p in batch.payloads
+            ]
             rows = Rows(batch.entries, batch.decided, payloads, batch.forget, batch.meta)
             self._writing = batch, rows, rows.dumped()
         except BaseException as error:
@@ -234,9 +242,9 @@ class Journal:
         self.follow()
         try:
             with transaction(self.base):
-                row = (self.seq, self.run, now, text)
+                row = (self._written, self.run, now, text)
                 self.base.execute("INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?, ?)", row)
-                self.base.execute("DELETE FROM snapshot WHERE seq < ?", (self.seq,))
+                self.base.execute("DELETE FROM snapshot WHERE seq < ?", (self._written,))
                 self.base.execute("DELETE FROM meta WHERE key LIKE ?", (ACKS + "%",))
         except sqlite3.OperationalError as error:
             raise _unwritten(error) from error

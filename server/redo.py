@@ -11,6 +11,7 @@ a payload is a stranger's bytes, and what is left of one must never be taken for
 everything else is for one thread at a time.
 """
 
+import contextlib
 import hmac
 import os
 import struct
@@ -45,6 +46,7 @@ class Found:
     """A batch that was found again."""
 
     rows: bytes
+    begin: Place
     end: Place  # where the next one begins
 
 
@@ -71,6 +73,7 @@ class RedoLog:
         self._live.setdefault(start.segment, 0)
         self._spare: Path | None = None
         self._fd, self._open = -1, 0  # of which segment
+        self._newest: Found | None = None
         self._staged: list[Bulk] = []
         self._at = start  # of what is staged
         self._segment = segment or fitting(disk_free(folder))
@@ -92,8 +95,26 @@ class RedoLog:
     def found(self, batch: Found, segments: Iterable[int]) -> None:
         """`find` gave it, and it is whole: these are the segments of its payloads."""
         self.next, self.number = batch.end, self.number + 1
+        self._newest = batch
         self._live.setdefault(batch.end.segment, 0)
         self._live.update(segments)
+
+    def confirm(self) -> None:
+        """Make the newest batch that was found durable; all before it are. It was read from
+        memory, and its write may never have returned: killed, or with an error, after which a sync
+        alone writes nothing. OSError where the disk does not take it."""
+        if self._newest is None or not self._durable:
+            return
+        begin, end = self._newest.begin, self._newest.end
+        file = os.open(self._path(begin.segment), os.O_RDWR | os.O_CLOEXEC | os.O_DSYNC)
+        try:
+            whole = memoryview(os.pread(file, end.offset - begin.offset, begin.offset))
+            done = 0
+            while done < len(whole):
+                done += os.pwrite(file, whole[done:], begin.offset + done)
+        finally:
+            os.close(file)
+        sync(self.folder)
 
     def beyond(self) -> bool:
         """Whether there is a later batch, which those before it do not lead to."""
@@ -120,7 +141,7 @@ class RedoLog:
         if not hmac.compare_digest(seal, self._seal(number, payloads, rows)):
             return None
         end = place.offset + HEAD.size + payloads + size
-        return number, Found(rows, Place(place.segment, end))
+        return number, Found(rows, place, Place(place.segment, end))
 
     def read(self, place: Place, size: int) -> bytes:
         """The bytes of a payload, fewer than `size` where they never reached the disk."""
@@ -170,13 +191,15 @@ class RedoLog:
             if self._spare is None and path.exists():
                 self._spare = path
             else:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it only takes room
+                    path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove what nobody knows of any more, once SQLite knows all that was found."""
         for segment in self._segments():
             if not self._live[segment] and segment != self.next.segment:
                 self._path(segment).unlink()
+        self._spare = None
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -209,14 +232,15 @@ class RedoLog:
             return
         self.close()
         path = self._path(segment)
-        if self._spare is not None:
+        if self._spare is not None and self._at.offset == 0:
             os.replace(self._spare, path)
             self._spare = None
         synced = os.O_DSYNC if self._durable else 0
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | synced, 0o600)
-        self._open = segment
+        self._open = 0
         if self._durable:
             sync(self.folder)  # its name is as durable as what it will hold
+        self._open = segment
 
     def _give_back(self) -> bool:
         """Let the disk have what only makes us quicker; False where there is nothing of it."""

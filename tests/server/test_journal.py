@@ -58,6 +58,11 @@ def payload(update: str, data: bytes | None = b"1234") -> Payload:
     return Payload(update, BlobInfo(f"u/{update}", 4, b"\7" * 32, (section,)), data)
 
 
+def small(update: str, data: bytes) -> Payload:
+    section = Section("trainable", "fp32", 1, len(data))
+    return Payload(update, BlobInfo(f"u/{update}", len(data), b"", (section,)), data)
+
+
 def test_every_event_comes_back_as_it_was(tmp_path: Path) -> None:
     assert {type(event) for _, event in EVENTS} == set(KINDS.values())
     book = journal(tmp_path)
@@ -195,6 +200,8 @@ def test_a_full_disk_takes_all_of_a_batch_or_nothing(tmp_path: Path) -> None:
     assert full.value.code == "FL-S203"
     assert "free space" in full.value.hint
     assert (len(list(book.rows())), book.meta("a")) == (1, None)
+    book.snapshot(0.5, "of what was written")
+    assert book.last_snapshot() == (1, 0.5, "of what was written")
     assert book.append(EVENTS[1:3]) == 2  # there is room again, and the decision was not lost
     assert next(iter(book.rows())).actions == "[]"
     book.close()
@@ -331,6 +338,84 @@ def test_a_file_that_is_no_journal_is_told(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="not a database") as broken:
         journal(tmp_path)
     assert broken.value.code == "FL-S206"
+
+
+def test_a_payload_that_comes_goes_and_comes_again_is_the_last_that_came(tmp_path: Path) -> None:
+    """One name twice, with SQLite following between, or not: the second was taken for the first."""
+    story: list[tuple[bytes | None, bool]] = [(b"one", False), (None, True), (b"two", False)]
+    for follows in ((), (0,), (1,), (0, 1)):
+        for steps in (story, [story[0], story[2]], [story[0], story[2], story[1]]):
+            folder = tmp_path / f"{follows}{len(steps)}{steps[-1][1]}"
+            folder.mkdir()
+            book = journal(folder)
+            kept = None
+            for at, (data, gone) in enumerate(steps):
+                came = [] if data is None else [small("u", data)]
+                book.append([], came, ["u"] if gone else [])
+                kept = None if gone else data
+                if at in follows:
+                    book.follow()
+            again = journal(left(folder))
+            for one in (book, again):
+                assert [p.data for p in one.payloads()] == ([] if kept is None else [kept])
+                if not follows:
+                    assert one._log._live.total() == (kept is not None)
+                one.close()
+
+
+def test_one_name_twice_in_a_batch_and_a_payload_of_nothing_spoil_nothing(tmp_path: Path) -> None:
+    """The batch, and all after it, were gone after a kill."""
+    book = journal(tmp_path)
+    book.append(EVENTS[:1], [small("u", b"one"), small("u", b"two"), small("none", b"")])
+    book.append(EVENTS[1:2])
+    again = journal(left(tmp_path))
+    assert again.seq == 2
+    assert {p.id: p.data for p in again.payloads()} == {"u": b"two", "none": b""}
+    again.close()
+    book.close()
+
+
+def test_what_was_decided_about_an_input_that_was_refused_is_not_anothers(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    seq = book.enter(*EVENTS[0])
+    batch = book.take()
+    book.decide(seq, [Train("a", 5)])
+    with largest_file(0), pytest.raises(ServerError):
+        book.commit(batch)
+    assert book.append(EVENTS[1:2]) == seq
+    assert [row.actions for row in book.rows()] == [None]
+    book.close()
+
+
+def test_a_batch_whose_write_failed_and_which_is_there_is_made_durable_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: list[str]
+) -> None:
+    book = Journal(tmp_path / "journal.sqlite", "run", durable=True)
+    book.append(EVENTS[:1])
+    real = os.pwritev
+
+    def fails(fd: int, parts: list[memoryview], at: int) -> int:
+        real(fd, parts, at)
+        raise OSError(5, "the disk fails")
+
+    def refuses(*_: object) -> int:
+        raise OSError(5, "the disk fails")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "pwritev", fails)
+        with pytest.raises(ServerError):
+            book.append(EVENTS[1:2], [payload("o0.0")])
+    book.abandon()
+    del synced[:]
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "pwrite", refuses)
+        with pytest.raises(ServerError) as refused:
+            Journal(tmp_path / "journal.sqlite", "run", durable=True)
+    assert refused.value.code == "FL-S203"
+    again = Journal(tmp_path / "journal.sqlite", "run", durable=True)
+    assert (again.seq, synced) == (2, [str(tmp_path)])
+    assert [p.data for p in again.payloads()] == [b"1234"]
+    again.close()
 
 
 # ---- killed, and opened again ------------------------------------------------------------------

@@ -378,6 +378,89 @@ def test_a_write_returns_when_it_is_on_the_disk_where_that_is_wanted(
     log.close()
 
 
+def test_a_segments_name_is_synced_before_anything_in_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sync that failed was never made up for: what came next was acknowledged without."""
+    synced: list[Path] = []
+
+    def fails_once(folder: Path) -> None:
+        synced.append(folder)
+        if len(synced) == 1:
+            raise OSError(5, "the disk fails")
+
+    monkeypatch.setattr("atoll.server.redo.sync", fails_once)
+    log = RedoLog(tmp_path, KEY, BEGIN, 0, (), durable=True)
+    with pytest.raises(OSError, match="the disk fails"):
+        put(log, 1)
+    put(log, 2)
+    put(log, 3)
+    assert synced == [tmp_path, tmp_path]
+    log.close()
+    assert left(tmp_path) == [b"rows 2", b"rows 3"]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_is_found_may_never_have_reached_the_disk_and_is_written_again(
+    tmp_path: Path, durable: bool, synced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that failed, or was killed, leaves its bytes in memory, where they are found."""
+    log = opened(tmp_path, segment=1 << 20)
+    put(log, 1)
+    begins = log.next.offset
+    put(log, 2)
+    log.close()
+    whole = (tmp_path / "1.payloads").read_bytes()
+    again = RedoLog(tmp_path, KEY, BEGIN, 0, (), durable=durable)
+    again.confirm()  # nothing was found
+    assert synced == []
+    assert found(again) == [b"rows 1", b"rows 2"]
+    written: list[tuple[int, int, bool]] = []
+    real = os.pwrite
+
+    def little(fd: int, data: memoryview, at: int) -> int:
+        written.append((at, len(data), bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DSYNC)))
+        return real(fd, data[: 20 * KB], at)
+
+    monkeypatch.setattr(os, "pwrite", little)
+    again.confirm()
+    assert (tmp_path / "1.payloads").read_bytes() == whole
+    size = len(whole) - begins
+    parts = [(begins + at, size - at, True) for at in range(0, size, 20 * KB)]
+    assert written == (parts if durable else [])
+    assert synced == ([str(tmp_path)] if durable else [])
+
+
+def test_a_file_that_cannot_be_removed_only_takes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = opened(tmp_path, segment=10 * KB)
+    places = [put(log, number) for number in range(4)]
+
+    def stays(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "unlink", stays)
+    log.retire([place.segment for place in places])
+    assert put(log, 9).segment == 5
+    log.close()
+
+
+def test_a_spare_file_never_takes_the_place_of_a_segment_in_use(tmp_path: Path) -> None:
+    log = opened(tmp_path, segment=50 * KB)
+    first = put(log, 1)
+    put(log, 2)
+    put(log, 3)
+    log.retire([first.segment] * 2)
+    assert log._spare == tmp_path / "1.payloads"
+    log.close()  # and it is opened in the midst of segment 2
+    put(log, 4)
+    assert left(tmp_path, Place(2, 0), 2) == [b"rows 3", b"rows 4"]
+    log.clear()
+    assert log._spare is None
+    log.close()
+
+
 def test_a_spare_segment_goes_first_when_the_disk_is_full(tmp_path: Path) -> None:
     """It only makes us quicker; the write is tried again with the room that it leaves."""
     log = opened(tmp_path, segment=30 * KB)
