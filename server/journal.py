@@ -21,6 +21,7 @@ from atoll.protocols.events import Action, Event
 from atoll.server.ahead import ACTIONS, META, PLACE, SCHEMA, SEQ, Ahead, Rows, transaction
 from atoll.server.payloads import Payload, kept, row_of
 from atoll.server.redo import Place, RedoLog
+from atoll.server.room import FULL
 
 ACKS = "acks/"  # meta keys: outcomes acknowledged since the last snapshot
 KEY = "log/key"  # meta key
@@ -339,13 +340,10 @@ def _opened(path: Path, durable: bool) -> sqlite3.Connection:
 
 def _unopened(path: Path, error: Exception) -> ServerError:
     full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    return ServerError(
-        "FL-S203" if full else "FL-S206",
-        f"journal {path} cannot be {'written' if full else 'read'}: {error}",
-        "free space on its disk and start again"
-        if full
-        else "restore it from a backup, or start with a new state directory",
-    )
+    if full or getattr(error, "errno", None) in FULL:
+        return _unwritten(error)
+    remedy = "restore it from a backup, or start with a new state directory"
+    return ServerError("FL-S206", f"journal {path} cannot be read: {error}", remedy)
 
 
 def _unwritten(error: Exception) -> ServerError:

@@ -317,6 +317,21 @@ def test_a_bug_in_a_batch_leaves_no_half_of_it(tmp_path: Path) -> None:
     book.close()
 
 
+@pytest.mark.parametrize(("number", "code"), [(28, "FL-S203"), (13, "FL-S206")])
+def test_a_log_that_cannot_be_opened_says_whether_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str
+) -> None:
+    """Of a full disk it said to restore a backup."""
+
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("atoll.server.journal.RedoLog", refuses)
+    with pytest.raises(ServerError, match=os.strerror(number)) as refused:
+        journal(tmp_path)
+    assert refused.value.code == code
+
+
 def test_what_fails_amid_a_transaction_leaves_none_open(tmp_path: Path) -> None:
     book = journal(tmp_path)
     with pytest.raises(sqlite3.Error):
