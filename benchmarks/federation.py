@@ -35,14 +35,15 @@ class Measured:
     client_cpu: float  # the same, the mean of the clients
 
 
-def measure(floats: int, clients: int, rounds: int, **server: str) -> Measured:
-    """A run of `rounds` FedAvg rounds over a model of `floats` float32."""
+def measure(floats: int, clients: int, rounds: int, look: float = 0.01, **server: str) -> Measured:
+    """A run of `rounds` FedAvg rounds over a model of `floats` float32. The server's memory is
+    looked at every `look` seconds, which takes processor time itself."""
     with tempfile.TemporaryDirectory(prefix="atoll-bench-", dir=_disk()) as folder:
-        return _measure(Path(folder), floats, clients, rounds, server)
+        return _measure(Path(folder), floats, clients, rounds, look, server)
 
 
 def _measure(
-    folder: Path, floats: int, clients: int, rounds: int, server: Mapping[str, str]
+    folder: Path, floats: int, clients: int, rounds: int, look: float, server: Mapping[str, str]
 ) -> Measured:
     base = [sys.executable, __file__, "--folder", str(folder), "--floats", str(floats)]
     options = [f"--set={k}={v}" for k, v in server.items()]
@@ -54,7 +55,7 @@ def _measure(
         while not ready.exists():
             assert processes[0].poll() is None, "the server died"
             time.sleep(0.02)
-        memory = _Memory(processes[0].pid)
+        memory = _Memory(processes[0].pid, look)
         commands = ([*base, "--client", str(index), address] for index in range(clients))
         processes.extend(subprocess.Popen(command) for command in commands)
         for process in reversed(processes):  # the server last: it outlives a client's failure
@@ -99,8 +100,9 @@ class _Spent:
 class _Memory:
     """Samples a process's private memory from outside."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, look: float) -> None:
         self._pid = pid
+        self._look = look
         self.first = self.peak = self._sample()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -111,7 +113,7 @@ class _Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.01):
+        while not self._over.wait(self._look):
             try:
                 self.peak = max(self.peak, self._sample())
             except (OSError, psutil.Error):

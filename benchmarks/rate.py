@@ -26,7 +26,7 @@ def run(quick: bool) -> Result:
     for _ in range(3 if quick else 5):
         floors.append(sketch(FLOATS, CLIENTS, 600 if quick else 2000))
         alike.append(polled(FLOATS, CLIENTS, 600 if quick else 2000))
-        found = measure(FLOATS, CLIENTS, 600 if quick else 2000)
+        found = measure(FLOATS, CLIENTS, 600 if quick else 2000, look=1.0)
         gaps = found.rounds[50:]
         rates.append(len(gaps) / sum(gaps))
         server.append(found.server_cpu * 1e3)
