@@ -6,6 +6,7 @@ from atoll.p2p.outcome import Outcome
 from atoll.p2p.storms import EPOCHS, main, storm, try_storm
 from atoll.p2p.virtual import Swarm
 from atoll.p2p.world import PeerModel, Weather
+from tests.seeds import seeds
 
 FAST, ALL = 60, 10_000  # seeds
 A_TENTH = ALL // 10
@@ -48,18 +49,20 @@ def test_four_peers_average_all_of_their_work_each_round() -> None:
     assert set(outcome.commits.values()) == {(("a", "b", "c", "d"), (1.0,) * 4)}
 
 
-def test_survivors_of_a_death_in_the_middle_of_a_reduce_are_done_in_five_seconds() -> None:
-    for seed in range(20):
-        for dying in "abcd":
-            calm, ends = Swarm([PeerModel(p) for p in "abcd"], seed=seed).run(1).seconds, []
-            for before in (0.02, 0.08, 0.15):
-                died = calm - before
-                peers = [PeerModel(p, dies=died if p == dying else 1e9) for p in "abcd"]
-                outcome = Swarm(peers, seed=seed).run(1)
-                assert outcome.good
-                assert outcome.epochs == 1
-                ends.append(outcome.seconds - died)
-            assert max(ends) < 5, f"seed {seed}, {dying} dies: {ends}"
+@pytest.mark.parametrize("seed", seeds(6, of=20))
+def test_survivors_of_a_death_in_the_middle_of_a_reduce_are_done_in_five_seconds(
+    seed: int,
+) -> None:
+    for dying in "abcd":
+        calm, ends = Swarm([PeerModel(p) for p in "abcd"], seed=seed).run(1).seconds, []
+        for before in (0.02, 0.08, 0.15):
+            died = calm - before
+            peers = [PeerModel(p, dies=died if p == dying else 1e9) for p in "abcd"]
+            outcome = Swarm(peers, seed=seed).run(1)
+            assert outcome.good
+            assert outcome.epochs == 1
+            ends.append(outcome.seconds - died)
+        assert max(ends) < 5, f"{dying} dies: {ends}"
 
 
 def test_a_network_in_two_forks_nothing_and_goes_on_where_most_are() -> None:
@@ -94,17 +97,17 @@ def test_work_that_is_not_finite_weighs_nothing() -> None:
     assert outcome.commits[2][1] == (0.0, 1.0)
 
 
-def test_one_that_lies_all_the_time_neither_stalls_the_others_nor_weighs_more_than_its_share() -> (
-    None
-):
+@pytest.mark.parametrize("seed", seeds(6, of=20))
+def test_one_that_lies_all_the_time_neither_stalls_the_others_nor_weighs_more_than_its_share(
+    seed: int,
+) -> None:
     """Wherever it stands in the order, so also where it is the one that proposes."""
-    for seed in range(20):
-        for lying in "abcd":
-            peers = [PeerModel(p, weight=2.0, lies=p == lying) for p in "abcd"]
-            outcome = Swarm(peers, seed=seed).run(epochs=3, until=30)
-            assert outcome.good, f"seed {seed}, {lying} lies: {outcome}"
-            weights = {w for _, by in outcome.commits.values() for w in by}
-            assert weights <= {0.0, 2.0}, f"seed {seed}, {lying} lies: {outcome}"
+    for lying in "abcd":
+        peers = [PeerModel(p, weight=2.0, lies=p == lying) for p in "abcd"]
+        outcome = Swarm(peers, seed=seed).run(epochs=3, until=30)
+        assert outcome.good, f"{lying} lies: {outcome}"
+        weights = {w for _, by in outcome.commits.values() for w in by}
+        assert weights <= {0.0, 2.0}, f"{lying} lies: {outcome}"
 
 
 def test_a_late_joiner_counts_from_its_first_whole_round() -> None:

@@ -17,6 +17,7 @@ from atoll.p2p.memory import Memory
 from atoll.protocols.errors import PeerError
 from tests.jumping import run
 from tests.p2p.swarm import RUN, SIZE, Swarm, work_of
+from tests.seeds import seeds
 
 
 def expected(rounds: int, names: str) -> SyncState:
@@ -84,7 +85,7 @@ def test_codecs_that_lose_leave_all_with_the_same_bits(tmp_path: Path) -> None:
     run(work)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", seeds(2, of=6))
 def test_a_peer_that_is_killed_at_any_moment_comes_back_as_itself(
     tmp_path: Path, seed: int
 ) -> None:

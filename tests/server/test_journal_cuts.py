@@ -15,6 +15,7 @@ from atoll.protocols.events import Event, TimerFired
 from atoll.server.ahead import Ahead
 from atoll.server.journal import Journal
 from atoll.server.payloads import Payload
+from tests.seeds import seeds
 
 PAGE = 512  # bytes that a disk writes wholly or not at all
 
@@ -72,7 +73,7 @@ class Disk:
         return forgotten
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", seeds(4, of=12))
 def test_after_any_cut_all_that_was_acknowledged_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

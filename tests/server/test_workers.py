@@ -168,14 +168,19 @@ ALGORITHMS = [
 
 
 NEED_ROUNDS = {"feddyn", "fedavg-m-vr", "scaffold-m-vr:beta=0.5"}
+FAST = {  # each kind of state once
+    ("fedavg-m:beta=0.3,warm=true", False), ("feddyn", False), ("scaffold-m", True),
+    ("scaffold-m:table=server", False),
+}  # fmt: skip
+BOTH_WAYS = [
+    *((algorithm, False) for algorithm in sorted({*ALGORITHMS, *NEED_ROUNDS})),
+    *((algorithm, True) for algorithm in sorted({*ALGORITHMS} - NEED_ROUNDS)),
+]
 
 
 @pytest.mark.parametrize(
     ("algorithm", "asynchronous"),
-    [
-        *((algorithm, False) for algorithm in sorted({*ALGORITHMS, *NEED_ROUNDS})),
-        *((algorithm, True) for algorithm in sorted({*ALGORITHMS} - NEED_ROUNDS)),
-    ],
+    [pytest.param(*one, marks=() if one in FAST else pytest.mark.slow) for one in BOTH_WAYS],
 )
 def test_vectors_and_private_state_go_along(algorithm: str, asynchronous: bool) -> None:
     """Clients die and come back; with FedBuff outcomes come while the next order is under way."""
