@@ -174,6 +174,7 @@ class NoTraining:
     """A Trainer that gives back what it was given."""
 
     examples = 1
+    reads_only = True
 
     def __init__(self, spent: _Spent) -> None:
         self._spent = spent

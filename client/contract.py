@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atoll.client.heldout import Validator
 from atoll.client.trainer import Task, Tensors, Trained, Trainer
-from atoll.protocols.bounds import MAX_METRICS, METRIC
+from atoll.protocols.bounds import MAX_METRICS, METRIC, SHARES
 from atoll.protocols.errors import RAISED, AtollError, ClientError
 from atoll.protocols.events import MAX_COUNT
 
@@ -34,7 +34,13 @@ class Judge(Protocol):
 
 
 def load(judge: Judge, tensors: Tensors) -> None:
-    """ClientError FL-C103 where they do not fit, as the trainer says by ValueError; FL-C104."""
+    """ClientError FL-C103 where they do not fit, as the trainer says by ValueError; FL-C104.
+
+    They are the judge's own from now on, unless it says that it only reads them: an update is the
+    difference to them, and one that trains in place would change both sides of it.
+    """
+    if not getattr(judge, "reads_only", False):
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     with _told("load"):
         try:
             judge.load(tensors)
@@ -80,7 +86,12 @@ def evaluate(judge: Judge) -> dict[str, float]:
     if not isinstance(found, Mapping):
         hint = "return {name: number}, or {} where there is no test data"
         raise _broken(f"evaluate() returned {_kind(found)}, not a mapping", hint)
-    return _numbers("evaluate", found)
+    metrics = _numbers("evaluate", found)
+    for name in SHARES:
+        value = metrics.get(name, 0.0)
+        if math.isfinite(value) and not 0.0 <= value <= 1.0:  # else it is left out
+            raise _broken(f"evaluate() gave {name}={value:g}", "give a share, from 0 to 1")
+    return metrics
 
 
 def judge(

@@ -81,6 +81,8 @@ class TorchTrainer:
     of a merge where a run asks for that; None: it does not.
     """
 
+    reads_only = True  # `load` copies
+
     def __init__(
         self,
         model: nn.Module,

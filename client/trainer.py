@@ -71,14 +71,18 @@ class Task:
 class Trainer(Protocol):
     """What a client needs of a training loop.
 
-    One that keeps private state has `rules` too: each kind's name and its `keep.Rule`.
+    One that keeps private state has `rules` too: each kind's name and its `keep.Rule`. One with
+    `reads_only = True` never writes to what `load` gave it, and is spared a copy of the model.
     """
 
     def load(self, tensors: Tensors) -> None:
-        """Take these values into the model; raise ValueError where names or shapes do not fit."""
+        """Take these values into the model; raise ValueError where names or shapes do not fit.
+        They may be kept, and trained in place."""
 
     def train(self, task: Task) -> Trained:
         """Run exactly `task.steps` local steps from what was loaded."""
 
     def evaluate(self) -> Mapping[str, float]:
-        """Metrics of the loaded values on held-out data, e.g. {"accuracy", "loss", "examples"}."""
+        """Metrics of the loaded values on held-out data, e.g. {"accuracy", "loss"}; an accuracy is
+        a share, from 0 to 1. "examples": how many these data are, the weight of a client's word
+        where clients judge; without it, the client's weight in an average."""

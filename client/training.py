@@ -75,6 +75,7 @@ class Training:
         self._line = line
         self._loop = loop
         self._job: Job | None = None
+        self._unjudged = ""  # why a version could not be evaluated, as said last
 
     async def prepare(self, make: Callable[[], Workbench]) -> None:
         """Make the bench where it will be used."""
@@ -176,10 +177,10 @@ class Training:
                 if self._line() is line:
                     self._post(said.Lost(str(error)))
                 return
-            where = not isinstance(error, AtollError) or logger.isEnabledFor(logging.INFO)
-            logger.warning(
-                "client=%s version=%d not evaluated: %s", self._name, version, error, exc_info=where
-            )
+            if str(error) != self._unjudged:  # what fails so at every version is said once
+                self._unjudged, words = str(error), (self._name, version, error)
+                where = not isinstance(error, AtollError) or logger.isEnabledFor(logging.INFO)
+                logger.warning("client=%s version=%d not evaluated: %s", *words, exc_info=where)
             found = {}  # as one without test data: the server waits for an answer
         count = found.pop("examples", 0.0)
         examples = int(count) if 0 < count <= MAX_COUNT else 0

@@ -137,7 +137,10 @@ class Workbench:
         if self.private is not None:  # what the model is worth here would tell of this data
             return {"examples": 0.0}
         self.load(sent, fetch)
-        return contract.said("evaluate", contract.evaluate(self.trainer))
+        found = contract.said("evaluate", contract.evaluate(self.trainer))
+        if found and "examples" not in found:
+            found["examples"] = contract.examples(self.trainer)
+        return found
 
     def _seal(
         self,

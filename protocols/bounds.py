@@ -27,6 +27,7 @@ CODEC = re.compile(r"[A-Za-z0-9_.:,=+-]{1,64}")
 LINK = re.compile(r"[A-Za-z0-9_.:=,+-]{0,128}")
 BASE = re.compile(r"([A-Za-z0-9_.:,=+-]{1,64}/[0-9]{1,16}(@[0-9]{1,16})?)?")
 
+SHARES = ("accuracy",)  # metrics from 0 to 1
 MAX_METRICS = 256
 MAX_SECTIONS = 64
 MAX_LIST = 64

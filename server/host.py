@@ -49,6 +49,8 @@ from atoll.server.workshop import Workshop
 
 logger = logging.getLogger(__name__)
 
+LAST_WORD = 30.0  # seconds in which clients may judge what a run has ended with
+
 
 class Host:
     """Give it to a `Driver` as its world, then set `driver`."""
@@ -113,6 +115,8 @@ class Host:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._panel = Panel()  # where the server has no test data
+        self._patience: float | None = None  # loop's time until which an ended run waits for it
+        self._lacking: set[str] = set()  # clients of which it was said that they lack a metric
         self._offered = self._judged = -1  # newest versions given to the evaluator, heard from it
 
     # ---- the driver's world --------------------------------------------------------------------
@@ -200,7 +204,15 @@ class Host:
         self._spent.extend(updates)
 
     def busy(self) -> bool:
-        return self._judged < self._offered
+        if self._judged < self._offered:
+            return True
+        if not self._panel.busy:
+            return False
+        loop = asyncio.get_running_loop()
+        if self._patience is None:  # the run has ended: they are to judge what it ended with
+            self._patience = loop.time() + LAST_WORD
+            loop.call_later(LAST_WORD, self.driver.wake)
+        return loop.time() < self._patience
 
     def evaluate(self, version: int) -> None:
         """Let the server's own test data judge a version."""
@@ -327,7 +339,7 @@ class Host:
             return
         if self.evaluator is not None:
             self.evaluate(version)
-        elif self.driver.run.finished is None:
+        else:
             self._panel.offer(version)
             self._ask_clients()
 
@@ -360,8 +372,14 @@ class Host:
 
     def _panel_says(self, found: tuple[int, dict[str, float]] | None) -> None:
         if found is not None:
+            for client, names in self._panel.lacking().items():
+                if client not in self._lacking:
+                    self._lacking.add(client)
+                    words = client, ", ".join(names), found[0]
+                    logger.warning("client=%s gives no %s (version=%d): others' counts", *words)
             self.driver.post(Evaluated(*found))
         self._ask_clients()
+        self.driver.wake()  # the last one may have been waited for
 
     def _spawn(self, work: object) -> "asyncio.Task[None]":
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]

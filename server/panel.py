@@ -41,7 +41,7 @@ class Panel:
 
     def gone(self, client: str) -> tuple[int, dict[str, float]] | None:
         """A client will not answer (any more). The version and its metrics, when all have or left:
-        means weighted by examples, of what everybody measured."""
+        each the mean, weighted by examples, of those who measured it."""
         self.asked.discard(client)
         if self.version is None or self.asked:
             return None
@@ -49,7 +49,19 @@ class Panel:
         found = [(m, n) for _, (m, n) in sorted(self.answers.items()) if n > 0 and m]
         if not found:
             return None
-        total = sum(n for _, n in found)
-        shared = sorted(set.intersection(*(set(m) for m, _ in found)))
-        means = {key: sum(m[key] * n for m, n in found) / total for key in shared}
-        return version, {**means, "examples": float(total)}
+        means = {}
+        for key in sorted({key for m, _ in found for key in m}):
+            measured = [(m[key], n) for m, n in found if key in m]
+            means[key] = sum(x * n for x, n in measured) / sum(n for _, n in measured)
+        return version, {**means, "examples": float(sum(n for _, n in found))}
+
+    def lacking(self) -> dict[str, list[str]]:
+        """Of the version judged last: metrics that a client did not measure, and others did."""
+        found = {c: set(m) for c, (m, n) in sorted(self.answers.items()) if n > 0 and m}
+        every: set[str] = set().union(*found.values())
+        return {client: sorted(every - mine) for client, mine in found.items() if every - mine}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a version is out with the clients."""
+        return self.version is not None

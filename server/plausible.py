@@ -7,11 +7,10 @@ is bounded, so that a liar gains no more than a bound's worth of weight.
 
 from collections.abc import Mapping
 
+from atoll.protocols.bounds import SHARES
 from atoll.protocols.errors import RemoteError
 from atoll.protocols.messages import Result
 from atoll.server.run import Order
-
-SHARES = ("accuracy",)  # metrics from 0 to 1
 
 
 def check_steps(result: Result, order: Order) -> None:

@@ -83,6 +83,8 @@ def test_what_train_does_amiss_is_told(returned: Any, said: str) -> None:
         (None, "evaluate() returned None, not a mapping"),
         ({"accuracy": "good"}, "evaluate() gave accuracy='good'"),  # ended the server's run
         (fail, "evaluate() failed: KeyError('oops')"),
+        ({"accuracy": 97.0}, "evaluate() gave accuracy=97"),  # reached a target of 0.9 at once
+        ({"accuracy": -0.01}, "evaluate() gave accuracy=-0.01"),
     ],
 )
 def test_what_evaluate_does_amiss_is_told(returned: Any, said: str) -> None:
@@ -160,6 +162,26 @@ def test_metrics_are_said_where_a_server_would_read_them() -> None:
     """One that was not finite cost the client its place in the run."""
     found = {"loss": math.nan, "norm": math.inf, "f1/macro": 0.5}
     assert contract.said("train", found) == {"f1/macro": 0.5}
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0, math.nan])
+def test_a_share_is_taken_as_it_is(accuracy: float) -> None:
+    judge = Mine()
+    judge.evaluate = lambda: {"accuracy": accuracy, "loss": 5.0}
+    found = contract.evaluate(judge)
+    assert found == pytest.approx({"accuracy": accuracy, "loss": 5.0}, nan_ok=True)
+
+
+@pytest.mark.parametrize("reads_only", [False, True])
+def test_what_a_trainer_loads_is_its_own_unless_it_only_reads(reads_only: bool) -> None:
+    class Keeps(Mine):
+        def load(self, tensors: Tensors) -> None:
+            self.tensors = tensors
+
+    given, judge = {"w": torch.zeros(3)}, Keeps(reads_only=reads_only)
+    contract.load(judge, given)
+    assert torch.equal(judge.tensors["w"], given["w"])
+    assert (judge.tensors["w"].data_ptr() == given["w"].data_ptr()) == reads_only
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Adding:
         if isinstance(self.error, ValueError):
             raise self.error
         self.loads += 1
-        self.values = {name: value.clone() for name, value in values.items()}
+        self.values = dict(values)  # trained in place: they are ours
 
     def train(self, task: Task) -> Trained:
         if self.error is not None:
@@ -76,7 +76,7 @@ class Adding:
         return Trained(self.values, done, done * 32, {"loss": 1.0})
 
     def evaluate(self) -> Mapping[str, float]:
-        return {"accuracy": float(self.values["b"][0])}
+        return {"sum": float(self.values["b"][0])}
 
 
 def no_fetch(info: BlobInfo, dest: memoryview) -> None:
@@ -250,8 +250,22 @@ def test_a_trainer_that_loses_a_tensor_is_found_out() -> None:
 def test_evaluating_loads_the_version_and_trains_nothing() -> None:
     trainer = Adding()
     info, data = packed(START)
-    assert bench(trainer).evaluate(Sent(1, info, data), no_fetch) == {"accuracy": 10.0}
+    assert bench(trainer).evaluate(Sent(1, info, data), no_fetch) == {"sum": 10.0, "examples": 1}
     assert (trainer.loads, trainer.tasks) == (1, [])
+
+
+def test_a_client_that_does_not_say_how_many_examples_it_judged_by_weighs_as_in_an_average() -> (
+    None
+):
+    """Without a number its word was passed over, silently."""
+    trainer = Adding()
+    trainer.examples = 30  # type: ignore[attr-defined]
+    sent = Sent(1, *packed(START))
+    assert bench(trainer).evaluate(sent, no_fetch)["examples"] == 30
+    trainer.evaluate = lambda: {"sum": 1.0, "examples": 7}  # type: ignore[method-assign]
+    assert bench(trainer).evaluate(sent, no_fetch)["examples"] == 7
+    trainer.evaluate = dict  # type: ignore[method-assign, assignment]
+    assert bench(trainer).evaluate(sent, no_fetch) == {}  # it has no test data
 
 
 def test_a_metric_that_is_not_finite_is_left_out() -> None:

@@ -9,10 +9,26 @@ def test_the_mean_is_weighted_by_examples_and_waits_for_all() -> None:
     assert panel.ask(["a", "b", "c"]) == 3
     assert panel.answer("a", 3, {"accuracy": 0.5, "loss": 2.0}, 30) is None
     assert panel.answer("c", 3, {}, 0) is None  # it has no test data
-    assert panel.answer("b", 3, {"accuracy": 1.0}, 10) == (
+    assert panel.answer("b", 3, {"accuracy": 1.0, "loss": 0.0}, 10) == (
         3,
-        {"accuracy": (0.5 * 30 + 1.0 * 10) / 40, "examples": 40.0},
+        {"accuracy": (0.5 * 30 + 1.0 * 10) / 40, "loss": 1.5, "examples": 40.0},
     )
+    assert panel.lacking() == {}
+
+
+def test_a_metric_that_one_client_lacks_is_that_of_the_others() -> None:
+    """It was taken from all: one client that diverged kept a run from its target."""
+    panel = Panel()
+    panel.offer(1)
+    panel.ask(["a", "b", "c", "d"])
+    panel.answer("a", 1, {"accuracy": 0.5, "loss": 2.0}, 30)
+    panel.answer("b", 1, {"loss": 1.0}, 10)
+    panel.answer("d", 1, {}, 0)
+    assert panel.answer("c", 1, {"accuracy": 0.9}, 10) == (
+        1,
+        {"accuracy": (0.5 * 30 + 0.9 * 10) / 40, "loss": 1.75, "examples": 50.0},
+    )
+    assert panel.lacking() == {"b": ["accuracy"], "c": ["loss"]}
 
 
 def test_one_version_is_out_at_a_time_and_the_newest_waits() -> None:

@@ -1,8 +1,10 @@
 """A model, data, a strategy and a trainer of one's own, in real processes."""
 
+import importlib
 import json
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ import pytest
 
 from atoll.client.client import Client
 from atoll.client.options import Options, maker
+from atoll.server import host
 
 if TYPE_CHECKING:
     from tests.slow.conftest import Federation
@@ -67,6 +70,17 @@ class Fixed:
         return Trained(self.tensors, task.steps, 40 * task.steps, {"loss": 0.0})
     def evaluate(self):
         return {}
+
+class Says(Fixed):
+    says = 0.95
+    def evaluate(self):
+        return {"loss": 1.0, "accuracy": self.says}
+
+class Percent(Says):
+    says = 95.0
+
+class Nan(Says):
+    says = float("nan")
 '''
 
 
@@ -99,6 +113,60 @@ def test_without_test_data_on_the_server_the_clients_evaluate(own: "Federation")
     mine = ["--model", "own:Net", "--data", "own:load"]
     clients = [own.client(f"c{i}", *mine, "--shard", f"{i}/2") for i in range(2)]
     assert server.data()["metrics"]["accuracy"] >= 0.9
+    for client in clients:
+        client.data()
+
+
+def test_what_a_run_ends_with_is_judged_by_the_clients_too(own: "Federation") -> None:
+    """Nobody was asked about the last version, and the end showed another one's accuracy."""
+    server = own.server(
+        "--model", "own:Net", "--data", "none", "--strategy", "fedavg:steps=8,min_clients=2",
+        "--versions", "3",
+    )  # fmt: skip
+    mine = ["--model", "own:Net", "--data", "own:load"]
+    clients = [own.client(f"c{i}", *mine, "--shard", f"{i}/2") for i in range(2)]
+    assert server.data()["versions"] == 3
+    for client in clients:
+        client.data()
+    judged = own.history("evaluated")
+    assert judged[-1]["version"] == 3
+    assert judged[-1]["metrics"]["examples"] == 400  # each has all of the test data
+
+
+def test_an_ended_run_does_not_wait_for_ever_for_the_last_word(
+    own: "Federation", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "LAST_WORD", 1.0)
+    over = threading.Event()
+
+    class Slow(importlib.import_module("own").Fixed):  # type: ignore[misc]
+        def evaluate(self) -> dict[str, float]:
+            over.wait(60)
+            return {"loss": 1.0}
+
+    local = own.local(
+        model="own:Net", data="", strategy="fedavg:steps=1,min_clients=1,rounds=1"
+    )
+    guest = own.guest(Client(own.address, Slow(), name="slow", seconds_per_step=0.1))
+    local.join(20)
+    assert local.error is None, local.error
+    assert local.summary is not None, "it waits for a client that does not answer"
+    assert local.summary.versions == 1
+    over.set()
+    guest.ended()
+
+
+def test_a_client_whose_accuracy_is_none_takes_nobodys(own: "Federation") -> None:
+    """A percentage, or NaN, kept the run from its target, and nobody said why."""
+    options = ["--strategy", "fedavg:steps=1,min_clients=3", "--target-accuracy", "0.9"]
+    server = own.server("--model", "own:Net", "--data", "none", *options, "--versions", "30")
+    names = ("Says", "Percent", "Nan")
+    clients = [own.client(name.lower(), "--trainer", f"own:{name}") for name in names]
+    data = server.data()
+    assert data["versions"] < 30
+    assert data["metrics"]["accuracy"] == 0.95
+    assert "client=nan gives no accuracy" in server.said()
+    assert "accuracy=95 (give a share, from 0 to 1)" in clients[1].said()
     for client in clients:
         client.data()
 
