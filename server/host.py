@@ -116,7 +116,6 @@ class Host:
         self._tasks: set[asyncio.Task[None]] = set()
         self._panel = Panel()  # where the server has no test data
         self._patience: float | None = None  # loop's time until which an ended run waits for it
-        self._lacking: set[str] = set()  # clients of which it was said that they lack a metric
         self._offered = self._judged = -1  # newest versions given to the evaluator, heard from it
 
     # ---- the driver's world --------------------------------------------------------------------
@@ -373,10 +372,8 @@ class Host:
     def _panel_says(self, found: tuple[int, dict[str, float]] | None) -> None:
         if found is not None:
             for client, names in self._panel.lacking().items():
-                if client not in self._lacking:
-                    self._lacking.add(client)
-                    words = client, ", ".join(names), found[0]
-                    logger.warning("client=%s gives no %s (version=%d): others' counts", *words)
+                words = client, ", ".join(names), found[0]
+                logger.warning("client=%s gives no %s (version=%d): others' counts", *words)
             self.driver.post(Evaluated(*found))
         self._ask_clients()
         self.driver.wake()  # the last one may have been waited for

@@ -16,6 +16,7 @@ class Panel:
     waiting: int | None = None  # the newest published meanwhile
     asked: set[str] = field(default_factory=set)  # who has not answered
     answers: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
+    named: set[str] = field(default_factory=set)  # of whom it was said that they lack a metric
 
     def offer(self, version: int) -> None:
         """A version could be judged."""
@@ -56,10 +57,14 @@ class Panel:
         return version, {**means, "examples": float(sum(n for _, n in found))}
 
     def lacking(self) -> dict[str, list[str]]:
-        """Of the version judged last: metrics that a client did not measure, and others did."""
+        """Of the version judged last: metrics that a client did not measure, and others did. Each
+        client is named once."""
         found = {c: set(m) for c, (m, n) in sorted(self.answers.items()) if n > 0 and m}
         every: set[str] = set().union(*found.values())
-        return {client: sorted(every - mine) for client, mine in found.items() if every - mine}
+        new = {c: sorted(every - mine) for c, mine in found.items() if every - mine}
+        new = {c: names for c, names in new.items() if c not in self.named}
+        self.named |= new.keys()
+        return new
 
     @property
     def busy(self) -> bool:

@@ -264,7 +264,7 @@ def test_a_client_that_does_not_say_how_many_examples_it_judged_by_weighs_as_in_
     assert bench(trainer).evaluate(sent, no_fetch)["examples"] == 30
     trainer.evaluate = lambda: {"sum": 1.0, "examples": 7}  # type: ignore[method-assign]
     assert bench(trainer).evaluate(sent, no_fetch)["examples"] == 7
-    trainer.evaluate = dict  # type: ignore[method-assign, assignment]
+    trainer.evaluate = dict  # type: ignore[method-assign]
     assert bench(trainer).evaluate(sent, no_fetch) == {}  # it has no test data
 
 

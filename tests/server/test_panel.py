@@ -29,6 +29,7 @@ def test_a_metric_that_one_client_lacks_is_that_of_the_others() -> None:
         {"accuracy": (0.5 * 30 + 0.9 * 10) / 40, "loss": 1.75, "examples": 50.0},
     )
     assert panel.lacking() == {"b": ["accuracy"], "c": ["loss"]}
+    assert panel.lacking() == {}  # it has been said
 
 
 def test_one_version_is_out_at_a_time_and_the_newest_waits() -> None:
