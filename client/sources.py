@@ -25,6 +25,7 @@ Array = npt.NDArray[Any]
 
 MAX_IMAGES = 10_000_000
 MAX_SIDE = 4096
+MAX_CLASSES = 1 << 20  # of an npz: a model has an output for each
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then red, green and blue rows
 DIGITS = {"mean": 0.3053, "std": 0.3761, "scale": 1 / 16}  # measured on all pixels
 MNIST = {"mean": 0.1307, "std": 0.3081, "scale": 1 / 255}
@@ -134,7 +135,11 @@ def npz(path: str, options: Options, seed: int) -> Data:
         kept, held = holdout(len(both), seed, labels=labels)
         train, test = both.take(kept), both.take(held)
     else:
-        raise _malformed(file, f"it holds {', '.join(sorted(arrays)) or 'nothing'}")
+        raise DataError(
+            "FL-D102",
+            f"{file}: it holds {', '.join(sorted(arrays)) or 'nothing'}",
+            "save arrays x and y in it, or x_train, y_train, x_test and y_test",
+        )
     if min(len(train), len(test)) < 1:
         raise DataError("FL-D105", f"{file} leaves no examples to train or to test", "give more")
     if train.raw.shape[1:] != test.raw.shape[1:] or train.y.dtype != test.y.dtype:
@@ -292,6 +297,8 @@ def _arrays(file: Path, x: Array, y: Array) -> Split:
         raise _malformed(file, "it holds values that are not numbers")
     if y.dtype == np.int64 and len(y) and int(y.min()) < 0:
         raise _malformed(file, f"class {int(y.min())} is negative")
+    if y.dtype == np.int64 and len(y) and int(y.max()) >= MAX_CLASSES:
+        raise _malformed(file, f"class {int(y.max())}: they are numbered from 0")
     return Split(torch.from_numpy(x), torch.from_numpy(y), scale=scale)
 
 

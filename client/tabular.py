@@ -5,6 +5,7 @@ empty cell of a number column takes its mean. All raw columns are kept, to split
 """
 
 import csv
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,12 @@ from atoll.client.data import Data, DataInfo, Indices, Kind, Split, holdout
 from atoll.client.sources import Options, existing_file, take_options
 from atoll.protocols.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 MAX_CATEGORIES = 1000  # one-hot columns a column may become: more is an identifier, not a feature
 MAX_CLASSES = 100  # distinct whole numbers up to which a target is classes
 EMPTY = ("", "NA", "NaN", "nan", "?")
+MISSING = (*EMPTY, "N/A", "NULL", "null", "None")  # among numbers; a class may be called so
 
 Column = Sequence[str]
 
@@ -41,15 +45,17 @@ def table(path: str, options: Options, seed: int) -> Data:
             raise DataError(
                 "FL-D102", f"{file} has no column {name!r}", f"it has {', '.join(columns)}"
             )
+    features = [name for name in columns if name not in (target, site)]
+    if not features:
+        one = len(columns) == 1 and any(mark in target for mark in ";\t|")
+        hint = f"separate cells by commas: its one column is {target[:60]!r}" if one else "add one"
+        raise DataError("FL-D102", f"{file} has no column beside the target", hint)
     y, classes, kind = _target(file, target, columns[target], options.get("task", ""))
     labels = y if kind == "classification" else None
     train, test = holdout(len(y), seed, labels=labels)
     if min(len(train), len(test)) < 1:
         raise _few(file, len(y))
-    features = [name for name in columns if name not in (target, site)]
     blocks = [_feature(file, name, columns[name], train) for name in features]
-    if not blocks:
-        raise DataError("FL-D102", f"{file} has no column beside the target", "add one")
     x = np.concatenate(blocks, axis=1)
     both = Split(torch.from_numpy(x), torch.from_numpy(y))
     kept = {name: [values[i] for i in train] for name, values in columns.items()}
@@ -105,7 +111,7 @@ def _target(file: Path, name: str, values: Column, task: str) -> tuple[npt.NDArr
 
 def _feature(file: Path, name: str, values: Column, train: Indices) -> npt.NDArray[np.float32]:
     """(rows, 1) standardised, or (rows, categories) one-hot: a value never trained on is zeros."""
-    numbers = _numbers(values)
+    numbers = _numbers(values, MISSING)
     if numbers is not None:
         seen = numbers[train]
         mean = float(np.nanmean(seen)) if not np.isnan(seen).all() else 0.0
@@ -113,6 +119,7 @@ def _feature(file: Path, name: str, values: Column, train: Indices) -> npt.NDArr
         scaled = (np.where(np.isnan(numbers), mean, numbers) - mean) / (std or 1.0)
         return scaled.astype(np.float32)[:, None]
     categories = sorted({values[i] for i in train})
+    _doubt(file, name, values, len(categories))
     if len(categories) > MAX_CATEGORIES:
         raise _malformed(
             file,
@@ -127,17 +134,28 @@ def _feature(file: Path, name: str, values: Column, train: Indices) -> npt.NDArr
     return block
 
 
-def _numbers(values: Column) -> npt.NDArray[np.float64] | None:
-    """The values as numbers, an empty cell as NaN; None where any is no finite number."""
+def _numbers(values: Column, missing: Sequence[str] = EMPTY) -> npt.NDArray[np.float64] | None:
+    """The values as numbers, a missing one as NaN; None where any is no finite number."""
     numbers = np.empty(len(values))
     for i, value in enumerate(values):
         try:
-            numbers[i] = math.nan if value in EMPTY else float(value)
+            numbers[i] = math.nan if value in missing else float(value)
         except ValueError:
             return None
-        if value not in EMPTY and not math.isfinite(numbers[i]):
+        if value not in missing and not math.isfinite(numbers[i]):
             return None
     return numbers
+
+
+def _doubt(file: Path, name: str, values: Column, categories: int) -> None:
+    """Say so where most of a column that is taken as categories are numbers."""
+    odd = [i for i, value in enumerate(values) if _numbers([value], MISSING) is None]
+    if 2 * len(odd) < len(values):
+        logger.warning(
+            "%s: column %r becomes %d categories, for row %d has %r, which is no number (an empty "
+            "cell, NA, NULL or ? is a missing one)", file, name, categories, odd[0] + 1,
+            values[odd[0]],
+        )  # fmt: skip
 
 
 def _few(file: Path, rows: int) -> DataError:

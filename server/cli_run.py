@@ -233,9 +233,13 @@ def _summary(state: Path) -> dict[str, object]:
     except AtollError as error:
         return {
             "state_dir": str(state), "run": None, "name": "", "strategy": "", "state": "damaged",
-            "reason": error.message, "version": None, "best": None, "updates": 0, "elapsed_s": 0.0,
+            "reason": error.message, "version": None, "metric": "", "best": None, "updates": 0,
+            "elapsed_s": 0.0,
         }  # fmt: skip
-    kept = ("run", "name", "strategy", "state", "reason", "version", "best", "updates", "elapsed_s")
+    kept = (
+        "run", "name", "strategy", "state", "reason", "version", "metric", "best", "updates",
+        "elapsed_s",
+    )  # fmt: skip
     return {"state_dir": str(state), **{name: getattr(found, name) for name in kept}}
 
 

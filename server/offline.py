@@ -86,6 +86,7 @@ def end_of(status: Status, told: History) -> Status:
         metric=rules.metric,
         target=told.limits.get("target"),
         latest=rules.latest,
+        latest_version=None if rules.latest is None else rules.latest_version,
         best=rules.best,
         best_version=rules.best_version,
         clients=tuple(_counted(client, told) for client in status.clients),

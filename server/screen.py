@@ -50,12 +50,15 @@ def status_screen(status: Status) -> "Text":
 
 
 def worth(status: Status) -> str:
-    """`accuracy 0.9410, best 0.9450 (v116), target 0.95`."""
+    """`accuracy 0.9410, best 0.9450 (v116), target 0.95`; the latest with its version where that
+    is not the newest one."""
     target = "" if status.target is None else f", target {status.target:g}"
     if status.latest is None:
         return f"no {status.metric} yet{target}"
     best = "" if status.best is None else f", best {status.best:.4f} (v{status.best_version})"
-    return f"{status.metric} {status.latest:.4f}{best}{target}"
+    at = status.latest_version
+    old = "" if at in (None, status.version) else f" (v{at})"
+    return f"{status.metric} {status.latest:.4f}{old}{best}{target}"
 
 
 def group_line(group: GroupStatus, now: float) -> str:
@@ -127,7 +130,7 @@ def runs_screen(found: Sequence[Mapping[str, object]]) -> "Text | str":
             (str(run["strategy"]), ""),
             (state, _STATES.get(state, "")),
             ("" if run["version"] is None else f"v{run['version']}", ""),
-            (f"{best:.4f}" if isinstance(best, float) else "", ""),
+            (f"{run['metric']} {best:.4f}" if isinstance(best, float) else "", ""),
             (str(run["updates"]), ""),
             (console.duration(float(str(run["elapsed_s"]))), ""),
         ])  # fmt: skip

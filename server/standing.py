@@ -31,6 +31,7 @@ def status(
         "metric": rules.metric,
         "target": rules.target,
         "latest": rules.latest,
+        "latest_version": None if rules.latest is None else rules.latest_version,
         "best": rules.best,
         "best_version": rules.best_version,
         "epsilon": history.epsilon,

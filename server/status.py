@@ -64,6 +64,7 @@ class Status:
     metric: str = "accuracy"
     target: float | None = None  # of the metric
     latest: float | None = None
+    latest_version: int | None = None
     best: float | None = None
     best_version: int | None = None
     epsilon: float | None = None  # that noise has cost the client that paid most; None: no noise

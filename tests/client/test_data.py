@@ -237,6 +237,20 @@ def test_npz_of_x_and_y_is_split_and_bytes_are_pictures(tmp_path: Path) -> None:
     np.testing.assert_allclose(data.train.x.numpy(), 1, atol=1e-6)
 
 
+def test_an_npz_with_other_arrays_says_which_are_wanted(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", foo=np.zeros(3))
+    with pytest.raises(DataError, match="it holds foo") as caught:
+        load_data(f"npz:{tmp_path / 'a.npz'}")
+    assert "arrays x and y" in caught.value.hint
+
+
+def test_an_npz_with_a_class_beyond_all_reason_is_refused(tmp_path: Path) -> None:
+    """A model has an output for each: this one took 256 GB."""
+    np.savez(tmp_path / "a.npz", x=np.zeros((60, 2)), y=np.array([0, 10**9] * 30))
+    with pytest.raises(DataError, match="class 1000000000: they are numbered from 0"):
+        load_data(f"npz:{tmp_path / 'a.npz'}")
+
+
 def test_npz_of_classes_is_split_within_each(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros((60, 2)), y=np.array([0] * 50 + [1] * 10))
     data = load_data(f"npz:{tmp_path / 'a.npz'}")

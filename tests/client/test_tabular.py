@@ -8,6 +8,7 @@ import pytest
 from atoll.client.data import Data, Split, load_data
 from atoll.client.partition import shard_of
 from atoll.protocols.errors import DataError
+from tests.conftest import Logged
 
 ROWS = 40
 
@@ -109,6 +110,7 @@ def test_a_target_of_few_whole_numbers_is_classes_in_their_order(tmp_path: Path)
         ("a,b\n1,x\n2,y\n", ",task=sorting", "FL-D103", "task='sorting'"),
         ("a,b\n1,x\n2,y\n", ",task=regression", "FL-D102", "not numbers"),
         ("b\n" + "x\ny\n" * 10, "", "FL-D102", "no column beside the target"),
+        ("a;b\n" + "1;2\n" * 10, "", "FL-D102", "no column beside the target"),
         ('a,b\n"1,x\n', "", "FL-D102", "unexpected end of data"),
     ],
 )
@@ -122,3 +124,46 @@ def test_a_table_that_cannot_be_used_says_why(
     assert caught.value.code == code
     assert why in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_table_whose_cells_no_comma_separates_is_told_so(tmp_path: Path, mark: str) -> None:
+    """It had too few rows, whatever it had."""
+    file = tmp_path / "t.csv"
+    file.write_text(f"age{mark}ill\n" + f"50{mark}yes\n" * 50)
+    with pytest.raises(DataError) as caught:
+        load_data(f"csv:{file}")
+    assert caught.value.hint == f"separate cells by commas: its one column is {f'age{mark}ill'!r}"
+
+
+def table_of(tmp_path: Path, *cells: str) -> str:
+    rows = [f"{cell},{i % 2}" for i, cell in enumerate([*cells, *map(str, range(20))])]
+    (tmp_path / "t.csv").write_text("bp,ill\n" + "\n".join(rows) + "\n")
+    return f"csv:{tmp_path / 't.csv'}"
+
+
+def test_numbers_among_which_one_is_none_are_told_as_categories(
+    tmp_path: Path, logged: Logged
+) -> None:
+    """One damaged cell made fifty inputs of one, and nobody said so."""
+    assert load_data(table_of(tmp_path, "1", "inf")).info.shape > (10,)
+    assert "column 'bp' becomes" in logged.text
+    assert "row 2 has 'inf', which is no number" in logged.text
+
+
+@pytest.mark.parametrize("cell", ["", "N/A", "NULL", "None"])
+def test_what_others_write_for_a_missing_number_is_one(
+    tmp_path: Path, logged: Logged, cell: str
+) -> None:
+    assert load_data(table_of(tmp_path, cell)).info.shape == (1,)
+    assert not logged.text
+
+
+def test_words_with_a_few_numbers_among_them_are_categories(tmp_path: Path, logged: Logged) -> None:
+    load_data(table_of(tmp_path, *(f"ward {n % 3}" for n in range(30))))
+    assert not logged.text
+
+
+def test_a_class_may_be_called_as_a_missing_number_is(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n" + "1,None\n2,mild\n" * 10)
+    assert load_data(f"csv:{tmp_path / 't.csv'}").info.classes == 2

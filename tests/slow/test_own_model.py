@@ -144,9 +144,7 @@ def test_an_ended_run_does_not_wait_for_ever_for_the_last_word(
             over.wait(60)
             return {"loss": 1.0}
 
-    local = own.local(
-        model="own:Net", data="", strategy="fedavg:steps=1,min_clients=1,rounds=1"
-    )
+    local = own.local(model="own:Net", data="", strategy="fedavg:steps=1,min_clients=1,rounds=1")
     guest = own.guest(Client(own.address, Slow(), name="slow", seconds_per_step=0.1))
     local.join(20)
     assert local.error is None, local.error
