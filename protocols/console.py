@@ -5,6 +5,7 @@ that `--help` is quick. A command raises AtollError and knows nothing of screens
 into text or, with `--json`, into the envelope, and into an exit code.
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -171,9 +172,23 @@ def report(error: AtollError, as_json: bool, final: bool = False) -> int:
             click.echo(_envelope(failure(error) | ({"final": True} if final else {})))
         else:
             say(screen(error))
-    except OSError:  # stdout lies on a full disk
-        say(screen(error))
+    except OSError:  # stdout lies on a full disk, or both do
+        with contextlib.suppress(OSError):
+            say(screen(error))
+        _hush()
     return error.exit_code
+
+
+def _hush() -> None:
+    """What could not be written is dropped: Python tries once more when it ends, and then ends with
+    a code of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def _report_usage(error: click.ClickException, as_json: bool, final: bool) -> int:

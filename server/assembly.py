@@ -200,7 +200,7 @@ class Assembly:
         limits = {n: v for n in LIMITS if (v := getattr(rules, n)) is not None}
         if len(limits) == 1:  # the metric alone is no limit
             limits = {}
-        if limits != self.history.limits:
+        if limits != self.history.limits and self.history.finished is None:
             row: dict[str, object] = {"t": self.clock.now(), "kind": "limits", **limits}
             self.history.append(row)
             self._note([row])
@@ -325,7 +325,7 @@ class Assembly:
         self.clock.start()
         self._loop = asyncio.get_running_loop()
         self.driver.attach()
-        if self.resumed:
+        if self.resumed and self.history.finished is None:
             now, version = self.clock.now(), self.host.run.published
             self._note([{"t": now, "kind": "resumed", "version": version}])
         self._say_limits()

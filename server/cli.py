@@ -73,7 +73,9 @@ for name in COMMANDS:
     show_default=True,
     help="Seconds without a sign of life after which a client has left.",
 )
-@click.option("--save-every", default=1, show_default=True, help="Versions between two on disk.")
+@click.option(
+    "--save-every", default=1, show_default=True, help="Versions between two on disk, at least."
+)
 @click.option("--keep", default=5, show_default=True, help="Newest versions kept on disk.")
 @click.option(
     "--max-examples", default=0, metavar="N",

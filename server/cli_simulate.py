@@ -79,7 +79,10 @@ MISSED = 5  # exit code: the target was not reached; the run itself went well
 @click.option("--evaluate-every", default=1, show_default=True, help="Versions.")
 @click.option("--threads", default=1, show_default=True, help="Of torch, in each process.")
 @click.option(
-    "--workers", default=1, show_default=True, help="Processes that train; the hash is the same."
+    "--workers",
+    default=1,
+    show_default=True,
+    help="Processes that train, at most one a client; the hash is the same.",
 )
 @click.option(
     "--engine", default="processes", show_default=True, metavar="NAME",
@@ -145,19 +148,24 @@ def engine_of(given: Mapping[str, Any]) -> "Engine | None":
             "FL-S108", f"--workers {workers} --engine {given['engine']}",
             f"give 1 to {MOST_WORKERS} workers, and --engine processes, ray or ray:ADDRESS",
         )  # fmt: skip
+
+    def most(trainers: "Trainers") -> int:
+        """More than there are clients would never be given work."""
+        return min(int(workers), len(trainers.clients))
+
     if name == "ray":
 
         def on_ray(trainers: "Trainers") -> "Crew":
             from atoll.server.rayworkers import RayWorkers
 
-            return RayWorkers(trainers, workers, threads, address or None)
+            return RayWorkers(trainers, most(trainers), threads, address or None)
 
         return on_ray
 
     def here(trainers: "Trainers") -> "Crew":
         from atoll.server.workers import Workers
 
-        return Workers.of(trainers, workers, threads)
+        return Workers.of(trainers, most(trainers), threads)
 
     return here if workers > 1 else None
 

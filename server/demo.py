@@ -157,26 +157,15 @@ class Demo:
             self._check_time()
             time.sleep(0.05)
 
-    def _failed(self, child: Child, otherwise: str) -> AtollError:
-        """What a process said before it died: its own error, code and all."""
-        words = child.last_words(6)
-        words = words[max(0, words.rfind("error FL-")) :]
-        code, _, rest = words.removeprefix("error ").partition(": ")
-        lines = [part.strip() for part in rest.splitlines()]
-        hint = next((part.removeprefix("fix").strip() for part in lines if part[:3] == "fix"), "")
-        if code.startswith("FL-") and lines:
-            return ServerError(code, lines[0], hint)
-        return ServerError("FL-S204", otherwise, f"see {child.err}")
-
     def _server_failed(self) -> AtollError:
-        return self._failed(self.server, f"the server ended: {self.server.reason or 'early'}")
+        return failure_of(self.server, f"the server ended: {self.server.reason or 'early'}")
 
     def _look_after_clients(self) -> None:
         for name, child in self.children.items():
             if not child.died():
                 continue
             if child.code in HOPELESS or child.restarts >= MAX_RESTARTS:
-                raise self._failed(child, f"{name} died {child.restarts + 1} times, {child.reason}")
+                raise failure_of(child, f"{name} died {child.restarts + 1} times, {child.reason}")
             now = self._clock()
             self._note({"t": now, "kind": "restart", "client": name, "reason": child.reason})
             child.restart()
@@ -319,3 +308,19 @@ class Demo:
             "bytes_down": max(down, totals.bytes_down if totals else 0),
             "restarts": child.restarts if child else 0,
         }
+
+
+def failure_of(child: Child, otherwise: str) -> AtollError:
+    """What a process said before it died: its own error, code and all."""
+    words = child.last_words(6)
+    words = words[max(0, words.rfind("error FL-")) :]
+    code, _, rest = words.removeprefix("error ").partition(": ")
+    lines = [part.strip() for part in rest.splitlines()]
+    hint = next((part.removeprefix("fix").strip() for part in lines if part[:3] == "fix"), "")
+    if code.startswith("FL-") and lines:
+        return ServerError(code, lines[0], hint)
+    full = f"{child.name} cannot write to {child.folder}: its disk is full"
+    error = ServerError("FL-S203", full, "free space there, or give another --out")
+    if child.code == error.exit_code:  # it could not even say so
+        return error
+    return ServerError("FL-S204", otherwise, f"see {child.err}")

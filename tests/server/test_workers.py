@@ -17,6 +17,7 @@ from atoll.client.local import LocalConfig
 from atoll.protocols import console
 from atoll.protocols.errors import ClientError, ServerError, UsageError
 from atoll.server.cli import cli
+from atoll.server.cli_simulate import engine_of
 from atoll.server.crew import Job
 from atoll.server.simulation import Simulation
 from atoll.server.simulator import simulate
@@ -234,6 +235,19 @@ def test_a_worker_that_ends_is_one_clear_error() -> None:
     with pytest.raises(ServerError, match="FL-S211"):
         link.send(Frame({"kind": "go"}))
     link.close()
+
+
+def test_no_more_workers_are_started_than_there_are_clients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Forty for two clients took 46 s to start, silently."""
+    asked: list[int] = []
+    monkeypatch.setattr(Workers, "of", lambda _, workers, threads: asked.append(workers))
+    for workers in (2, 40):
+        engine = engine_of({"workers": workers, "engine": "processes", "threads": 1})
+        assert engine is not None
+        engine(trainers())
+    assert asked == [2, min(40, len(NAMES))]
 
 
 @pytest.mark.parametrize(

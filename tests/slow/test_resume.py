@@ -74,8 +74,11 @@ def test_a_run_stopped_for_now_goes_on_with_the_same_limits(
     # The order after the last version may be done before its client hears of the end.
     assert all(12 <= trainer.trained <= 13 for trainer in trainers)
     federation.ledger().check()
-    again = federation.server(wait=False)  # it said that it serves, and that it has no stop rule
+    rows = (federation.state / "history.jsonl").read_text()
+    # It said that it serves, and that it has no stop rule, and took a target that it never had.
+    again = federation.server("--target-accuracy", "0.5", wait=False)
     assert again.data()["reason"] == "12 versions done"
+    assert (federation.state / "history.jsonl").read_text() == rows
     assert "run: this run is over, and stays so; another --state begins one" in again.said()
     assert "serving" not in again.said()
 
