@@ -8,7 +8,7 @@ from atoll.p2p.virtual import Swarm
 from atoll.p2p.world import PeerModel, Weather
 from tests.seeds import seeds
 
-FAST, ALL = 60, 10_000  # seeds
+FAST, ALL = 40, 10_000  # seeds
 A_TENTH = ALL // 10
 
 
