@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from atoll.server.door import held, locked, write_note
 from atoll.server.history import line
 from atoll.server.live import Live
 from atoll.server.look import FromFile, Place, Watch, picture
-from atoll.server.screen import status_screen
+from atoll.server.screen import status_screen, worth
 from atoll.server.spec import RunSpec
 from atoll.server.status import ClientStatus, GroupStatus, Status
 from atoll.server.versions import VersionStore
@@ -92,7 +93,8 @@ def test_status_of_a_stopped_run_is_what_its_history_says(state: Path, capsys: C
     assert (told["run"], told["name"], told["state"]) == (ID, "digits-fc", "stopped")
     assert told["reason"] == f"no server runs; go on with: fl-server start --state {state}"
     assert (told["version"], told["updates"], told["steps"]) == (2, 2, 17)
-    assert (told["latest"], told["best"], told["best_version"]) == (0.8, 0.9, 1)
+    assert (told["latest"], told["latest_version"]) == (0.8, 2)
+    assert (told["best"], told["best_version"]) == (0.9, 1)
     fast, slow = told["clients"]
     assert (fast["name"], fast["state"], fast["reason"]) == ("fast", "offline", "no server runs")
     assert (slow["name"], slow["state"], slow["reason"]) == ("slow", "left", "battery")
@@ -130,6 +132,15 @@ def test_best_is_by_the_metric_that_the_limits_look_at(tmp_path: Path, capsys: C
     asked: dict[str, Any] = {"t": 0.0, "kind": "limits", "metric": "loss", "target": 0.1}
     told = data(capsys, "status", "--state", str(made(tmp_path / "s", asked)))
     assert (told["metric"], told["best"], told["target"]) == ("loss", 0.4, 0.1)
+    assert console.run(cli, ["run", "ls", str(tmp_path)]) == 0
+    assert "loss 0.4000" in capsys.readouterr().out  # it stood there as an accuracy
+
+
+def test_the_latest_accuracy_says_of_which_version_it_is_unless_of_the_newest() -> None:
+    status = Status(ID, "digits", "fedavg", "running", version=8, latest=0.9, latest_version=7)
+    assert worth(status) == "accuracy 0.9000 (v7)"
+    assert worth(replace(status, latest_version=8)) == "accuracy 0.9000"
+    assert worth(replace(status, latest_version=None)) == "accuracy 0.9000"  # a former server's
 
 
 def test_a_run_that_has_not_begun_has_a_status_too(tmp_path: Path, capsys: Capsys) -> None:

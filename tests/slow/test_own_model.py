@@ -154,6 +154,16 @@ def test_an_ended_run_does_not_wait_for_ever_for_the_last_word(
     guest.ended()
 
 
+def test_an_ended_run_does_not_wait_for_a_client_without_test_data(own: "Federation") -> None:
+    local = own.local(model="own:Net", data="", strategy="fedavg:steps=1,min_clients=1,rounds=1")
+    fixed = importlib.import_module("own").Fixed()
+    guest = own.guest(Client(own.address, fixed, name="bare", seconds_per_step=0.1))
+    local.join(host.LAST_WORD - 10)
+    assert local.error is None, local.error
+    assert local.summary is not None, "it waits for a word that has been said"
+    guest.ended()
+
+
 def test_a_client_whose_accuracy_is_none_takes_nobodys(own: "Federation") -> None:
     """A percentage, or NaN, kept the run from its target, and nobody said why."""
     options = ["--strategy", "fedavg:steps=1,min_clients=3", "--target-accuracy", "0.9"]
@@ -165,6 +175,8 @@ def test_a_client_whose_accuracy_is_none_takes_nobodys(own: "Federation") -> Non
     assert data["metrics"]["accuracy"] == 0.95
     assert "client=nan gives no accuracy" in server.said()
     assert "accuracy=95 (give a share, from 0 to 1)" in clients[1].said()
+    assert len(own.history("evaluated")) > 1
+    assert clients[1].said().count("not evaluated") == 1
     for client in clients:
         client.data()
 
