@@ -175,7 +175,7 @@ def report(error: AtollError, as_json: bool, final: bool = False) -> int:
     except OSError:  # stdout lies on a full disk, or both do
         with contextlib.suppress(OSError):
             say(screen(error))
-        _hush()
+    _hush()
     return error.exit_code
 
 

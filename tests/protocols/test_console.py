@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -166,11 +167,15 @@ def test_a_full_disk_under_stdout_is_told_on_stderr(given: list[str]) -> None:
         "from atoll.protocols import console; "
         f"sys.exit(console.run(command(lambda: None), {given}))"
     )
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
-            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", program],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=buffered,
+        )  # fmt: skip
+        silent = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=full, env=buffered
         )
-        silent = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full)
     assert ended.stderr.startswith("error FL-S203: ")
     assert "Traceback" not in ended.stderr
     assert (ended.returncode, silent.returncode) == (74, 74)  # not 120, of Python's last flush

@@ -23,7 +23,7 @@ def test_a_metric_that_one_client_lacks_is_that_of_the_others() -> None:
     panel.ask(["a", "b", "c", "d"])
     panel.answer("a", 1, {"accuracy": 0.5, "loss": 2.0}, 30)
     panel.answer("b", 1, {"loss": 1.0}, 10)
-    panel.answer("d", 1, {}, 0)
+    panel.answer("d", 1, {"recall": 1.0}, 0)  # of no examples: nobody's word
     assert panel.answer("c", 1, {"accuracy": 0.9}, 10) == (
         1,
         {"accuracy": (0.5 * 30 + 0.9 * 10) / 40, "loss": 1.75, "examples": 50.0},

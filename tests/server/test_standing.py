@@ -169,6 +169,8 @@ def test_a_summary_has_the_metrics_of_the_best_version_and_ends_with_the_run(
 
     life.live(3, judged)
     told = life.assembly.summary()
+    status = life.assembly.status()
+    assert (status["latest"], status["latest_version"]) == (0.25, 3)
     life.die()
     assert (told.best_version, told.metrics) == (2, {"accuracy": 0.75, "loss": 1 / 3})
     assert told.seconds == life.assembly.history.ended

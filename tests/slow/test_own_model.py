@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,8 +157,13 @@ def test_an_ended_run_does_not_wait_for_ever_for_the_last_word(
 
 def test_an_ended_run_does_not_wait_for_a_client_without_test_data(own: "Federation") -> None:
     local = own.local(model="own:Net", data="", strategy="fedavg:steps=1,min_clients=1,rounds=1")
-    fixed = importlib.import_module("own").Fixed()
-    guest = own.guest(Client(own.address, fixed, name="bare", seconds_per_step=0.1))
+
+    class Bare(importlib.import_module("own").Fixed):  # type: ignore[misc]
+        def evaluate(self) -> dict[str, float]:
+            time.sleep(1.0)  # nothing else happens by then that would wake the server
+            return {}
+
+    guest = own.guest(Client(own.address, Bare(), name="bare", seconds_per_step=0.1))
     local.join(host.LAST_WORD - 10)
     assert local.error is None, local.error
     assert local.summary is not None, "it waits for a word that has been said"
