@@ -91,6 +91,9 @@ def evaluate(judge: Judge) -> dict[str, float]:
         value = metrics.get(name, 0.0)
         if math.isfinite(value) and not 0.0 <= value <= 1.0:  # else it is left out
             raise _broken(f"evaluate() gave {name}={value:g}", "give a share, from 0 to 1")
+    count = metrics.get("examples", 0.0)
+    if math.isfinite(count) and (count < 0 or count != int(count)):
+        raise _broken(f"evaluate() gave examples={count:g}", "give a whole number")
     return metrics
 
 
@@ -167,7 +170,7 @@ def _numbers(method: str, metrics: Mapping[str, object]) -> dict[str, float]:
 def _as(kind: Callable[..., T], name: str, value: object, want: str) -> T:
     try:
         return kind(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         shown = repr(value)
         raise _broken(f"{name}={shown[:60]}", f"give {want}") from error
 

@@ -141,6 +141,8 @@ def start(
             behalf.stop()
     told = f"{summary.versions} versions from {summary.updates} updates in {summary.seconds:.1f} s"
     more = "".join(f", {k} {v:.4f}" for k, v in sorted(summary.metrics.items()) if k != "examples")
+    if more and summary.best_version != summary.versions:
+        more += f" (v{summary.best_version})"
     ended = (
         summary.reason
         or f"stopped for now; go on with: fl-server start --state {shlex.quote(str(state))}"

@@ -211,8 +211,8 @@ class Driver:
         for one in in_order(inputs) if len(inputs) > 1 else inputs:
             self._decide(one)
         calls = [one for one in batch if callable(one)] if len(inputs) < len(batch) else ()
-        if self._urgent or calls or self._due:
-            await self._settle()
+        if self._urgent or calls or self._due or (self._unsaid and self.run.finished is not None):
+            await self._settle()  # at the end too: only who has heard of it knows what is to do
         elif self._unsaid:
             self._late.within(LAZY)
         for call in calls:

@@ -49,7 +49,8 @@ from atoll.server.workshop import Workshop
 
 logger = logging.getLogger(__name__)
 
-LAST_WORD = 30.0  # seconds in which clients may judge what a run has ended with
+JUDGING = 60.0  # seconds after which a version's judges are no longer waited for
+LAST_WORD = 30.0  # the same, of what a run has ended with
 
 
 class Host:
@@ -115,7 +116,7 @@ class Host:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._panel = Panel()  # where the server has no test data
-        self._patience: float | None = None  # loop's time until which an ended run waits for it
+        self._last_word: asyncio.TimerHandle | None = None  # until then an ended run waits for it
         self._offered = self._judged = -1  # newest versions given to the evaluator, heard from it
 
     # ---- the driver's world --------------------------------------------------------------------
@@ -208,10 +209,9 @@ class Host:
         if not self._panel.busy:
             return False
         loop = asyncio.get_running_loop()
-        if self._patience is None:  # the run has ended: they are to judge what it ended with
-            self._patience = loop.time() + LAST_WORD
-            loop.call_later(LAST_WORD, self.driver.wake)
-        return loop.time() < self._patience
+        if self._last_word is None:  # the run has ended: they are to judge what it ended with
+            self._last_word = loop.call_later(LAST_WORD, self._enough, None)
+        return loop.time() < self._last_word.when()
 
     def evaluate(self, version: int) -> None:
         """Let the server's own test data judge a version."""
@@ -363,11 +363,26 @@ class Host:
         version = self._panel.ask(list(self.sessions.of))
         if version is None:
             return
-        for session in self.sessions.of.values():
+        asyncio.get_running_loop().call_later(JUDGING, self._enough, version)
+        for session in [self.sessions.of[client] for client in sorted(self._panel.asked)]:
             load = self.outgoing.load(session, version)
             if load is not None:
                 asked = sent_to_evaluate(load.sent)
                 session.send(wire_pb2.ServerMessage(evaluate=asked))
+
+    def _enough(self, version: int | None) -> None:
+        """Who has not judged it by now is not waited for, where there are others; None: the run
+        ends with whichever is out, and has its last word."""
+        out = self._panel.version
+        if out is None or version not in (None, out):
+            return
+        others = self.sessions.of.keys() - self._panel.asked - self._panel.late
+        if version is not None and not self._panel.answers and not others:  # it takes long here
+            asyncio.get_running_loop().call_later(JUDGING, self._enough, version)
+            return
+        late = ", ".join(sorted(self._panel.asked))
+        logger.warning("version=%d is not judged yet by %s, who is not waited for", out, late)
+        self._panel_says(self._panel.close())
 
     def _panel_says(self, found: tuple[int, dict[str, float]] | None) -> None:
         if found is not None:

@@ -1,20 +1,24 @@
 """Panel: a version judged by the clients, each on its own test data, where the server has none.
 
 A machine. One version is out at a time; those published meanwhile wait as one, the newest, so a
-slow client skips versions and never piles up work.
+slow client skips versions and never piles up work: it is asked again when it has answered.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+Judged = tuple[int, dict[str, float]]  # a version and its metrics
+
 
 @dataclass
 class Panel:
-    """`ask` says which version to send to whom; `answer` and `gone` give the metrics, at last."""
+    """`ask` says which version to send to whom, `asked`; `answer`, `gone` and `close` give its
+    metrics, at last."""
 
     version: int | None = None  # out with the clients
     waiting: int | None = None  # the newest published meanwhile
     asked: set[str] = field(default_factory=set)  # who has not answered
+    late: set[str] = field(default_factory=set)  # who has not answered about a former one
     answers: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)  # of whom it was said that they lack a metric
 
@@ -24,28 +28,40 @@ class Panel:
             self.waiting = version
 
     def ask(self, clients: Collection[str]) -> int | None:
-        """The version to send to these clients now; None: one is still out, or there is none."""
-        if self.version is not None or self.waiting is None or not clients:
+        """The version to send to those of these clients who are now `asked`; None: one is still
+        out, or there is none, or nobody to ask."""
+        free = set(clients) - self.late
+        if self.version is not None or self.waiting is None or not free:
             return None
         self.version, self.waiting = self.waiting, None
-        self.asked, self.answers = set(clients), {}
+        self.asked, self.answers = free, {}
         return self.version
 
     def answer(
         self, client: str, version: int, metrics: Mapping[str, float], examples: int
-    ) -> tuple[int, dict[str, float]] | None:
+    ) -> Judged | None:
         """What one client found on `examples` examples; 0: it has no test data."""
+        self.late.discard(client)
         if version != self.version or client not in self.asked:
             return None
         self.answers[client] = (dict(metrics), examples)
         return self.gone(client)
 
-    def gone(self, client: str) -> tuple[int, dict[str, float]] | None:
+    def gone(self, client: str) -> Judged | None:
         """A client will not answer (any more). The version and its metrics, when all have or left:
         each the mean, weighted by examples, of those who measured it."""
+        self.late.discard(client)
         self.asked.discard(client)
-        if self.version is None or self.asked:
-            return None
+        return None if self.version is None or self.asked else self._mean()
+
+    def close(self) -> Judged | None:
+        """Wait no longer for who has not answered: now `late`. None where nobody judged it."""
+        self.late |= self.asked
+        self.asked = set()
+        return None if self.version is None else self._mean()
+
+    def _mean(self) -> Judged | None:
+        assert self.version is not None
         version, self.version = self.version, None
         found = [(m, n) for _, (m, n) in sorted(self.answers.items()) if n > 0 and m]
         if not found:

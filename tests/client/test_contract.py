@@ -85,6 +85,9 @@ def test_what_train_does_amiss_is_told(returned: Any, said: str) -> None:
         (fail, "evaluate() failed: KeyError('oops')"),
         ({"accuracy": 97.0}, "evaluate() gave accuracy=97"),  # reached a target of 0.9 at once
         ({"accuracy": -0.01}, "evaluate() gave accuracy=-0.01"),
+        ({"loss": 10**400}, f"evaluate() gave loss={'1' + '0' * 59}"),  # an OverflowError
+        ({"loss": 1.0, "examples": 0.5}, "evaluate() gave examples=0.5"),
+        ({"loss": 1.0, "examples": -5}, "evaluate() gave examples=-5"),
     ],
 )
 def test_what_evaluate_does_amiss_is_told(returned: Any, said: str) -> None:

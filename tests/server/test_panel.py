@@ -71,3 +71,24 @@ def test_answers_to_another_version_or_from_others_do_not_count() -> None:
     assert panel.gone("a") is None  # nobody answered: no metrics, and the next may be asked
     panel.offer(2)
     assert panel.ask(["a"]) == 2
+
+
+def test_who_is_late_is_left_and_asked_again_when_it_has_answered() -> None:
+    """One that hung ended all judging of a run."""
+    panel = Panel()
+    panel.offer(1)
+    panel.ask(["a", "b"])
+    assert panel.close() is None  # nobody has judged it
+    panel.offer(2)
+    assert panel.ask(["a", "b"]) is None  # both still have to answer
+    assert panel.answer("a", 1, {"loss": 5.0}, 2) is None  # too late, and free again
+    assert panel.ask(["a", "b"]) == 2
+    assert panel.asked == {"a"}
+    assert panel.answer("a", 2, {"loss": 1.0}, 2) == (2, {"loss": 1.0, "examples": 2.0})
+    panel.offer(3)
+    panel.gone("b")  # it left, and came back as another process
+    assert panel.ask(["a", "b"]) == 3
+    panel.answer("b", 3, {"loss": 2.0}, 2)
+    assert panel.close() == (3, {"loss": 2.0, "examples": 2.0})
+    assert (panel.late, panel.busy) == ({"a"}, False)
+    assert panel.close() is None

@@ -14,6 +14,7 @@ import pytest
 from atoll.client.client import Client
 from atoll.client.options import Options, maker
 from atoll.server import host
+from atoll.server.rules import Rules
 
 if TYPE_CHECKING:
     from tests.slow.conftest import Federation
@@ -118,20 +119,22 @@ def test_without_test_data_on_the_server_the_clients_evaluate(own: "Federation")
         client.data()
 
 
-def test_what_a_run_ends_with_is_judged_by_the_clients_too(own: "Federation") -> None:
-    """Nobody was asked about the last version, and the end showed another one's accuracy."""
-    server = own.server(
-        "--model", "own:Net", "--data", "none", "--strategy", "fedavg:steps=8,min_clients=2",
-        "--versions", "3",
-    )  # fmt: skip
-    mine = ["--model", "own:Net", "--data", "own:load"]
+@pytest.mark.parametrize(("judge", "hidden"), [("none", 8), ("none", 40_000), ("own:load", 40_000)])
+def test_what_a_run_ends_with_is_judged_too(own: "Federation", judge: str, hidden: int) -> None:
+    """Clients were not asked about the last version. A large one, which is merged in a thread of
+    its own, was judged by nobody: another was called the best, and exported."""
+    model = ("--model", f"own:Net:hidden={hidden}")
+    options = ("--strategy", "fedavg:steps=8,min_clients=2", "--versions", "3")
+    server = own.server(*model, "--data", judge, *options)
+    mine = [*model, "--data", "own:load"]
     clients = [own.client(f"c{i}", *mine, "--shard", f"{i}/2") for i in range(2)]
     assert server.data()["versions"] == 3
     for client in clients:
         client.data()
     judged = own.history("evaluated")
     assert judged[-1]["version"] == 3
-    assert judged[-1]["metrics"]["examples"] == 400  # each has all of the test data
+    each = 200  # has all of the test data
+    assert judged[-1]["metrics"]["examples"] == (2 * each if judge == "none" else each)
 
 
 def test_an_ended_run_does_not_wait_for_ever_for_the_last_word(
@@ -145,14 +148,50 @@ def test_an_ended_run_does_not_wait_for_ever_for_the_last_word(
             over.wait(60)
             return {"loss": 1.0}
 
-    local = own.local(model="own:Net", data="", strategy="fedavg:steps=1,min_clients=1,rounds=1")
+    class Judges(importlib.import_module("own").Fixed):  # type: ignore[misc]
+        def evaluate(self) -> dict[str, float]:
+            return {"loss": 2.0}
+
+    local = own.local(model="own:Net", data="", strategy="fedavg:steps=1,min_clients=2,rounds=1")
     guest = own.guest(Client(own.address, Slow(), name="slow", seconds_per_step=0.1))
+    with_it = own.guest(Client(own.address, Judges(), name="quick", seconds_per_step=0.1))
     local.join(20)
     assert local.error is None, local.error
     assert local.summary is not None, "it waits for a client that does not answer"
     assert local.summary.versions == 1
+    (judged,) = own.history("evaluated")
+    assert judged["metrics"] == {"loss": 2.0, "examples": 1.0}  # of the one that did
     over.set()
     guest.ended()
+    with_it.ended()
+
+
+def test_one_that_hangs_ends_the_judging_of_no_run(
+    own: "Federation", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No version was judged any more, and nobody said why."""
+    monkeypatch.setattr(host, "JUDGING", 0.5)
+    monkeypatch.setattr(host, "LAST_WORD", 0.5)
+    over = threading.Event()
+
+    class Hangs(importlib.import_module("own").Fixed):  # type: ignore[misc]
+        def evaluate(self) -> dict[str, float]:
+            over.wait(60)
+            return {"accuracy": 0.1}
+
+    local = own.local(
+        Rules(target=0.9), model="own:Net", data="", strategy="fedbuff:size=1,steps=1"
+    )
+    hangs = own.guest(Client(own.address, Hangs(), name="hangs", seconds_per_step=0.1))
+    own.until(lambda: own.history("join"))
+    says = importlib.import_module("own").Says()
+    with_it = own.guest(Client(own.address, says, name="says", seconds_per_step=0.1))
+    local.join(30)
+    assert local.summary is not None, "it goes on for ever"
+    assert local.summary.reason.startswith("target reached: accuracy 0.9500")
+    over.set()
+    for guest in (hangs, with_it):
+        guest.ended()
 
 
 def test_an_ended_run_does_not_wait_for_a_client_without_test_data(own: "Federation") -> None:
