@@ -18,7 +18,7 @@ from atoll.server.options import rules_of, run_options, spec_of, spelled_out
 
 if TYPE_CHECKING:
     from atoll.p2p.behalf import Behalf
-    from atoll.server.server import Server
+    from atoll.server.server import Server, Summary
 
 
 @click.group(name="fl-server")
@@ -139,10 +139,6 @@ def start(
     finally:
         if behalf is not None:
             behalf.stop()
-    told = f"{summary.versions} versions from {summary.updates} updates in {summary.seconds:.1f} s"
-    more = "".join(f", {k} {v:.4f}" for k, v in sorted(summary.metrics.items()) if k != "examples")
-    if more and summary.best_version != summary.versions:
-        more += f" (v{summary.best_version})"
     ended = (
         summary.reason
         or f"stopped for now; go on with: fl-server start --state {shlex.quote(str(state))}"
@@ -150,7 +146,14 @@ def start(
         + " --insecure-lan" * insecure_lan
         + " --peer INVITE" * bool(invite)  # without it, it would go on alone
     )
-    console.emit(summary, as_json, f"{ended}\n{told}{more}")
+    console.emit(summary, as_json, f"{ended}\n{_told(summary)}")
+
+
+def _told(summary: "Summary") -> str:
+    told = f"{summary.versions} versions from {summary.updates} updates in {summary.seconds:.1f} s"
+    more = "".join(f", {k} {v:.4f}" for k, v in sorted(summary.metrics.items()) if k != "examples")
+    old = more and summary.best_version != summary.versions
+    return told + more + (f" (v{summary.best_version})" if old else "")
 
 
 def _say_served(server: "Server", address: str) -> None:
