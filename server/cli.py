@@ -146,10 +146,11 @@ def start(
         + " --insecure-lan" * insecure_lan
         + " --peer INVITE" * bool(invite)  # without it, it would go on alone
     )
-    console.emit(summary, as_json, f"{ended}\n{_told(summary)}")
+    console.emit(summary, as_json, f"{ended}\n{end_line(summary)}")
 
 
-def _told(summary: "Summary") -> str:
+def end_line(summary: "Summary") -> str:
+    """What a run has made; of which version its metrics are, where that is not the last."""
     told = f"{summary.versions} versions from {summary.updates} updates in {summary.seconds:.1f} s"
     more = "".join(f", {k} {v:.4f}" for k, v in sorted(summary.metrics.items()) if k != "examples")
     old = more and summary.best_version != summary.versions

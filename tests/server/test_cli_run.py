@@ -19,12 +19,13 @@ from atoll.protocols import console
 from atoll.protocols.errors import ServerError, UsageError
 from atoll.protocols.manifest import Manifest, TensorSpec
 from atoll.server import cli_run, look, offline
-from atoll.server.cli import cli
+from atoll.server.cli import cli, end_line
 from atoll.server.door import held, locked, write_note
 from atoll.server.history import line
 from atoll.server.live import Live
 from atoll.server.look import FromFile, Place, Watch, picture
 from atoll.server.screen import status_screen, worth
+from atoll.server.server import Summary
 from atoll.server.spec import RunSpec
 from atoll.server.status import ClientStatus, GroupStatus, Status
 from atoll.server.versions import VersionStore
@@ -141,6 +142,14 @@ def test_the_latest_accuracy_says_of_which_version_it_is_unless_of_the_newest() 
     assert worth(status) == "accuracy 0.9000 (v7)"
     assert worth(replace(status, latest_version=8)) == "accuracy 0.9000"
     assert worth(replace(status, latest_version=None)) == "accuracy 0.9000"  # a former server's
+
+
+def test_the_end_says_of_which_version_its_accuracy_is_unless_of_the_last() -> None:
+    summary = Summary(ID, "8 versions done", 8, 24, 100, 5.5, {"accuracy": 0.9, "examples": 4.0}, 7)
+    made = "8 versions from 24 updates in 5.5 s"
+    assert end_line(summary) == f"{made}, accuracy 0.9000 (v7)"
+    assert end_line(replace(summary, best_version=8)) == f"{made}, accuracy 0.9000"
+    assert end_line(replace(summary, metrics={}, best_version=None)) == made
 
 
 def test_a_run_that_has_not_begun_has_a_status_too(tmp_path: Path, capsys: Capsys) -> None:
