@@ -25,16 +25,14 @@ from atoll.protocols.events import (
     UpdateReceived,
 )
 from atoll.protocols.membership import Membership
-from atoll.protocols.sent import sent_to_evaluate
-from atoll.server import plausible
 from atoll.server.driver import Driver
 from atoll.server.evaluate import Evaluator
 from atoll.server.intake import Intake
 from atoll.server.journal import ACKS
+from atoll.server.judging import Judging
 from atoll.server.links import Links
 from atoll.server.merge import InterruptedMergeError
 from atoll.server.outgoing import Outgoing
-from atoll.server.panel import Panel
 from atoll.server.questions import Around, Questions
 from atoll.server.reception import Reception
 from atoll.server.recover import snapshot
@@ -48,9 +46,6 @@ from atoll.server.uploads import StoredUpdate
 from atoll.server.workshop import Workshop
 
 logger = logging.getLogger(__name__)
-
-JUDGING = 60.0  # seconds after which a version's judges are no longer waited for
-LAST_WORD = 30.0  # the same, of what a run has ended with
 
 
 class Host:
@@ -89,8 +84,10 @@ class Host:
         )
         self.reception = Reception(
             spec, run, membership, workshop, links, history, self.sessions, self.outgoing,
-            questions, note, lambda: self.driver, self._lost,
+            questions, note, lambda: self.driver, lambda client: self.judging.lost(client),
         )  # fmt: skip
+        most = spec.most_examples
+        self.judging = Judging(self.sessions, self.outgoing, lambda: self.driver, most)
         self.intake = Intake(
             run, membership, workshop, links, self.sessions, self.outgoing,
             lambda: self.driver, self.reception.expel,
@@ -115,8 +112,6 @@ class Host:
             failed=lambda error: self.driver.fail(error),
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._panel = Panel()  # where the server has no test data
-        self._last_word: asyncio.TimerHandle | None = None  # until then an ended run waits for it
         self._offered = self._judged = -1  # newest versions given to the evaluator, heard from it
 
     # ---- the driver's world --------------------------------------------------------------------
@@ -206,12 +201,7 @@ class Host:
     def busy(self) -> bool:
         if self._judged < self._offered:
             return True
-        if not self._panel.busy:
-            return False
-        loop = asyncio.get_running_loop()
-        if self._last_word is None:  # the run has ended: they are to judge what it ended with
-            self._last_word = loop.call_later(LAST_WORD, self._enough, None)
-        return loop.time() < self._last_word.when()
+        return self.judging.busy()
 
     def evaluate(self, version: int) -> None:
         """Let the server's own test data judge a version."""
@@ -281,12 +271,7 @@ class Host:
                 )  # fmt: skip
                 self.reception.expel(session.client, f"it could not train: {why}", error)
             case "evaluation":
-                found_by = message.evaluation
-                found = plausible.judged(messages.metrics_from_wire(found_by.metrics))
-                counted = plausible.examples(found_by.examples, self.spec.most_examples)
-                judged = found_by.version, found, counted
-                answer = self._panel.answer(session.client, *judged)
-                self._panel_says(answer)
+                self.judging.heard(session.client, message.evaluation)
             case "goodbye":
                 reason = bounds.text(message.goodbye.reason, 200)
                 now = self.driver.clock.now()
@@ -339,11 +324,11 @@ class Host:
         if self.evaluator is not None:
             self.evaluate(version)
         else:
-            self._panel.offer(version)
-            self._ask_clients()
+            self.judging.offer(version)
 
     async def close(self) -> None:
         """Save the newest version, say goodbye, end the workers."""
+        self.judging.close()
         self.reception.close()
         self.workshop.merger.interrupt()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -353,45 +338,6 @@ class Host:
         self._merging.shutdown()
         self.workshop.merger.close()
         self.links.close()
-
-    # ---- evaluation by clients -----------------------------------------------------------------
-
-    def _lost(self, client: str) -> None:
-        self._panel_says(self._panel.gone(client))
-
-    def _ask_clients(self) -> None:
-        version = self._panel.ask(list(self.sessions.of))
-        if version is None:
-            return
-        asyncio.get_running_loop().call_later(JUDGING, self._enough, version)
-        for session in [self.sessions.of[client] for client in sorted(self._panel.asked)]:
-            load = self.outgoing.load(session, version)
-            if load is not None:
-                asked = sent_to_evaluate(load.sent)
-                session.send(wire_pb2.ServerMessage(evaluate=asked))
-
-    def _enough(self, version: int | None) -> None:
-        """Who has not judged it by now is not waited for, where there are others; None: the run
-        ends with whichever is out, and has its last word."""
-        out = self._panel.version
-        if out is None or version not in (None, out):
-            return
-        others = self.sessions.of.keys() - self._panel.asked - self._panel.late
-        if version is not None and not self._panel.answers and not others:  # it takes long here
-            asyncio.get_running_loop().call_later(JUDGING, self._enough, version)
-            return
-        late = ", ".join(sorted(self._panel.asked))
-        logger.warning("version=%d is not judged yet by %s, who is not waited for", out, late)
-        self._panel_says(self._panel.close())
-
-    def _panel_says(self, found: tuple[int, dict[str, float]] | None) -> None:
-        if found is not None:
-            for client, names in self._panel.lacking().items():
-                words = client, ", ".join(names), found[0]
-                logger.warning("client=%s gives no %s (version=%d): others' counts", *words)
-            self.driver.post(Evaluated(*found))
-        self._ask_clients()
-        self.driver.wake()  # the last one may have been waited for
 
     def _spawn(self, work: object) -> "asyncio.Task[None]":
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
